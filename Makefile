@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+export GLOG_minloglevel := 2
+
+.PHONY: install demo test test-full lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,paddlenlp,test]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m convert.gptj
+	$(BIN)/python -m align.weights --run demo-gptj
+	$(BIN)/python -m align.forward --run demo-gptj
+	$(BIN)/python -m align.metric --run demo-gptj
+	$(BIN)/python -m align.loss --run demo-gptj
+	$(BIN)/python -m convert.bert
+	$(BIN)/python -m align.weights --run demo-bert
+	$(BIN)/python -m align.forward --run demo-bert
+	$(BIN)/python -m align.metric --run demo-bert
+	$(BIN)/python -m align.loss --run demo-bert
+	@echo
+	@echo "The reports: reports/demo-gptj and reports/demo-bert (convert.md, weights.md, forward.md, metric.md, loss.md)"
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-full: install
+	$(BIN)/python -m pytest -m full
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf out reports/demo-* .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,57 @@
+"""``python -m convert --source X``: the family is read from the config, or given as a file with ``--family``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cli import _parser, run
+from .errors import BadInput, guarded
+from .rules import Family
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of a conversion whose family is found rather than named."""
+    parser = _parser("python -m convert", "a family that its config names")
+    parser.add_argument("--family", metavar="FILE", help="a family file of your own; its code is run")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: run(_family_of(options.family, options.source, options.revision), options))
+
+
+def load_family(file: Path) -> Family:
+    """The ``FAMILY`` of a Python file that the user named; its code is run, which is why it must be named."""
+    if not file.is_file():
+        raise BadInput(f"--family {file} does not exist.")
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if not isinstance(getattr(module, "FAMILY", None), Family):
+        raise BadInput(f"{file} defines no FAMILY = Family(...). See convert/gptj.py for one.")
+    return module.FAMILY
+
+
+def family_named(name: object) -> Family:
+    """The family that ``convert/<name>.py`` describes; :class:`BadInput` when there is none."""
+    if isinstance(name, str) and name.isidentifier():
+        file = Path(__file__).with_name(f"{name}.py")
+        module = importlib.import_module(f"convert.{name}") if file.is_file() else None
+        if isinstance(getattr(module, "FAMILY", None), Family):
+            return module.FAMILY
+    raise BadInput(f"there is no family {name!r}. Write one as a file and give it with --family FILE.")
+
+
+def _family_of(file: str | None, source: str | None, revision: str | None) -> Family:
+    if file is not None:
+        return load_family(Path(file))
+    if source is None:
+        raise BadInput("give --source, or run a family's own demo: python -m convert.gptj")
+    from .checkpoint import read_config
+    from .hub import resolve
+    return family_named(read_config(resolve(source, revision)[0]).get("model_type"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

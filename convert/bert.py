@@ -1,0 +1,98 @@
+"""BERT: new names throughout, linears transposed, tied copies and a pooler that PaddleNLP's classes want."""
+
+import sys
+
+from .rules import Family, Head, buffer, copy_of, drop, keep, labels_of, linear, norm, rules, size_of, zeros
+
+
+def sizes(config):
+    return {
+        "hidden": size_of(config, "hidden_size"),
+        "inner": size_of(config, "intermediate_size"),
+        "vocab": size_of(config, "vocab_size"),
+        "positions": size_of(config, "max_position_embeddings"),
+        "types": size_of(config, "type_vocab_size", default=2),
+        "labels": labels_of(config),
+    }
+
+
+def unsupported(config):
+    kind = config.get("position_embedding_type", "absolute")
+    if kind != "absolute":
+        return f"position_embedding_type is {kind!r}; PaddleNLP's BERT and models/ know absolute positions only"
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        return "is_decoder or add_cross_attention is set; PaddleNLP's BERT and models/ are encoders only"
+    return None
+
+
+def tied(config):
+    return config.get("tie_word_embeddings", True)
+
+
+def untied(config):
+    return not tied(config)
+
+
+def prelu(config):
+    return config.get("hidden_act") == "prelu"
+
+
+LAYER, TO = "bert.encoder.layer.{i}", "bert.encoder.layers.{i}"
+HEAD = "cls.predictions"
+NO_POOLER = linear("bert.pooler.dense", "hidden", "hidden", otherwise=zeros())
+MASKED_LM = rules(
+    linear(f"{HEAD}.transform.dense", "hidden", "hidden", to=f"{HEAD}.transform"),
+    keep(f"{HEAD}.transform.transform_act_fn.weight", 1, to=f"{HEAD}.activation.weight", when=prelu),
+    norm(f"{HEAD}.transform.LayerNorm", "hidden", to=f"{HEAD}.layer_norm"),
+    buffer(f"{HEAD}.decoder.weight", "vocab", "hidden", filling=copy_of("bert.embeddings.word_embeddings.weight"),
+           when=tied),
+    keep(f"{HEAD}.decoder.weight", "vocab", "hidden", when=untied),
+    keep(f"{HEAD}.bias", "vocab", to=f"{HEAD}.decoder_bias"),
+    buffer(f"{HEAD}.decoder.bias", "vocab", filling=copy_of(f"{HEAD}.bias")),
+)
+
+FAMILY = Family(
+    name="bert", prefix="bert.", layers="num_hidden_layers", sizes=sizes, unsupported=unsupported,
+    rules=rules(
+        drop("bert.embeddings.position_ids", why="the numbers 0, 1, 2, …: Paddle counts them itself"),
+        keep("bert.embeddings.word_embeddings.weight", "vocab", "hidden"),
+        keep("bert.embeddings.position_embeddings.weight", "positions", "hidden"),
+        keep("bert.embeddings.token_type_embeddings.weight", "types", "hidden"),
+        norm("bert.embeddings.LayerNorm", "hidden", to="bert.embeddings.layer_norm"),
+        linear(f"{LAYER}.attention.self.{{query,key,value}}", "hidden", "hidden", to=f"{TO}.self_attn.{{q,k,v}}_proj"),
+        linear(f"{LAYER}.attention.output.dense", "hidden", "hidden", to=f"{TO}.self_attn.out_proj"),
+        norm(f"{LAYER}.attention.output.LayerNorm", "hidden", to=f"{TO}.norm1"),
+        linear(f"{LAYER}.intermediate.dense", "inner", "hidden", to=f"{TO}.linear1"),
+        keep(f"{LAYER}.intermediate.intermediate_act_fn.weight", 1, to=f"{TO}.activation.weight", when=prelu),
+        linear(f"{LAYER}.output.dense", "hidden", "inner", to=f"{TO}.linear2"),
+        norm(f"{LAYER}.output.LayerNorm", "hidden", to=f"{TO}.norm2"),
+    ),
+    heads=(
+        Head("BertForPreTraining", "BertForPretraining", "pre-training", rules(
+            linear("bert.pooler.dense", "hidden", "hidden"), MASKED_LM, linear("cls.seq_relationship", 2, "hidden"))),
+        Head("BertForMaskedLM", "BertForMaskedLM", "masked-lm", rules(NO_POOLER, MASKED_LM)),
+        Head("BertForSequenceClassification", "BertForSequenceClassification", "sequence-classification", rules(
+            linear("bert.pooler.dense", "hidden", "hidden"), linear("classifier", "labels", "hidden"))),
+        Head("BertForTokenClassification", "BertForTokenClassification", "token-classification", rules(
+            NO_POOLER, linear("classifier", "labels", "hidden"))),
+        Head("BertForQuestionAnswering", "BertForQuestionAnswering", "question-answering", rules(
+            NO_POOLER, linear("qa_outputs", "labels", "hidden", to="classifier"))),
+        Head("BertModel", "BertModel", "encoder", rules(linear("bert.pooler.dense", "hidden", "hidden")), base=True),
+    ),
+    modules=(
+        ("bert.embeddings", "bert.embeddings"),
+        ("bert.encoder.layer.{i}", "bert.encoder.layers.{i}"),
+        ("bert.pooler", "bert.pooler"),
+    ),
+    demo={
+        "model_type": "bert", "architectures": ["BertForPreTraining"], "vocab_size": 512, "hidden_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 128,
+        "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "tie_word_embeddings": True,
+    },
+)
+
+if __name__ == "__main__":
+    from .cli import main
+    sys.exit(main(FAMILY))

@@ -1,0 +1,263 @@
+"""Reading a checkpoint: the headers first, checked in full; arrays on demand.
+
+Safetensors, sharded or not, ``torch.save`` files of both ages and ``.pdparams`` all come down to the same thing:
+names, dtypes, shapes, and the region of a file where the bytes lie. torch is never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .dtypes import Dtype, by_code
+from .errors import BadInput
+from .pickles import StoredTensor, cut_short, read_pdparams, read_torch_legacy, read_torch_zip
+
+MAX_HEADER = 100_000_000
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
+INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: what it is, and where its bytes lie. ``strides`` only where not in C order."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass
+class Checkpoint:
+    """All tensors of a checkpoint, by name, over however many files. Opens files on demand, closes them all."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    files: list[Path]
+    _handles: dict[Path, int] = field(default_factory=dict)
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, in C order; bfloat16 as its uint16 bits."""
+        info = self.tensors[name]
+        if info.strides is None:
+            return self.read_rows(name, 0, info.shape[0]) if info.shape else self._read(info, 0, 1).reshape(())
+        flat = self._read(info, 0, info.nbytes // info.dtype.size)
+        size = info.dtype.size
+        view = np.lib.stride_tricks.as_strided(flat, info.shape, [stride * size for stride in info.strides])
+        return np.ascontiguousarray(view)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``[start:stop]`` of the first axis, read from disk and nothing more."""
+        info = self.tensors[name]
+        row = prod(info.shape[1:])
+        return self._read(info, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+
+    def read_elements(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``[start:stop]`` of the tensor laid flat."""
+        return self._read(self.tensors[name], start, stop - start)
+
+    def handle(self, info: TensorInfo) -> int:
+        """A file descriptor open for reading."""
+        if info.file not in self._handles:
+            self._handles[info.file] = os.open(info.file, os.O_RDONLY)
+        return self._handles[info.file]
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, info: TensorInfo, start: int, count: int) -> np.ndarray:
+        array = np.empty(count, info.dtype.storage)
+        read_into(self.handle(info), array, info.offset + start * info.dtype.size, info.file)
+        return array
+
+
+def read_into(handle: int, array: np.ndarray, offset: int, file: Path) -> None:
+    """Fill the contiguous ``array`` from ``offset`` of an open file; BadInput when the file ends too soon."""
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], offset + done)
+        if count == 0:
+            raise BadInput(f"{file.name} ended while it was read; did something change it? Nothing was written.")
+        done += count
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and check every header under ``path``, a directory or one file.
+
+    In a directory safetensors come before ``.bin`` before ``.pdparams``, and an index after a single file.
+    Raises :class:`BadInput` for anything missing, damaged, overlapping, outside the directory or hostile.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"{path} does not exist.")
+    files = _files_of(path) if path.is_dir() else {path: None}
+    tensors: dict[str, TensorInfo] = {}
+    for file, expected in files.items():
+        found = _read_header(file)
+        missing = sorted((expected or set()) - found.keys())
+        if missing:
+            raise BadInput(f"the index says that {file.name} holds {missing[0]}, but it does not "
+                           f"({len(missing)} such tensors). Download both again.")
+        repeated = sorted(found.keys() & tensors.keys())
+        if repeated:
+            raise BadInput(f"{repeated[0]} is in {tensors[repeated[0]].file.name} and again in {file.name}.")
+        tensors.update(found)
+    if not tensors:
+        raise BadInput(f"{path} holds no tensor.")
+    return Checkpoint(path, tensors, list(files))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or :class:`BadInput` that says what is wrong with the file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise BadInput(f"{path.name} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path.name} holds a {type(content).__name__}; an object is needed.")
+    return content
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint: in its directory, or beside its one file."""
+    directory = source if source.is_dir() else source.parent
+    if not (directory / "config.json").is_file():
+        raise BadInput(f"there is no config.json in {directory or Path('.')}; it says how many layers and heads the "
+                       "model has. Put the one that belongs to the checkpoint there.")
+    return read_json(directory / "config.json")
+
+
+def weight_bytes(files: Iterable[Path]) -> int:
+    """Size of the files on disk, in bytes."""
+    return sum(file.stat().st_size for file in files)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Checkpoint]:
+    """:func:`open_checkpoint`, closed at the end."""
+    with open_checkpoint(path) as checkpoint:
+        yield checkpoint
+
+
+def _files_of(directory: Path) -> dict[Path, set[str] | None]:
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if (directory / single).is_file():
+            return {directory / single: None}
+        if (directory / index).is_file():
+            return _indexed(directory, directory / index)
+    raise BadInput(f"{directory} has none of {', '.join(SINGLE_FILES)}, nor an index of shards. "
+                   "Give a checkpoint directory or one file.")
+
+
+def _indexed(directory: Path, index: Path) -> dict[Path, set[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index.name} has no weight_map.")
+    shards: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise BadInput(f"{index.name} places {name} in {shard!r}, which is outside its directory. Refused.")
+        shards.setdefault(directory / shard, set()).add(name)
+    absent = sorted(shard.name for shard in shards if not shard.is_file())
+    if absent:
+        raise BadInput(f"{index.name} names {absent[0]}, which is not there ({len(absent)} of {len(shards)} shards "
+                       "are missing). Download it.")
+    return dict(sorted(shards.items()))
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    if file.suffix == ".safetensors":
+        return _read_safetensors_header(file)
+    if file.suffix == ".pdparams":
+        stored = read_pdparams(file)
+    else:
+        stored = read_torch_zip(file) if _starts_with(file, b"PK") else read_torch_legacy(file)
+    return {name: _placed(name, tensor, file) for name, tensor in stored.items()}
+
+
+def _starts_with(file: Path, magic: bytes) -> bool:
+    with open(file, "rb") as handle:
+        return handle.read(len(magic)) == magic
+
+
+def _placed(name: str, tensor: StoredTensor, file: Path) -> TensorInfo:
+    region, size = tensor.region, file.stat().st_size
+    if tensor.strides is None and region.nbytes != prod(tensor.shape) * tensor.dtype.size:
+        raise BadInput(f"{file.name}: {name} has {region.nbytes:,} bytes, its shape {list(tensor.shape)} needs "
+                       f"{prod(tensor.shape) * tensor.dtype.size:,}. The file is damaged.")
+    if region.offset + region.nbytes > size:
+        raise BadInput(cut_short(file, region.offset + region.nbytes))
+    return TensorInfo(name, tensor.dtype, tensor.shape, file, region.offset, region.nbytes, tensor.strides)
+
+
+def _read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """Format: 8 bytes of header length, a JSON header, then the data, which must be covered without gap."""
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise BadInput(f"{file.name} is not a whole safetensors file: it announces a header of {length:,} bytes "
+                           f"and has {size:,} in all. Download it again.")
+        text = handle.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_repeats)
+        header.pop("__metadata__", None)
+        entries = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                   for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{file.name} has a damaged header ({type(error).__name__}: {error}). Download it again.") from error
+    tensors = {name: _safetensors_info(file, 8 + length, name, *entry) for name, entry in entries.items()}
+    end = _check_cover(file, 8 + length, tensors)
+    if end != size:
+        raise BadInput(cut_short(file, end))
+    return tensors
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return names
+
+
+def _safetensors_info(file: Path, base: int, name: str, code: Any, shape: tuple[Any, ...], *span: Any) -> TensorInfo:
+    numbers = (*shape, *span)
+    if len(span) != 2 or any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
+        raise BadInput(f"{file.name}: {name} has shape {list(shape)} and offsets {list(span)}, which cannot be.")
+    dtype, (start, stop) = by_code(code, f"{file.name}: {name}"), span
+    needed = prod(shape) * dtype.size
+    if stop - start != needed:
+        raise BadInput(f"{file.name}: {name} has {stop - start:,} bytes, its shape {list(shape)} of {dtype.name} needs "
+                       f"{needed:,}. The file is damaged.")
+    return TensorInfo(name, dtype, shape, file, base + start, needed)
+
+
+def _check_cover(file: Path, base: int, tensors: dict[str, TensorInfo]) -> int:
+    """The end of the data, after making sure that the tensors lie one behind the other."""
+    position = base
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != position:
+            problem = "overlaps the tensor before it" if info.offset < position else "leaves a gap before it"
+            raise BadInput(f"{file.name}: {info.name} {problem}. The header is damaged.")
+        position += info.nbytes
+    return position

@@ -1,0 +1,85 @@
+"""The built-in demo checkpoint: a small random torch-side model of a family, with a tokenizer, made from its rules.
+
+Weights are seeded and have the spread of trained ones (biases and layer norms away from 0 and 1), so that a
+missed transpose, a lost bias or a swapped name shows in every output.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from .dtypes import BY_NAME
+from .plan import Move, expand, layers_of, name_in
+from .rules import Family, Rule
+from .writer import Staging, make_layout, refuse_existing, MARKER
+
+SEED = 20260601
+
+
+def build_demo(family: Family, directory: Path) -> Path:
+    """Write the demo checkpoint of ``family`` into ``directory``, in the place of an earlier one."""
+    refuse_existing(directory, overwrite=True)
+    head = family.head(family.demo["architectures"][0])
+    rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.kind in ("linear", "keep")]
+    sizes, layers = family.sizes(family.demo), layers_of(family, family.demo)
+    moves = [_stored(rule, layer, sizes) for rule, layer in expand(rules, layers)]
+    layout = make_layout(moves, "safetensors", shard_size=1 << 40)
+    generator = np.random.default_rng(SEED)
+    with Staging(directory) as staging:
+        staging.allocate(layout)
+        for move in moves:
+            values = _trained_like(move, generator)
+            staging.write(layout.places[move.target][0], memoryview(values.reshape(-1).view(np.uint8)),
+                          layout.places[move.target][1])
+        for name, text in _companions(family).items():
+            (staging.path / name).write_text(text, "utf-8")
+        staging.publish()
+    return directory
+
+
+def _stored(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Move:
+    """A torch-side tensor as the writer's layout wants it: under its source name, in its source shape."""
+    shape = tuple(sizes[size] if isinstance(size, str) else size for size in rule.shape)
+    float32 = BY_NAME["float32"]
+    name = name_in(rule.source, layer)
+    return Move(name, rule, name, None, shape, float32, shape, float32)
+
+
+def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
+    noise = generator.standard_normal(prod(move.shape)).astype(np.float32).reshape(move.shape)
+    if len(move.shape) == 2:
+        return noise * np.float32(0.5 if move.rule.kind == "keep" else 1.4 / np.sqrt(move.shape[1]))
+    if move.target.endswith("weight"):
+        return 1 + np.float32(0.2) * noise
+    return np.float32(0.1) * noise
+
+
+def _companions(family: Family) -> dict[str, str]:
+    files = {"config.json": json.dumps(family.demo, indent=2), MARKER: json.dumps({"demo": family.name})}
+    return files | (_wordpiece(family.demo["vocab_size"]) if family.name == "bert" else _byte_level())
+
+
+def _wordpiece(vocab_size: int) -> dict[str, str]:
+    """A vocabulary of single characters; BERT's tokenizer splits every word into them."""
+    letters = string.ascii_lowercase + string.digits
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters),
+              *string.punctuation, "–", "’"]
+    tokens += [f"[unused{number}]" for number in range(vocab_size - len(tokens))]
+    return {"vocab.txt": "\n".join(tokens) + "\n",
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})}
+
+
+def _byte_level() -> dict[str, str]:
+    """GPT-2's byte-level vocabulary without merges: a token is a byte (byte-to-letter table of Radford et al.)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = [chr(byte) for byte in visible] + [chr(256 + number) for number in range(len(hidden))]
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "<|endoftext|>"])}
+    return {"vocab.json": json.dumps(vocabulary), "merges.txt": "#version: 0.2\n",
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": "<|endoftext|>"})}

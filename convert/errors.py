@@ -1,0 +1,71 @@
+"""What a user is told when something cannot go on, and the exit code that goes with it.
+
+0 aligned · 1 diverged · 2 bad input, plan or usage · 3 a framework is missing · 4 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+
+ALIGNED, DIVERGED, BAD_INPUT, FRAMEWORK_MISSING, OUR_FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+FRAMEWORKS = {
+    "torch": "pip install torch",
+    "transformers": "pip install transformers",
+    "paddle": "pip install paddlepaddle",
+    "paddlenlp": 'pip install "paddle-parity[paddlenlp]"',
+}
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used. The message says what is wrong, where, and what to do."""
+
+
+class FrameworkMissing(Exception):
+    """A framework that this command needs is not installed."""
+
+
+def require(framework: str) -> None:
+    """Import ``framework`` or raise :class:`FrameworkMissing` with the command that installs it."""
+    try:
+        __import__(framework)
+    except ImportError as error:
+        raise FrameworkMissing(
+            f"{framework} cannot be imported ({error}). Install it: {FRAMEWORKS[framework]}"
+        ) from error
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run ``command`` and turn whatever it raises into one sentence on stderr and an exit code."""
+    try:
+        return command()
+    except BadInput as error:
+        return _say(error, BAD_INPUT)
+    except FrameworkMissing as error:
+        return _say(error, FRAMEWORK_MISSING)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing was written", INTERRUPTED)
+    except Exception as error:  # a crash must never look like a verdict
+        return _say(f"{_one_line(error)} This is a fault of paddle-parity; traceback in {_log()}", OUR_FAULT)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}."
+
+
+def _log() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="paddle-parity-", suffix=".log", delete=False) as log:
+        traceback.print_exc(file=log)
+    return log.name

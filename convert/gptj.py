@@ -1,0 +1,63 @@
+"""GPT-J: both sides use the same names, so only the layout of the linears and two buffers change."""
+
+import sys
+
+from .rules import Family, Head, buffer, causal_mask, constant, keep, labels_of, linear, norm, rules, size_of
+
+
+def sizes(config):
+    hidden = size_of(config, "n_embd", "hidden_size")
+    return {
+        "hidden": hidden,
+        "inner": size_of(config, "n_inner", default=4 * hidden),
+        "vocab": size_of(config, "vocab_size"),
+        "positions": size_of(config, "n_positions", "max_position_embeddings"),
+        "labels": labels_of(config),
+    }
+
+
+def unsupported(config):
+    if config.get("tie_word_embeddings"):
+        return "tie_word_embeddings is true; Paddle's lm_head holds [in, out] and cannot share the embedding's storage"
+    return None
+
+
+FAMILY = Family(
+    name="gptj", prefix="transformer.", layers="n_layer", sizes=sizes, unsupported=unsupported,
+    rules=rules(
+        keep("transformer.wte.weight", "vocab", "hidden"),
+        norm("transformer.h.{i}.ln_1", "hidden"),
+        linear("transformer.h.{i}.attn.{q,k,v,out}_proj", "hidden", "hidden", bias=False),
+        buffer("transformer.h.{i}.attn.bias", 1, 1, "positions", "positions", filling=causal_mask()),
+        buffer("transformer.h.{i}.attn.masked_bias", filling=constant(-1e9)),
+        linear("transformer.h.{i}.mlp.fc_in", "inner", "hidden"),
+        keep("transformer.h.{i}.mlp.act.weight", 1, when=lambda config: config.get("activation_function") == "prelu"),
+        linear("transformer.h.{i}.mlp.fc_out", "hidden", "inner"),
+        norm("transformer.ln_f", "hidden"),
+    ),
+    heads=(
+        Head("GPTJForCausalLM", "GPTJForCausalLM", "causal-lm", rules(linear("lm_head", "vocab", "hidden"))),
+        Head("GPTJForSequenceClassification", "GPTJForSequenceClassification", "sequence-classification",
+             rules(linear("score", "labels", "hidden", bias=False))),
+        Head("GPTJForQuestionAnswering", "GPTJForQuestionAnswering", "question-answering",
+             rules(linear("qa_outputs", "labels", "hidden"))),
+        Head("GPTJModel", "GPTJModel", "encoder", base=True),
+    ),
+    modules=(
+        ("transformer.drop", "transformer.drop"),
+        ("transformer.h.{i}", "transformer.h.{i}"),
+        ("transformer.ln_f", "transformer.ln_f"),
+    ),
+    demo={
+        "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "vocab_size": 272, "n_positions": 128,
+        "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_inner": None, "activation_function": "gelu_new",
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-05,
+        "initializer_range": 0.02, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
+        "tie_word_embeddings": False,
+    },
+    additions={"pad_token_id": "eos_token_id"},
+)
+
+if __name__ == "__main__":
+    from .cli import main
+    sys.exit(main(FAMILY))

@@ -1,0 +1,81 @@
+"""From what the user calls a checkpoint to a path: a local one, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FORMATS = (
+    ("model.safetensors",), ("model.safetensors.index.json", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin",), ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+              "added_tokens.json", "*.model")
+
+
+def resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local path of ``source`` and, for a hub repository, the commit it was pinned to.
+
+    Downloads one weight format only, after looking at the free disk. Raises :class:`BadInput` when the source
+    is neither here nor on the hub.
+    """
+    path = Path(source)
+    if path.exists():
+        if revision:
+            raise BadInput(f"--revision is for hub ids; {source} is a local path.")
+        return path, None
+    if path.is_absolute() or source.startswith(".") or not HUB_ID.fullmatch(source):
+        raise BadInput(f"{source} does not exist, and it is not a hub id such as EleutherAI/gpt-j-6b.")
+    return _download(source, revision)
+
+
+def _download(repository: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from requests.exceptions import RequestException
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+        wanted = _files_of_one_format(repository, sizes)
+        needed = sum(sizes[name] for name in wanted)
+        _require_space(Path(HF_HUB_CACHE), needed, repository)
+        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted)), info.sha
+    except GatedRepoError as error:
+        raise BadInput(f"{repository} is gated: accept its terms on its page, then run: huggingface-cli login") from error
+    except RevisionNotFoundError as error:
+        raise BadInput(f"{repository} has no revision {revision!r} on the hub.") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"{repository} is neither a path here nor a repository on the hub.") from error
+    except (RequestException, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise BadInput(f"{repository} is not a path here, and the hub cannot be reached ({type(error).__name__}). "
+                       "Connect, set HF_ENDPOINT to a mirror, or give a directory.") from error
+
+
+def _files_of_one_format(repository: str, sizes: dict[str, Any]) -> list[str]:
+    for patterns in FORMATS:
+        if patterns[0] in sizes:
+            return [name for name in sizes
+                    if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, *COMPANIONS))]
+    raise BadInput(f"{repository} has no safetensors and no pytorch_model.bin; its files are {', '.join(sizes)[:200]}.")
+
+
+def _require_space(cache: Path, needed: int, repository: str) -> None:
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise BadInput(f"no space left for {repository}: {needed:,} bytes to download, {free:,} free where the hub's "
+                       "cache lies. Set HF_HOME to a larger disk.")

@@ -1,0 +1,196 @@
+"""The record of a conversion: ``reports/<run>/convert.json`` for programs, ``convert.md`` for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+from .plan import Plan
+from .rules import Family, Rule
+
+SCHEMA = "paddle-parity/1"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that is known about one conversion once it is over. Digests are xxh3-128, times seconds."""
+
+    run: str
+    family: str
+    head: str
+    source: str
+    path: str
+    revision: str | None
+    output: str
+    format: str
+    dtype: str
+    files: list[str]
+    tensors: list[dict[str, Any]]
+    dropped: list[dict[str, str]]
+    verified: bool
+    bytes: int
+    source_digest: str
+    target_digest: str
+    seconds: float
+    peak_rss_bytes: int
+    versions: dict[str, str]
+    notes: list[str]
+    finished: str
+    stage: str = "convert"
+    schema: str = SCHEMA
+
+    def save(self, reports: Path) -> Path:
+        """Write both files into ``reports/<run>/`` and return that directory."""
+        directory = reports / self.run
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "convert.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
+        (directory / "convert.md").write_text(self.markdown(), "utf-8")
+        return directory
+
+    def markdown(self) -> str:
+        """The report to paste into a pull request."""
+        proof = ("every tensor was read back, inverted and compared with its source, bit by bit" if self.verified
+                 else "**not verified** (`--no-verify`)")
+        facts = [("head", self.head), ("source", self.source), ("revision", self.revision or "–"),
+                 ("output", self.output), ("format, dtype", f"{self.format}, {self.dtype}"),
+                 ("tensors", f"{len(self.tensors)} ({self.bytes:,} bytes in {len(self.files)} file(s))"),
+                 ("source digest", f"`{self.source_digest}`"), ("target digest", f"`{self.target_digest}`"),
+                 ("time, peak memory", f"{self.seconds:.2f} s, {self.peak_rss_bytes / 1e6:,.0f} MB"),
+                 ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items()))]
+        made = [tensor for tensor in self.tensors if tensor["rule"] == "buffer"]
+        lines = [f"# {self.run}: {self.family} converted", "", f"Proof: {proof}.", "", "| | |", "| --- | --- |"]
+        lines += [f"| {name} | {value} |" for name, value in facts]
+        lines += [f"\n> {note}" for note in self.notes]
+        lines += ["", "## Buffers: what Paddle wants beyond the source", ""]
+        lines += [f"- `{tensor['target']}`: {tensor['filling']}" for tensor in made] or ["None."]
+        lines += ["", "## Dropped: what Paddle has no place for", ""]
+        lines += [f"- `{item['source']}`: {item['why']}" for item in self.dropped] or ["None."]
+        lines += ["", "## Every tensor", "", "| source | target | rule | shape | dtype |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {_code(tensor['source'])} | `{tensor['target']}` | {tensor['rule']}"
+                  f"{' (transposed)' if tensor['transposed'] else ''} | {tensor['shape']} | {tensor['dtype']} |"
+                  for tensor in self.tensors]
+        return "\n".join(lines) + "\n"
+
+
+def tensor_rows(plan: Plan, source_digests: dict[str, str], target_digests: dict[str, str]) -> list[dict[str, Any]]:
+    """One row per target tensor; shapes and dtypes are the target's."""
+    return [{
+        "source": move.source, "target": move.target, "rule": move.kind, "shape": list(move.shape),
+        "dtype": move.dtype.name, "transposed": move.transposed, "filling": move.filling and move.filling.name,
+        "source_digest": source_digests.get(move.source), "target_digest": target_digests.get(move.target),
+    } for move in plan.moves]
+
+
+def load_conversion(directory: Path) -> Conversion:
+    """What ``reports/<run>/convert.json`` says; :class:`BadInput` when it is damaged or of another version."""
+    try:
+        content = json.loads((directory / "convert.json").read_text("utf-8"))
+        if content.get("schema") != SCHEMA:
+            raise BadInput(f"{directory.name}: convert.json has schema {content.get('schema')!r}, this version writes "
+                           f"{SCHEMA}. Convert again.")
+        return Conversion(**content)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"the report of run {directory.name} cannot be read ({error}). Convert again.") from error
+
+
+def latest_run(reports: Path) -> str:
+    """The run whose conversion finished last; :class:`BadInput` when there is none."""
+    runs = [load_conversion(file.parent) for file in reports.glob("*/convert.json")]
+    if not runs:
+        raise BadInput(f"there is no run in {reports}. Convert a model first: python -m convert.gptj")
+    return max(runs, key=lambda conversion: conversion.finished).run
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python and those of ``packages`` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def print_rules(family: Family) -> None:
+    """The name map, the do-not-transpose list, the buffers and what is dropped, as tables."""
+    console = _console()
+    shared = {id(rule) for rule in family.rules}
+    everywhere = [(rule, "") for rule in family.rules]
+    of_heads = [(rule, head.architecture) for head in family.heads for rule in head.rules if id(rule) not in shared]
+    rules = everywhere + of_heads
+    moved = [(rule, head) for rule, head in rules if rule.kind in ("linear", "keep")]
+    console.print(_table(f"{family.name}: name map, torch to Paddle (shapes as torch has them; T = transposed)",
+                         ("name", "shape", "T"),
+                         [(_mapped(rule, head), _shape(rule), "T" if rule.transposed else "") for rule, head in moved]))
+    console.print(_table("do not transpose: two dimensions, and the same layout on both sides", ("Paddle", "shape"),
+                         [(rule.target + _only(head), _shape(rule)) for rule, head in rules
+                          if len(rule.shape) == 2 and not rule.transposed and rule.kind != "drop"]))
+    console.print(_table("buffers: made here, because Paddle wants them and torch may not save them",
+                         ("Paddle", "filled with"),
+                         [(rule.target + _only(head), rule.otherwise.name) for rule, head in rules if rule.otherwise]))
+    dropped = [(rule.source, rule.why) for rule, _ in rules if rule.kind == "drop"]
+    if dropped:
+        console.print(_table("dropped", ("torch", "why"), dropped))
+
+
+def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> None:
+    """What a conversion would do: every tensor, bytes, shards, expected memory."""
+    from .stream import CHUNK, THREADS, TILE
+    console = _console()
+    console.print(_table(f"{plan.family.name} ({plan.head.architecture}): {len(plan.moves)} tensors",
+                         ("name", "shape in Paddle", "dtype", "bytes", "T"), [
+        (_arrow(move.source or f"({move.filling.name})", move.target), str(list(move.shape)), move.dtype.name,
+         f"{move.nbytes:,}", "T" if move.transposed else "") for move in plan.moves]))
+    if plan.dropped:
+        console.print(_table("dropped", ("torch", "why"), plan.dropped))
+    for name, size in files:
+        console.print(f"{output / name}: {size:,} bytes")
+    largest = max((move.nbytes for move in plan.moves if move.source is None), default=0)
+    memory = 60_000_000 + THREADS * max(TILE + CHUNK, 2 * largest)
+    console.print(f"in all {plan.nbytes:,} bytes of tensors in {len(files)} file(s); expected memory at most "
+                  f"{memory / 1e6:,.0f} MB. Nothing was written (--dry-run).")
+
+
+def _console() -> Any:
+    """As wide as the terminal; wide enough for the longest names where the output goes to a file."""
+    from rich.console import Console
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    table = Table(title=title.replace("[", r"\["), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
+    return table
+
+
+def _mapped(rule: Rule, head: str) -> str:
+    return _arrow("\nor\u00a0".join((rule.source, *rule.spellings)), rule.target) + _only(head)
+
+
+def _arrow(source: str, target: str) -> str:
+    return source if source == target else f"{source}\n→\u00a0{target}"
+
+
+def _only(head: str) -> str:
+    return f"\n({head} only)" if head else ""
+
+
+def _shape(rule: Rule) -> str:
+    return f"[{', '.join(map(str, rule.shape))}]"
+
+
+def _code(name: str | None) -> str:
+    return f"`{name}`" if name else "–"
