@@ -29,7 +29,7 @@ def build_demo(family: Family, directory: Path) -> Path:
     rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.kind in ("linear", "keep")]
     sizes, layers = family.sizes(family.demo), layers_of(family, family.demo)
     moves = [_stored(rule, layer, sizes) for rule, layer in expand(rules, layers)]
-    layout = make_layout(moves, "safetensors", shard_size=1 << 40)
+    layout = make_layout(moves, "safetensors", shard_size=1 << 40, framework="pt")
     generator = np.random.default_rng(SEED)
     with Staging(directory) as staging:
         staging.allocate(layout)

@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .errors import BadInput
@@ -46,10 +47,13 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
-def make_layout(moves: Sequence[Move], file_format: str, shard_size: int) -> Layout:
-    """Distribute ``moves`` over shards of at most ``shard_size`` bytes (a larger tensor has one of its own)."""
+def make_layout(moves: Sequence[Move], file_format: str, shard_size: int, framework: str = "np") -> Layout:
+    """Distribute ``moves`` over shards of at most ``shard_size`` bytes (a larger tensor has one of its own).
+
+    ``framework`` is what a safetensors file says it was made for: PaddleNLP reads ``np``, transformers ``pt``.
+    """
     stem, suffix, lay_out = {
-        "safetensors": ("model", "safetensors", _safetensors_file),
+        "safetensors": ("model", "safetensors", partial(_safetensors_file, framework)),
         "pdparams": ("model_state", "pdparams", _pdparams_file),
     }[file_format]
     shards = _shards(moves, shard_size)
@@ -177,10 +181,10 @@ def _shards(moves: Sequence[Move], shard_size: int) -> list[list[Move]]:
     return shards
 
 
-def _safetensors_file(name: str, moves: Iterable[Move]) -> tuple[FileLayout, dict[str, int]]:
+def _safetensors_file(framework: str, name: str, moves: Iterable[Move]) -> tuple[FileLayout, dict[str, int]]:
     """Wider dtypes first, so that every tensor is aligned. A scalar gets the shape [1]: PaddleNLP's reader
     cannot read a tensor without dimensions (it fails with ``slice indices must be integers``)."""
-    header: dict[str, object] = {"__metadata__": {"format": "np"}}
+    header: dict[str, object] = {"__metadata__": {"format": framework}}
     offsets, position = {}, 0
     for move in sorted(moves, key=lambda move: -move.dtype.size):
         header[move.target] = {"dtype": move.dtype.code, "shape": list(move.shape) or [1],

@@ -33,7 +33,7 @@ def model_class(config: dict, head: str | None = None) -> type[Pretrained]:
     family = _family(config.get("model_type"))
     name = head or next(iter(config.get("architectures") or []), None)
     if name is None:
-        raise UnknownModel("config.json names no architectures; pass head=, for example head=\"BertModel\".")
+        raise UnknownModel('config.json names no architectures; pass head=, for example head="BertModel".')
     found = getattr(family, name, None)
     if not _is_net(found):
         heads = ", ".join(sorted(key for key, value in vars(family).items() if _is_net(value)))

@@ -20,7 +20,9 @@ def activation(name: str) -> nn.Layer:
     if name == "prelu":
         return PReLU()
     if name not in FUNCTIONS:
-        raise ValueError(f"unknown activation {name!r}; known are {', '.join(sorted([*FUNCTIONS, 'prelu']))}.")
+        raise ValueError(
+            f"unknown activation {name!r}; known are {', '.join(sorted([*FUNCTIONS, 'prelu']))}."
+        )
     return Pointwise(name)
 
 
@@ -77,10 +79,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(log(1 + e^x)) (Misra 2019) = x n / (n + 2) with n = e^x (e^x + 2): no cancellation. n = inf above 44."""
-    exponential = paddle.exp(paddle.clip(x, max=20.0))
-    numerator = exponential * (exponential + 2.0)
-    return x * (numerator / (numerator + 2.0))
+    """x tanh(log(1 + e^x)) (Misra 2019) = x sigmoid(x + log(1 + e^x / 2)), which cancels nowhere."""
+    return x * F.sigmoid(x + paddle.log1p(0.5 * paddle.exp(paddle.clip(x, max=20.0))))
 
 
 def laplace(x: Tensor, mu: float = 0.707107, sigma: float = 0.282095) -> Tensor:
@@ -89,9 +89,14 @@ def laplace(x: Tensor, mu: float = 0.707107, sigma: float = 0.282095) -> Tensor:
     return (0.5 * (1.0 + paddle.erf(z))).astype(x.dtype)
 
 
+def relu(x: Tensor) -> Tensor:
+    """max(0, x), and NaN of NaN: Paddle's own makes a zero of it."""
+    return paddle.where(x <= 0, paddle.zeros_like(x), x)
+
+
 def relu2(x: Tensor) -> Tensor:
     """max(0, x)^2 (So et al. 2021, Primer)."""
-    return paddle.square(F.relu(x))
+    return paddle.square(relu(x))
 
 
 def linear(x: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": linear,
     "mish": mish,
     "quick_gelu": quick_gelu,
-    "relu": F.relu,
+    "relu": relu,
     "relu2": relu2,
     "relu6": F.relu6,
     "sigmoid": F.sigmoid,

@@ -16,7 +16,7 @@ from convert.errors import BadInput
 from .activation import activation, tanh
 from .attention import attend, heads_first, split_heads
 from .config import Config
-from .layer import LayerNorm, VocabularyLinear, embedding, linear
+from .layer import Embedding, LayerNorm, VocabularyLinear, linear
 from .loss import classification_loss, cross_entropy, span_loss
 from .pretrained import Pretrained
 
@@ -44,11 +44,15 @@ class BertConfig(Config):
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
-            raise BadInput(f"bert: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                           f"{self.num_attention_heads}.")
+            raise BadInput(
+                f"bert: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}."
+            )
         if self.position_embedding_type != "absolute" or self.is_decoder:
-            raise BadInput("bert: only encoders with absolute positions are supported, not position_embedding_type "
-                           f"{self.position_embedding_type!r} with is_decoder {self.is_decoder}.")
+            raise BadInput(
+                "bert: only encoders with absolute positions are supported, not position_embedding_type "
+                f"{self.position_embedding_type!r} with is_decoder {self.is_decoder}."
+            )
 
     @property
     def head_dropout(self) -> float:
@@ -59,9 +63,9 @@ class BertEmbeddings(nn.Layer):
     def __init__(self, config: BertConfig):
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
-        self.word_embeddings = embedding(config.vocab_size, width, std)
-        self.position_embeddings = embedding(config.max_position_embeddings, width, std)
-        self.token_type_embeddings = embedding(config.type_vocab_size, width, std)
+        self.word_embeddings = Embedding(config.vocab_size, width, std, config.pad_token_id)
+        self.position_embeddings = Embedding(config.max_position_embeddings, width, std)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, width, std)
         self.layer_norm = LayerNorm(width, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -170,7 +174,7 @@ class BertLMPredictionHead(nn.Layer):
         self.transform = linear(width, width, std)
         self.activation = activation(config.hidden_act)
         self.layer_norm = LayerNorm(width, config.layer_norm_eps)
-        table = word_embeddings if config.tie_word_embeddings else embedding(config.vocab_size, width, std)
+        table = word_embeddings if config.tie_word_embeddings else Embedding(config.vocab_size, width, std)
         self.decoder = VocabularyLinear(table.weight)
         self.decoder_bias = self.decoder.bias
 
@@ -204,7 +208,11 @@ class BertForPreTraining(BertPretrained):
         self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, next_sentence_label: Tensor | None = None, **inputs
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        **inputs,
     ) -> dict:
         """``prediction_logits`` [batch, time, vocab_size], ``seq_relationship_logits`` [batch, 2].
 
@@ -215,7 +223,9 @@ class BertForPreTraining(BertPretrained):
         words, sentences = self.cls(bert["last_hidden_state"], bert["pooler_output"])
         outputs = {"prediction_logits": words, "seq_relationship_logits": sentences}
         if labels is not None and next_sentence_label is not None:
-            outputs["loss"] = cross_entropy(words, labels) + cross_entropy(sentences, next_sentence_label.flatten())
+            outputs["loss"] = cross_entropy(words, labels) + cross_entropy(
+                sentences, next_sentence_label.flatten()
+            )
         return outputs
 
 
@@ -259,7 +269,9 @@ class BertForTokenClassification(BertPretrained):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, time, num_labels]; with labels [batch, time] (-100 ignored) the ``loss``."""
-        outputs = {"logits": self.classifier(self.dropout(self.bert(input_ids, **inputs)["last_hidden_state"]))}
+        outputs = {
+            "logits": self.classifier(self.dropout(self.bert(input_ids, **inputs)["last_hidden_state"]))
+        }
         if labels is not None:
             outputs["loss"] = cross_entropy(outputs["logits"], labels)
         return outputs
@@ -274,10 +286,16 @@ class BertForQuestionAnswering(BertPretrained):
         self.classifier = linear(config.hidden_size, 2, config.initializer_range)
 
     def forward(
-        self, input_ids: Tensor, start_positions: Tensor | None = None, end_positions: Tensor | None = None, **inputs
+        self,
+        input_ids: Tensor,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **inputs,
     ) -> dict:
         """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
-        start, end = paddle.unbind(self.classifier(self.bert(input_ids, **inputs)["last_hidden_state"]), axis=-1)
+        start, end = paddle.unbind(
+            self.classifier(self.bert(input_ids, **inputs)["last_hidden_state"]), axis=-1
+        )
         outputs = {"start_logits": start, "end_logits": end}
         if start_positions is not None and end_positions is not None:
             outputs["loss"] = span_loss(start, end, start_positions, end_positions)

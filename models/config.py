@@ -20,8 +20,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Known keys of ``config``; ``num_labels`` counts ``id2label`` when it is absent, as transformers does."""
+        """Known keys of ``config``. Where ``id2label`` is given it says how many labels there are."""
         named = {cls.aliases.get(key, key): value for key, value in config.items()}
-        if config.get("id2label") and named.get("num_labels") is None:
+        if config.get("id2label") is not None:
             named["num_labels"] = len(config["id2label"])
         return cls(**{field.name: named[field.name] for field in fields(cls) if field.name in named})

@@ -20,7 +20,7 @@ from convert.errors import BadInput
 from .activation import activation
 from .attention import attend, heads_first, split_heads
 from .config import Config
-from .layer import LayerNorm, VocabularyLinear, embedding, linear
+from .layer import Embedding, LayerNorm, VocabularyLinear, linear
 from .loss import causal_lm_loss, classification_loss, span_loss
 from .pretrained import Pretrained
 
@@ -119,7 +119,7 @@ class GPTJPretrained(Pretrained):
 class GPTJModel(GPTJPretrained):
     def __init__(self, config: GPTJConfig):
         super().__init__(config)
-        self.wte = embedding(config.vocab_size, config.n_embd, config.initializer_range)
+        self.wte = Embedding(config.vocab_size, config.n_embd, config.initializer_range)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.LayerList([GPTJBlock(config) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -213,7 +213,11 @@ class GPTJForQuestionAnswering(GPTJPretrained):
         self.qa_outputs = linear(config.n_embd, config.num_labels, config.initializer_range)
 
     def forward(
-        self, input_ids: Tensor, start_positions: Tensor | None = None, end_positions: Tensor | None = None, **inputs
+        self,
+        input_ids: Tensor,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **inputs,
     ) -> dict:
         """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
         outputs = self.transformer(input_ids, **inputs)
@@ -233,7 +237,9 @@ def causal_mask(attention_mask: Tensor | None, queries: int, keys: int, dtype: p
     visible = paddle.tril(paddle.ones([1, 1, queries, keys], dtype="bool"), keys - queries)
     if attention_mask is not None:
         if attention_mask.shape[-1] != keys:
-            raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}.")
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}."
+            )
         visible = visible & (attention_mask != 0).unsqueeze([1, 2])
     lowest = paddle.full([1], paddle.finfo(dtype).min, dtype=dtype)
     return paddle.where(visible, paddle.zeros_like(lowest), lowest)

@@ -17,9 +17,22 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Linea
     return nn.Linear(inputs, outputs, paddle.ParamAttr(initializer=Normal(0.0, std)), None if bias else False)
 
 
-def embedding(rows: int, width: int, std: float) -> nn.Embedding:
-    """A table [rows, width]. No ``padding_idx``: torch returns that row as it is, Paddle zeros."""
-    return nn.Embedding(rows, width, weight_attr=paddle.ParamAttr(initializer=Normal(0.0, std)))
+class Embedding(nn.Embedding):
+    """A table [rows, width], initialised with standard deviation ``std``.
+
+    ``constant_row`` is torch's ``padding_idx``: looked up like any other, but the lookup passes no gradient back to
+    it. Paddle's own ``padding_idx`` returns zeros instead of the row.
+    """
+
+    def __init__(self, rows: int, width: int, std: float, constant_row: int | None = None):
+        super().__init__(rows, width, weight_attr=paddle.ParamAttr(initializer=Normal(0.0, std)))
+        self.constant_row = constant_row
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = F.embedding(ids, self.weight)
+        if self.constant_row is None:
+            return found
+        return paddle.where((ids == self.constant_row).unsqueeze(-1), found.detach(), found)
 
 
 class VocabularyLinear(nn.Layer):

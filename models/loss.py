@@ -12,7 +12,9 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
     """-log softmax(logits)[label] per position, and its mean or sum over the positions that are not ignored.
 
     logits [..., classes] float, labels [...] integer. "none" returns the shape of the labels with 0 where ignored.
@@ -42,11 +44,15 @@ def mse(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def bce_with_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -y log sigmoid(x) - (1 - y) log sigmoid(-x) = (1 - y) x + log(1 + e^-x), stable on both sides."""
-    return _mean((1.0 - targets.astype(logits.dtype)) * logits + paddle.logaddexp(paddle.zeros_like(logits), -logits))
+    """Mean of (1 - y) log(1 + e^x) + y log(1 + e^-x), which loses no digits of a good prediction."""
+    return _mean(
+        (1.0 - targets.astype(logits.dtype)) * logits + paddle.logaddexp(paddle.zeros_like(logits), -logits)
+    )
 
 
-def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, num_labels: int, problem_type: str | None = None
+) -> Tensor:
     """The loss of transformers' sequence classification heads: logits [batch, num_labels].
 
     ``problem_type`` None is taken from the labels: one label is a regression, integer labels choose one class each,
@@ -59,11 +65,15 @@ def classification_loss(logits: Tensor, labels: Tensor, num_labels: int, problem
         return cross_entropy(logits.reshape([-1, num_labels]), labels.flatten())
     if kind == "multi_label_classification":
         return bce_with_logits(logits, labels)
-    raise ValueError(f"unknown problem_type {kind!r}: regression, single_label_classification or "
-                     "multi_label_classification.")
+    raise ValueError(
+        f"unknown problem_type {kind!r}: regression, single_label_classification or "
+        "multi_label_classification."
+    )
 
 
-def span_loss(start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
+def span_loss(
+    start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor
+) -> Tensor:
     """Mean of the cross entropies of a span's two ends: logits [batch, time], positions [batch] or [batch, 1].
 
     Positions are clamped to [0, time]; ``time`` itself, an answer that was cut off, is ignored.

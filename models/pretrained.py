@@ -79,15 +79,19 @@ class Pretrained(paddle.nn.Layer):
     ) -> None:
         known = {name for _, names in parameters for name in names}
         self._refuse("missing", (names[0] for _, names in parameters if shapes.keys().isdisjoint(names)))
-        self._refuse("left over", (
-            name for name in shapes if name not in known and not self.unused_buffers.fullmatch(name)
-        ))
-        self._refuse("of another shape", (
-            f"{name} is {list(shapes[name])}, not {list(parameter.shape)}"
-            for parameter, names in parameters
-            for rank, name in enumerate(name for name in names if name in shapes)
-            if shapes[name] not in [tuple(parameter.shape), tuple(parameter.shape)[:: -1 if rank else 1]]
-        ))
+        self._refuse(
+            "left over",
+            (name for name in shapes if name not in known and not self.unused_buffers.fullmatch(name)),
+        )
+        self._refuse(
+            "of another shape",
+            (
+                f"{name} is {list(shapes[name])}, not {list(parameter.shape)}"
+                for parameter, names in parameters
+                for rank, name in enumerate(name for name in names if name in shapes)
+                if shapes[name] not in [tuple(parameter.shape), tuple(parameter.shape)[:: -1 if rank else 1]]
+            ),
+        )
 
     def _check_copy(self, copy: str, copied: np.ndarray, first: str, array: np.ndarray) -> None:
         candidates = [candidate for candidate in (array, array.T) if candidate.shape == copied.shape]
@@ -98,7 +102,9 @@ class Pretrained(paddle.nn.Layer):
         found = list(names)
         if found:
             more = f" (+{len(found) - 8} more)" if len(found) > 8 else ""
-            raise BadInput(f"{type(self).__name__}: {len(found)} tensors are {fault}: {', '.join(found[:8])}{more}.")
+            raise BadInput(
+                f"{type(self).__name__}: {len(found)} tensors are {fault}: {', '.join(found[:8])}{more}."
+            )
 
 
 def _set(parameter: Tensor, array: np.ndarray) -> None:

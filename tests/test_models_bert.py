@@ -249,8 +249,8 @@ def test_gradients_of_every_parameter():
     expected = {paddle_name(name): weight.grad.numpy() for name, weight in theirs.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
-        if name.endswith("k_proj.bias"):  # zero by mathematics: rounding noise on both sides
-            assert np.abs(gradients[name]).max() <= 1e-6
+        if name.endswith(("k_proj.bias", "activation.weight")):  # zero by mathematics, and a sum that nearly cancels
+            assert np.abs(gradients[name] - value).max() <= 1e-6
         else:
             assert distance(gradients[name], value.T if LINEAR.fullmatch(name) else value) <= 1e-5, name
 

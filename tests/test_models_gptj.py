@@ -276,7 +276,10 @@ def test_gradients_of_every_parameter(tied):
     expected = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
-        assert distance(gradients[name], value.T if name.endswith(TRANSPOSED) else value) <= 1e-5, name
+        if name.endswith("act.weight"):  # one number, a sum that nearly cancels
+            assert np.abs(gradients[name] - value) <= 1e-6
+        else:
+            assert distance(gradients[name], value.T if name.endswith(TRANSPOSED) else value) <= 1e-5, name
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -1,0 +1,108 @@
+"""Error measures between two arrays, in float64, in chunks; NaN, shape and dtype are failures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How far a candidate is from its reference. ``worst`` is the index of the largest difference.
+
+    rel_l2 = |candidate - reference| / |reference| in the Euclidean norm.
+    """
+
+    max_abs: float
+    mean_abs: float
+    rel_l2: float
+    cosine: float
+    worst: tuple[int, ...]
+    worst_values: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """One compared tensor. ``measures`` is None where the two cannot be compared; ``failure`` says why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    allowed: float
+    passed: bool
+    measures: Measures | None = None
+    isolated: Measures | None = None
+    failure: str | None = None
+
+
+def compare(name: str, reference: np.ndarray, candidate: np.ndarray, allowed: float,
+            isolated: np.ndarray | None = None) -> TensorResult:
+    """Judge ``candidate`` against ``reference``: passed when rel_l2 <= ``allowed``, in both runs of a block.
+
+    ``isolated`` is the candidate's output on the reference's input. ``allowed`` 0 asks for equality.
+    """
+    measured: list[Measures | None] = []
+    for told, array in (("", candidate), ("on the reference's input ", isolated)):
+        if array is None:
+            measured.append(None)
+            continue
+        failure = _not_comparable(reference, array)
+        if failure:
+            return TensorResult(name, reference.shape, str(reference.dtype), allowed, False,
+                                failure=f"{name}: {told}{failure}")
+        measured.append(measure(reference, array))
+    worst = max((found for found in measured if found), key=lambda found: found.rel_l2)
+    passed = worst.rel_l2 <= allowed and (allowed > 0 or worst.max_abs == 0)
+    return TensorResult(name, reference.shape, str(reference.dtype), allowed, passed, measured[0], measured[1],
+                        None if passed else _sentence(name, worst, allowed))
+
+
+def missing(name: str, side: str) -> TensorResult:
+    """A tensor that only one side recorded."""
+    return TensorResult(name, (), "–", 0.0, False, failure=f"{name}: the {side} did not record it")
+
+
+def measure(reference: np.ndarray, candidate: np.ndarray) -> Measures:
+    """All measures between two finite arrays of one shape, at least one element."""
+    left, right = reference.reshape(-1), candidate.reshape(-1)
+    total = largest = squares = norm = dot = other = 0.0
+    worst = 0
+    for start in range(0, left.size, CHUNK):
+        a = left[start: start + CHUNK].astype(np.float64)
+        b = right[start: start + CHUNK].astype(np.float64)
+        difference = np.abs(b - a)
+        position = int(difference.argmax())
+        if difference[position] > largest:
+            largest, worst = float(difference[position]), start + position
+        total += float(difference.sum())
+        squares += float(difference @ difference)
+        norm, other, dot = norm + float(a @ a), other + float(b @ b), dot + float(a @ b)
+    rel_l2 = math.sqrt(squares / norm) if norm else (0.0 if squares == 0 else math.inf)
+    cosine = dot / math.sqrt(norm * other) if norm and other else float(norm == other)
+    index = tuple(int(axis) for axis in np.unravel_index(worst, reference.shape))
+    return Measures(largest, total / left.size, rel_l2, cosine, index, (float(left[worst]), float(right[worst])))
+
+
+def _not_comparable(reference: np.ndarray, candidate: np.ndarray) -> str | None:
+    if reference.shape != candidate.shape:
+        return f"the shape is {list(candidate.shape)}, the reference's {list(reference.shape)}"
+    if reference.dtype != candidate.dtype:
+        return f"the dtype is {candidate.dtype}, the reference's {reference.dtype}"
+    if reference.size == 0:
+        return "there is nothing to compare: the tensor is empty"
+    for side, array in (("reference", reference), ("candidate", candidate)):
+        broken = array.size - int(np.isfinite(array).sum())
+        if broken:
+            where = np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape)
+            return f"{broken} elements of the {side} are NaN or inf, the first at {[int(axis) for axis in where]}"
+    return None
+
+
+def _sentence(name: str, found: Measures, allowed: float) -> str:
+    ours, theirs = found.worst_values[1], found.worst_values[0]
+    return (f"{name}: rel-L2 {found.rel_l2:.1e}, allowed {allowed:.1e}; worst at {list(found.worst)}: "
+            f"{ours:.6g} vs {theirs:.6g}")

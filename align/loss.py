@@ -1,0 +1,80 @@
+"""``python -m align.loss``: the loss with and without ignored labels, with padding, and without reduction."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from .candidate import Candidate
+from .compare import compare
+from .inputs import SEED, Inputs, seeded
+from .reference import Reference
+from .stage import Findings, Session, Stage, main
+from .tasks import TASKS, Labels
+from .tolerance import LOSS, TOKEN_LOSS
+
+CONTRASTIVE_SCALE = 20.0
+Case = tuple[str, Inputs, Labels]
+
+
+def find(session: Session) -> Findings:
+    """Each case on both sides: the class's own loss, and the losses per token or row."""
+    if session.run.head.task == "encoder":
+        return _encoder(session)
+    found, recorded = [], {}
+    for told, side in (("torch", session.reference), ("paddle", session.candidate)):
+        session.advance(told)
+        recorded[told] = {name: value for case in cases(session) for name, value in losses(session, side, case)}
+    for name, expected in recorded["torch"].items():
+        found.append(compare(name, expected, recorded["paddle"][name], LOSS if expected.ndim == 0 else TOKEN_LOSS))
+    notes = ["One label per row and no class -100 in a regression, so no label is ignored."] if any(
+        labels.get("labels", np.empty(0)).dtype.kind == "f" for _, _, labels in cases(session)) else []
+    digest = Inputs({f"{name}.{key}": array for name, inputs, labels in cases(session)
+                     for key, array in {**inputs.arrays, **labels}.items()}).digest
+    return Findings(found, digest, recorded["torch"], recorded["paddle"], notes, _scalars(recorded))
+
+
+def cases(session: Session) -> list[Case]:
+    """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored."""
+    run = session.run
+    task, generator = TASKS[run.head.task], np.random.default_rng(SEED)
+    whole, padded = (seeded(run.config, run.sizes, padded=padded) for padded in (False, True))
+    drawn = [("plain", whole, False), ("padded", padded, False), ("ignored", padded, True)]
+    found = [(name, inputs, task.labels(inputs, run.sizes, generator, ignore)) for name, inputs, ignore in drawn]
+    regression = any(labels.get("labels", np.empty(0)).dtype.kind == "f" for _, _, labels in found)
+    return found[:2] if regression else found
+
+
+def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, value): the mean loss as a scalar, then each unreduced one as a vector."""
+    name, inputs, labels = case
+    outputs = side.outputs({**inputs.arrays, **labels})
+    yield f"loss.{name}", outputs["loss"].reshape(())
+    for kind, (logits, flat) in TASKS[session.run.head.task].token_losses(outputs, labels).items():
+        yield f"loss.{name}.{kind}", side.token_loss(logits, flat)
+
+
+def _encoder(session: Session) -> Findings:
+    """A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with."""
+    inputs = seeded(session.run.config, session.run.sizes)
+    recorded = {}
+    for told, side in (("torch", session.reference), ("paddle", session.candidate)):
+        session.advance(told)
+        hidden = side.outputs(inputs.arrays)["last_hidden_state"]
+        recorded[told] = {"loss.contrastive": side.contrastive_loss(hidden, inputs.mask, CONTRASTIVE_SCALE).reshape(())}
+    result = compare("loss.contrastive", *(recorded[told]["loss.contrastive"] for told in ("torch", "paddle")), LOSS)
+    notes = ["A bare encoder has no loss of its own: this is the in-batch contrastive loss of its mean-pooled rows."]
+    return Findings([result], inputs.digest, recorded["torch"], recorded["paddle"], notes, _scalars(recorded))
+
+
+def _scalars(recorded: dict[str, dict[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
+    return {name: (float(value), float(recorded["paddle"][name]))
+            for name, value in recorded["torch"].items() if value.ndim == 0}
+
+
+STAGE = Stage("loss", "Compare the loss with and without ignored labels, padding and reduction.", find)
+
+if __name__ == "__main__":
+    sys.exit(main(STAGE))

@@ -1,0 +1,161 @@
+"""One result object -> terminal, JSON, Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.report import SCHEMA
+
+from .compare import Measures, TensorResult
+
+ALIGNED, DIVERGED = "aligned", "diverged"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage found. ``reference`` and ``candidate`` hold framework, version, weights_digest."""
+
+    run: str
+    family: str
+    head: str
+    stage: str
+    target: str
+    tensors: Sequence[TensorResult]
+    reference: Mapping[str, str]
+    candidate: Mapping[str, str]
+    inputs_digest: str | None
+    seconds: float
+    peak_rss_bytes: int
+    weights_divergence: str | None = None
+    notes: Sequence[str] = ()
+    values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """Aligned needs evidence: something was compared, all of it passed, and the weights are the source's."""
+        sound = self.tensors and all(tensor.passed for tensor in self.tensors) and self.weights_divergence is None
+        return ALIGNED if sound else DIVERGED
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The parameter whose weight differs, else the first failing tensor in the order of execution."""
+        failing = (tensor.name for tensor in self.tensors if not tensor.passed)
+        return self.weights_divergence or next(failing, None)
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence for each failing tensor."""
+        return [tensor.failure for tensor in self.tensors if tensor.failure]
+
+    def save(self, reports: Path) -> Path:
+        """Write ``<stage>.json`` and ``<stage>.md``; returns the Markdown's path."""
+        reports.mkdir(parents=True, exist_ok=True)
+        (reports / f"{self.stage}.json").write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False), "utf-8")
+        (reports / f"{self.stage}.md").write_text(self.markdown(), "utf-8")
+        return reports / f"{self.stage}.md"
+
+    def as_json(self) -> dict[str, Any]:
+        """The interface that other people's scripts stand on; every number in it is finite or null."""
+        return {
+            "schema": SCHEMA, "run": self.run, "family": self.family, "head": self.head, "stage": self.stage,
+            "target": self.target, "verdict": self.verdict, "first_divergence": self.first_divergence,
+            "tensors": [_tensor_json(tensor) for tensor in self.tensors],
+            "values": {name: {"reference": _finite(left), "candidate": _finite(right)}
+                       for name, (left, right) in self.values.items()},
+            "reference": dict(self.reference), "candidate": dict(self.candidate), "inputs_digest": self.inputs_digest,
+            "failures": self.failures, "notes": list(self.notes),
+            "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+    def markdown(self) -> str:
+        """The report to paste into a pull request: verdict first, worst tensor next, everything after."""
+        lines = [f"# {self.run}: {self.stage} **{self.verdict}**", "", self.summary(), ""]
+        lines += [f"- {failure}" for failure in self.failures[:20]]
+        lines += [f"- … and {len(self.failures) - 20} more"] if len(self.failures) > 20 else []
+        lines += [f"\n> {note}" for note in self.notes]
+        if self.values:
+            lines += ["", "| value | torch | paddle |", "| --- | --- | --- |"]
+            lines += [f"| {name} | {left:.9g} | {right:.9g} |" for name, (left, right) in self.values.items()]
+        lines += ["", "| tensor | shape | rel-L2 | isolated | max abs | mean abs | cosine | allowed | |",
+                  "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| `{tensor.name}` | {list(tensor.shape)} | {_number(tensor.measures, 'rel_l2')} "
+                  f"| {_number(tensor.isolated, 'rel_l2')} | {_number(tensor.measures, 'max_abs')} "
+                  f"| {_number(tensor.measures, 'mean_abs')} | {_cosine(tensor.measures)} | {_allowed(tensor)} "
+                  f"| {'ok' if tensor.passed else '**FAIL**'} |" for tensor in self.tensors]
+        lines += ["", "| | reference | candidate |", "| --- | --- | --- |"]
+        lines += [f"| {name.replace('_', ' ')} | {self.reference[name]} | {self.candidate[name]} |" for name in self.reference]
+        lines += ["", f"family {self.family}, head {self.head}, target {self.target}, inputs `{self.inputs_digest}`, "
+                      f"{self.seconds:.1f} s, {self.peak_rss_bytes / 1e6:,.0f} MB at most"]
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        """One sentence: how many tensors agree, and how closely, or where the first one does not."""
+        if not self.tensors:
+            return "Nothing was compared, and nothing is not evidence."
+        if self.first_divergence:
+            good = sum(tensor.passed for tensor in self.tensors)
+            return f"First divergence: `{self.first_divergence}`; {good} of {len(self.tensors)} compared tensors agree."
+        worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures), default=0.0)
+        return (f"All {len(self.tensors)} tensors are equal, bit for bit." if self.stage == "weights" else
+                f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}.")
+
+    def print(self) -> None:
+        """The table in the terminal."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+        shown = self.tensors if self.stage != "weights" else [tensor for tensor in self.tensors if not tensor.passed]
+        if shown:
+            table = Table(box=box.SIMPLE_HEAD, title=f"{self.run}: {self.stage}, {self.target}", title_justify="left")
+            for name, justify in (("tensor", "left"), ("rel-L2", "right"), ("isolated", "right"), ("max abs", "right"),
+                                  ("allowed", "right"), ("", "left")):
+                table.add_column(name, justify=justify, overflow="fold")
+            for tensor in shown[:200]:
+                table.add_row(tensor.name, _number(tensor.measures, "rel_l2"), _number(tensor.isolated, "rel_l2"),
+                              _number(tensor.measures, "max_abs"), _allowed(tensor),
+                              "[green]ok[/]" if tensor.passed else "[red]FAIL[/]")
+            console.print(table)
+        for name, (left, right) in self.values.items():
+            console.print(f"{name}: torch {left:.9g}, paddle {right:.9g}")
+        for failure in self.failures[:10]:
+            console.print(f"FAIL {failure}", markup=False)
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False)
+        color = "green" if self.verdict == ALIGNED else "red"
+        console.print(f"[bold {color}]{self.stage}: {self.verdict}[/]. ", end="")
+        console.print(self.summary().replace("`", ""), markup=False)
+
+
+def _tensor_json(tensor: TensorResult) -> dict[str, Any]:
+    return {
+        "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, **_measures_json(tensor.measures),
+        "isolated": tensor.isolated and _measures_json(tensor.isolated), "allowed": tensor.allowed,
+        "passed": tensor.passed, "failure": tensor.failure,
+    }
+
+
+def _measures_json(measures: Measures | None) -> dict[str, float | None]:
+    return {name: _finite(getattr(measures, name, None)) for name in ("max_abs", "mean_abs", "rel_l2", "cosine")}
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _number(measures: Measures | None, name: str) -> str:
+    return "–" if measures is None else f"{getattr(measures, name):.1e}"
+
+
+def _cosine(measures: Measures | None) -> str:
+    return "–" if measures is None else f"{measures.cosine:.9f}"
+
+
+def _allowed(tensor: TensorResult) -> str:
+    return "equal" if tensor.allowed == 0 else f"{tensor.allowed:.1e}"

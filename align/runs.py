@@ -1,0 +1,103 @@
+"""A run: one conversion, what it was made from, and the plan that says which tensor is which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from convert.__main__ import family_named, load_family
+from convert.checkpoint import Checkpoint, open_checkpoint, read_config
+from convert.errors import BadInput
+from convert.plan import Plan, layers_of, make_plan, name_in
+from convert.report import Conversion, latest_run, load_conversion
+from convert.rules import Config, Family, Head, Sizes
+from convert.stream import chunks_of, digest_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the stages need to know. ``directory`` is ``reports/<run>``."""
+
+    conversion: Conversion
+    family: Family
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.conversion.run
+
+    @property
+    def head(self) -> Head:
+        return self.family.head(self.conversion.head)
+
+    @property
+    def source(self) -> Path:
+        return Path(self.conversion.path)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.conversion.output)
+
+    @cached_property
+    def config(self) -> Config:
+        """The source's config."""
+        return read_config(self.source)
+
+    @cached_property
+    def target_config(self) -> Config:
+        """The config that came out."""
+        return read_config(self.output)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return self.family.sizes(self.config)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.source)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.family, self.config, self.checkpoint.tensors, self.conversion.dtype)
+
+    @cached_property
+    def modules(self) -> list[tuple[str, str]]:
+        """(torch path, Paddle path) of every module that is recorded, in the order of execution."""
+        layers = layers_of(self.family, self.config)
+        return [
+            (name_in(torch, layer), name_in(paddle, layer))
+            for torch, paddle in self.family.modules_of(self.head)
+            for layer in range(layers if "{i}" in torch else 1)
+        ]
+
+    @cached_property
+    def source_digest(self) -> str:
+        """Digest of the source as it is now; :class:`BadInput` when it is not what was converted."""
+        import xxhash
+        digests = {}
+        for name in self.checkpoint.tensors:
+            hasher = xxhash.xxh3_128()
+            for chunk in chunks_of(self.checkpoint, name):
+                hasher.update(chunk.view("u1"))
+            digests[name] = hasher.hexdigest()
+        digest = digest_of(self.checkpoint.tensors, digests)
+        if digest != self.conversion.source_digest:
+            raise BadInput(f"{self.source} is not what run {self.name} converted: its digest is {digest}, it was "
+                           f"{self.conversion.source_digest}. Convert again.")
+        return digest
+
+
+def load_run(name: str | None, reports: Path, family: Path | None = None) -> Run:
+    """The run ``name`` of ``reports``, or the latest; :class:`BadInput` when it, its source or its output is gone."""
+    name = name or latest_run(reports)
+    if not (reports / name / "convert.json").is_file():
+        raise BadInput(f"there is no run {name} in {reports}. Convert a model first: python -m convert.gptj")
+    conversion = load_conversion(reports / name)
+    run = Run(conversion, load_family(family) if family else family_named(conversion.family), reports / name)
+    if run.head.architecture != conversion.head:
+        raise BadInput(f"run {name} has head {conversion.head}, which {run.family.name} does not have.")
+    for told, path in (("source", run.source), ("output", run.output)):
+        if not path.exists():
+            raise BadInput(f"the {told} of run {name}, {path}, is gone. Convert again, or give another --run.")
+    return run

@@ -1,0 +1,113 @@
+"""What a head is for: the labels its loss takes, and which of its outputs have one row per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.rules import Sizes
+
+from .inputs import Inputs
+
+IGNORED = -100
+PER_TOKEN_VECTORS = ("start_logits", "end_logits")
+Labels = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Task:
+    """``labels(inputs, sizes, generator, ignore)`` draws labels, some of them ignored if asked.
+
+    ``token_losses(outputs, labels)`` pairs logits [n, classes] with labels [n] for the losses without reduction.
+    """
+
+    labels: Callable[[Inputs, Sizes, np.random.Generator, bool], Labels]
+    token_losses: Callable[[Mapping[str, np.ndarray], Labels], dict[str, tuple[np.ndarray, np.ndarray]]]
+
+
+def token_rows(name: str, array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The rows of real tokens, [tokens, ...]: padded queries are meaningless on both sides.
+
+    Arrays without a token axis come back as they are.
+    """
+    per_token = (array.ndim == 3 or name in PER_TOKEN_VECTORS) and array.shape[:2] == mask.shape
+    return array[mask] if per_token else array.copy()
+
+
+def _token_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:
+    labels = generator.integers(0, classes, inputs.mask.shape)
+    ignored = ~inputs.mask
+    if ignore:
+        ignored |= generator.random(inputs.mask.shape) < 0.3
+    return np.where(ignored, IGNORED, labels)
+
+
+def _row_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:
+    labels = generator.integers(0, classes, len(inputs.mask))
+    return np.where(np.arange(len(labels)) == 1, IGNORED, labels) if ignore else labels
+
+
+def _flat(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(logits.reshape(-1, logits.shape[-1])), labels.reshape(-1)
+
+
+def _causal_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+    ids = np.where(inputs.mask, inputs.arrays["input_ids"], IGNORED)
+    drop = generator.random(ids.shape) < 0.3
+    return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
+
+
+def _classification_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+    if sizes["labels"] == 1:
+        return {"labels": generator.standard_normal(len(inputs.mask)).astype(np.float32)}
+    return {"labels": _row_labels(inputs, sizes["labels"], generator, ignore)}
+
+
+def _span_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+    rows, length = inputs.mask.shape
+    start = generator.integers(0, length // 2, rows)
+    end = start + generator.integers(0, length // 2, rows)
+    if ignore:
+        start[1] = end[1] = length + 5
+    return {"start_positions": start, "end_positions": end}
+
+
+def _pretraining_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+    return {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore),
+            "next_sentence_label": _row_labels(inputs, 2, generator, ignore)}
+
+
+def _classification_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    if labels["labels"].dtype.kind == "f":
+        return {}
+    return {"per_row": _flat(outputs["logits"], labels["labels"])}
+
+
+def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def clamped(name: str) -> np.ndarray:
+        length = outputs["start_logits"].shape[1]
+        return np.where(labels[name] >= length, IGNORED, labels[name])
+    return {"per_row_start": (outputs["start_logits"], clamped("start_positions")),
+            "per_row_end": (outputs["end_logits"], clamped("end_positions"))}
+
+
+TASKS = {
+    "causal-lm": Task(
+        _causal_labels,
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
+    "masked-lm": Task(
+        lambda inputs, sizes, generator, ignore: {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore)},
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
+    "pre-training": Task(
+        _pretraining_labels,
+        lambda outputs, labels: {
+            "per_token": _flat(outputs["prediction_logits"], labels["labels"]),
+            "per_row": _flat(outputs["seq_relationship_logits"], labels["next_sentence_label"])}),
+    "sequence-classification": Task(_classification_labels, _classification_losses),
+    "token-classification": Task(
+        lambda inputs, sizes, generator, ignore: {"labels": _token_labels(inputs, sizes["labels"], generator, ignore)},
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
+    "question-answering": Task(_span_labels, _span_losses),
+}

@@ -1,0 +1,21 @@
+"""The only place with a tolerance. None of these is ever loosened to turn a run green.
+
+All are relative, so that neither a small nor a large tensor is judged more kindly. float32 carries 24 bits
+(unit 6e-8); a block is some hundred operations deep, which torch itself repeats to about 1e-6 when its sums are
+reordered. The guide's own demand is a mean difference of 1e-6, with 1e-5 accepted.
+"""
+
+EXACT = 0.0
+FORWARD = 1e-5
+TOKEN_LOSS = 1e-5
+LOSS = 1e-6
+METRIC = 1e-6
+REPROD_LOG_MEAN = 1e-5
+
+
+def margin_noise(largest: float) -> float:
+    """How far two scores of magnitude up to ``largest`` must lie apart for rounding not to swap them.
+
+    Both scores may be off by ``FORWARD`` of the largest, in opposite directions.
+    """
+    return 2 * FORWARD * largest
