@@ -135,13 +135,13 @@ class PaddleNLPNet(Candidate):
     """PaddleNLP's class for the family, with its own loss."""
 
     def _build(self) -> Any:
+        logging.getLogger("datasets").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             require("paddlenlp")
             module = importlib.import_module(f"paddlenlp.transformers.{self.run.family.name}.modeling")
         from paddlenlp.utils.log import logger
         logger.set_level("ERROR")
-        logging.getLogger("paddlenlp").setLevel(logging.ERROR)
         return getattr(module, self.run.head.paddlenlp).from_pretrained(str(self.run.output), dtype="float32")
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:

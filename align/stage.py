@@ -87,6 +87,7 @@ def _run(stage: Stage, options: argparse.Namespace) -> int:
     os.environ.setdefault("GLOG_minloglevel", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import warnings
     warnings.simplefilter("ignore")
     result = run_stage(stage, options)

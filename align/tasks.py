@@ -54,7 +54,9 @@ def _flat(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _causal_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
-    ids = np.where(inputs.mask, inputs.arrays["input_ids"], IGNORED)
+    """A token is a label where the token before it, which predicts it, is no padding."""
+    predicted = inputs.mask & np.roll(inputs.mask, 1, axis=1)
+    ids = np.where(predicted, inputs.arrays["input_ids"], IGNORED)
     drop = generator.random(ids.shape) < 0.3
     return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
 

@@ -86,7 +86,7 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
     expected = _expected(move, source)
     scalar = expected.size == array.size == 1
     inverted = array.reshape(expected.shape) if scalar or move.filling else move.rule.invert(array)
-    result = compare(move.target, expected, np.ascontiguousarray(inverted), EXACT)
+    result = compare(move.target, expected, np.array(inverted, order="C"), EXACT)
     if result.passed and not np.array_equal(_bits(expected), _bits(inverted)):
         return replace(result, passed=False, failure=f"{move.target}: equal in value, but not in its bits (-0.0 and 0.0)")
     if result.passed or move.filling:
@@ -100,7 +100,7 @@ def _expected(move: Move, source: Checkpoint) -> np.ndarray:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return np.array(array, np.float32, order="C").view(np.uint32)
 
 
 def _transposed_hint(expected: np.ndarray, inverted: np.ndarray) -> str:

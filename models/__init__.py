@@ -1,7 +1,7 @@
 """Paddle nets of our own: parameter names as PaddleNLP has them, numbers as torch computes them.
 
-A family is one file, ``models/<model_type>.py``, whose classes carry the names of ``transformers``. It is found by
-that name, so a new family needs no edit here. Importing this package does not import paddle.
+A family is one file, ``models/<model_type>.py``, whose classes carry the names of ``transformers``. It is
+found by that name, so a new family needs no edit here. Importing this package does not import paddle.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.errors import BadInput
+
 if TYPE_CHECKING:
     from .pretrained import Pretrained
 
 PROJECT = "paddle-parity"
 
 
-class UnknownModel(ValueError):
+class UnknownModel(BadInput, ValueError):
     """No family, or no head of a family, answers to what a config asks for."""
 
 

@@ -1,7 +1,8 @@
 """Every activation that transformers 4.55.4 knows by name (``ACT2FN``), as exact in float32 as torch's.
 
-Paddle's float32 ``tanh`` and ``erf`` are 3.4e-7 and 3.9e-7 off at worst, torch's 3e-8. So 0.5 (1 + tanh u) is written
-sigmoid(2 u), which is the same number, and where a tanh or an erf stands alone it is taken in float64.
+Paddle's float32 ``tanh`` and ``erf`` are 3.4e-7 and 3.9e-7 off at worst, torch's 3e-8. So 0.5 (1 + tanh u) is
+written sigmoid(2 u), which is the same number, and where a tanh or an erf stands alone it is taken in
+float64.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 from paddle.nn.initializer import Constant
 
+from convert.errors import BadInput
+
 
 def activation(name: str) -> nn.Layer:
     """The activation that transformers calls ``name``, as a layer from any shape to the same shape."""
     if name == "prelu":
         return PReLU()
     if name not in FUNCTIONS:
-        raise ValueError(
-            f"unknown activation {name!r}; known are {', '.join(sorted([*FUNCTIONS, 'prelu']))}."
-        )
+        raise BadInput(f"unknown activation {name!r}; known are {', '.join(sorted([*FUNCTIONS, 'prelu']))}.")
     return Pointwise(name)
 
 

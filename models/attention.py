@@ -25,8 +25,8 @@ def attend(
 ) -> Tensor:
     """softmax(query key^T / sqrt(width) + mask) value (Vaswani et al. 2017, eq. 1).
 
-    query [batch, heads, queries, width], key and value [batch, heads, keys, width], mask additive and broadcast to
-    [batch, heads, queries, keys]. Returns [batch, queries, heads * width].
+    query [batch, heads, queries, width], key and value [batch, heads, keys, width], mask additive and
+    broadcast to [batch, heads, queries, keys]. Returns [batch, queries, heads * width].
     """
     scores = paddle.matmul(query, key, transpose_y=True) / math.sqrt(query.shape[-1])
     weights = F.softmax(scores if mask is None else scores + mask, axis=-1)

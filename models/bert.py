@@ -303,7 +303,8 @@ class BertForQuestionAnswering(BertPretrained):
 
 
 def padding_mask(attention_mask: Tensor | None, dtype: paddle.dtype) -> Tensor | None:
-    """What transformers adds to the scores: 0 where the mask [batch, time] is 1, the lowest float where it is 0.
+    """What transformers adds to the scores: 0 where the mask [batch, time] is 1, the lowest float where it is
+    0.
 
     [batch, 1, 1, time]. A row without any 1 comes out uniform, in torch too.
     """

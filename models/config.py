@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fields of ``PretrainedConfig`` that change what a net computes. ``aliases`` maps other names to fields."""
+    """Fields of ``PretrainedConfig`` that change what a net computes; ``aliases`` are their other names."""
 
     aliases: ClassVar[Mapping[str, str]] = {}
 

@@ -29,7 +29,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class GPTJConfig(Config):
-    """``config.json`` of GPT-J with the defaults of transformers; ``rotary_dim`` None turns the whole head."""
+    """``config.json`` of GPT-J, defaults of transformers; ``rotary_dim`` None turns the whole head."""
 
     aliases: ClassVar[Mapping[str, str]] = {
         "hidden_size": "n_embd",
@@ -135,8 +135,8 @@ class GPTJModel(GPTJPretrained):
     ) -> dict:
         """``last_hidden_state`` [batch, time, n_embd], and ``past_key_values`` when ``use_cache``.
 
-        ``past_key_values`` holds a (key, value) per block, each [batch, heads, past, width]; the mask, if given, then
-        covers past and present. Positions continue after the past and do not depend on the mask.
+        ``past_key_values`` holds a (key, value) per block, each [batch, heads, past, width]; the mask, if
+        given, then covers past and present. Positions continue after the past and do not depend on the mask.
         """
         past = past_key_values or [None] * len(self.h)
         offset = past[0][0].shape[2] if past_key_values else 0
@@ -194,7 +194,7 @@ class GPTJForSequenceClassification(GPTJPretrained):
         self.score = linear(config.n_embd, config.num_labels, config.initializer_range, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, num_labels] of each row's last token that is no padding; with labels the ``loss``."""
+        """``logits`` [batch, num_labels] of each row's last token but pads; with labels the ``loss``."""
         outputs = self.transformer(input_ids, **inputs)
         scores = self.score(outputs.pop("last_hidden_state"))
         last = last_token(input_ids, self.config.pad_token_id)
@@ -231,8 +231,8 @@ class GPTJForQuestionAnswering(GPTJPretrained):
 def causal_mask(attention_mask: Tensor | None, queries: int, keys: int, dtype: paddle.dtype) -> Tensor:
     """What transformers adds to the scores: 0 where a query may look, the lowest float elsewhere.
 
-    [batch or 1, 1, queries, keys]. Causal and padding in one mask, so that no sum of two of them overflows. A row
-    that may look nowhere comes out uniform, in torch too.
+    [batch or 1, 1, queries, keys]. Causal and padding in one mask, so that no sum of two of them overflows. A
+    row that may look nowhere comes out uniform, in torch too.
     """
     visible = paddle.tril(paddle.ones([1, 1, queries, keys], dtype="bool"), keys - queries)
     if attention_mask is not None:
@@ -246,10 +246,10 @@ def causal_mask(attention_mask: Tensor | None, queries: int, keys: int, dtype: p
 
 
 def rotary_table(positions: int, width: int) -> Tensor:
-    """sin and cos of position / 10000^(2i / width), side by side: float32 [positions, width] (Su et al. 2021).
+    """sin and cos of position / 10000^(2i / width) (Su et al. 2021), side by side: [positions, width].
 
-    In float32 and with Paddle's own power, whose bits are torch's. numpy's power is one unit in the last place off,
-    which a position of 2,000 turns into 1e-4 in the sine.
+    In float32 and with Paddle's own power, whose bits are torch's. numpy's power is one unit in the last
+    place off, which a position of 2,000 turns into 1e-4 in the sine.
     """
     frequencies = 1.0 / 10000 ** (paddle.arange(0, width, 2, dtype="float32") / width)
     angles = paddle.outer(paddle.arange(positions, dtype="float32"), frequencies)
@@ -268,7 +268,7 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 
 def last_token(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
-    """Per row the index [batch] of the rightmost token that is not the pad token: right for padding on both sides."""
+    """Per row the index [batch] of the rightmost token that is no pad, wherever the padding is."""
     batch, length = input_ids.shape
     if pad_token_id is None and batch > 1:
         raise ValueError(f"a batch of {batch} needs pad_token_id in the config, to tell where each row ends.")

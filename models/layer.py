@@ -20,8 +20,8 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Linea
 class Embedding(nn.Embedding):
     """A table [rows, width], initialised with standard deviation ``std``.
 
-    ``constant_row`` is torch's ``padding_idx``: looked up like any other, but the lookup passes no gradient back to
-    it. Paddle's own ``padding_idx`` returns zeros instead of the row.
+    ``constant_row`` is torch's ``padding_idx``: looked up like any other, but the lookup passes no gradient
+    back to it. Paddle's own ``padding_idx`` returns zeros instead of the row.
     """
 
     def __init__(self, rows: int, width: int, std: float, constant_row: int | None = None):
@@ -36,7 +36,7 @@ class Embedding(nn.Embedding):
 
 
 class VocabularyLinear(nn.Layer):
-    """``x @ weight.T + bias`` with weight [vocabulary, width] as an embedding holds it, so that the two can be tied."""
+    """``x @ weight.T + bias`` with weight [vocabulary, width], which may be an embedding's own."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -50,10 +50,10 @@ class VocabularyLinear(nn.Layer):
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the last axis for any epsilon, computed in float64 and returned in the input's dtype.
 
-    Paddle's float32 kernel adds up one element after the other: at width 4096 with one outlier channel it is 1.1e-7
-    from the true value where torch is 4.7e-8 and float64 rounded once 2.5e-8. The matmuls around it cost 100 times
-    as much. The kernel refuses an epsilon above 1e-3; norm(x, e) = norm(c x, c**2 e) for any c > 0, and with a power
-    of two as c every product is exact.
+    Paddle's float32 kernel adds up one element after the other: at width 4096 with one outlier channel it is
+    1.1e-7 from the true value where torch is 4.7e-8 and float64 rounded once 2.5e-8. The matmuls around it
+    cost 100 times as much. The kernel refuses an epsilon above 1e-3; norm(x, e) = norm(c x, c**2 e) for any
+    positive c, and with a power of two as c every product is exact.
     """
 
     def __init__(self, width: int, epsilon: float):

@@ -1,8 +1,8 @@
 """Losses as torch computes them: means over valid labels only, nothing clipped, NaN when nothing is valid.
 
-Paddle's own ``cross_entropy`` divides by all positions when ``ignore_index`` is negative, clips the shifted logits at
--64 and adds up a vocabulary one element after the other (5e-6 off at 50,400 words; torch: 5e-8). So log-sum-exp is
-written out here, and long sums are taken in float64.
+Paddle's own ``cross_entropy`` divides by all positions when ``ignore_index`` is negative, clips the shifted
+logits at -64 and adds up a vocabulary one element after the other (5e-6 off at 50,400 words; torch: 5e-8). So
+log-sum-exp is written out here, and long sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def cross_entropy(
 ) -> Tensor:
     """-log softmax(logits)[label] per position, and its mean or sum over the positions that are not ignored.
 
-    logits [..., classes] float, labels [...] integer. "none" returns the shape of the labels with 0 where ignored.
-    A mean over no valid label is NaN, with gradients of zero, as torch has it.
+    logits [..., classes] float, labels [...] integer. "none" returns the shape of the labels with 0 where
+    ignored. A mean over no valid label is NaN, with gradients of zero, as torch has it.
     """
     valid = labels != ignore_index
     classes = logits.shape[-1]
@@ -34,7 +34,7 @@ def cross_entropy(
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Cross entropy of each token given those before it: logits [batch, time, classes], labels [batch, time]."""
+    """Cross entropy of each token given those before: logits [batch, time, classes], labels [batch, time]."""
     return cross_entropy(logits[:, :-1], labels[:, 1:], ignore_index)
 
 
@@ -45,9 +45,8 @@ def mse(predictions: Tensor, targets: Tensor) -> Tensor:
 
 def bce_with_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of (1 - y) log(1 + e^x) + y log(1 + e^-x), which loses no digits of a good prediction."""
-    return _mean(
-        (1.0 - targets.astype(logits.dtype)) * logits + paddle.logaddexp(paddle.zeros_like(logits), -logits)
-    )
+    targets = targets.astype(logits.dtype)
+    return _mean((1.0 - targets) * _softplus(logits) + targets * _softplus(-logits))
 
 
 def classification_loss(
@@ -55,8 +54,8 @@ def classification_loss(
 ) -> Tensor:
     """The loss of transformers' sequence classification heads: logits [batch, num_labels].
 
-    ``problem_type`` None is taken from the labels: one label is a regression, integer labels choose one class each,
-    other labels [batch, num_labels] are a probability per class.
+    ``problem_type`` None is taken from the labels: one label is a regression, integer labels choose one class
+    each, other labels [batch, num_labels] are a probability per class.
     """
     kind = problem_type or _problem_type(labels, num_labels)
     if kind == "regression":
@@ -74,7 +73,7 @@ def classification_loss(
 def span_loss(
     start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor
 ) -> Tensor:
-    """Mean of the cross entropies of a span's two ends: logits [batch, time], positions [batch] or [batch, 1].
+    """Mean of the cross entropies of a span's two ends: logits [batch, time], positions [batch].
 
     Positions are clamped to [0, time]; ``time`` itself, an answer that was cut off, is ignored.
     """
@@ -87,16 +86,16 @@ def span_loss(
 
 
 def contrastive_loss(embeddings_a: Tensor, embeddings_b: Tensor, scale: float = 20.0) -> Tensor:
-    """Multiple negatives ranking (Henderson et al. 2017): row i of a belongs to row i of b, the others are wrong.
+    """Multiple negatives ranking (Henderson et al. 2017): cross entropy of scaled cosine similarities.
 
-    Cross entropy of ``scale`` times the cosine similarities. a [batch, width], b [batch or more, width].
+    Row i of a [batch, width] belongs to row i of b [batch or more, width]; all other rows of b are wrong.
     """
     scores = scale * paddle.matmul(_unit(embeddings_a), _unit(embeddings_b), transpose_y=True)
     return cross_entropy(scores, paddle.arange(embeddings_a.shape[0]))
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the hidden states [batch, time, width] where mask [batch, time] is 1 (Reimers and Gurevych 2019)."""
+    """Mean of hidden [batch, time, width] where mask [batch, time] is 1 (Reimers and Gurevych 2019)."""
     weights = mask.unsqueeze(-1).astype(hidden.dtype)
     return (hidden * weights).sum(axis=1) / weights.sum(axis=1).clip(min=1e-9)
 
@@ -114,6 +113,11 @@ def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
     if reduction == "mean":
         return total / valid.astype(losses.dtype).sum()
     raise ValueError(f"unknown reduction {reduction!r}: mean, sum or none.")
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x)."""
+    return paddle.logaddexp(x, paddle.zeros_like(x))
 
 
 def _mean(x: Tensor) -> Tensor:

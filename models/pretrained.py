@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import paddle
@@ -17,9 +17,12 @@ from convert.errors import BadInput
 
 from .config import Config
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class Pretrained(paddle.nn.Layer):
-    """Base of all nets. A family sets ``config_class``, and ``unused_buffers`` for what its files carry in vain.
+    """Base of all nets. A family sets ``config_class``, and ``unused_buffers``: keys its files carry in vain.
 
     Under ``paddle.LazyGuard()`` no weight is allocated. Tied parameters are one object under several names.
     """
@@ -53,8 +56,9 @@ class Pretrained(paddle.nn.Layer):
     def load(self, state: Mapping[str, np.ndarray]) -> None:
         """Fill every parameter from arrays in this net's layout: linear weights [in, out].
 
-        Of a tied parameter one name is enough; a second one must hold the same values, or their transpose as a
-        linear's weight has it. Raises :class:`BadInput` that names the keys which are missing, wrong or left over.
+        Of a tied parameter one name is enough; a second one must hold the same values, or their transpose as
+        a linear's weight has it. Raises :class:`BadInput` that names the keys which are missing, wrong or
+        left over.
         """
         self._fill({name: np.shape(array) for name, array in state.items()}, state.__getitem__)
 
@@ -88,8 +92,8 @@ class Pretrained(paddle.nn.Layer):
             (
                 f"{name} is {list(shapes[name])}, not {list(parameter.shape)}"
                 for parameter, names in parameters
-                for rank, name in enumerate(name for name in names if name in shapes)
-                if shapes[name] not in [tuple(parameter.shape), tuple(parameter.shape)[:: -1 if rank else 1]]
+                for place, name in enumerate(name for name in names if name in shapes)
+                if not _fits(shapes[name], tuple(parameter.shape), is_copy=place > 0)
             ),
         )
 
@@ -107,9 +111,14 @@ class Pretrained(paddle.nn.Layer):
             )
 
 
-def _set(parameter: Tensor, array: np.ndarray) -> None:
-    """Give ``parameter`` a fresh buffer with the values of ``array``; also where LazyGuard has allocated none.
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...], is_copy: bool) -> bool:
+    return found == wanted or (is_copy and found == wanted[::-1])
 
-    ``set_value`` with a view of the parameter itself corrupts it; ``to_tensor`` copies and the buffer changes hands.
+
+def _set(parameter: Tensor, array: np.ndarray) -> None:
+    """Give ``parameter`` a fresh buffer with the values of ``array``, also where LazyGuard allocated none.
+
+    ``set_value`` with a view of the parameter itself corrupts it; ``to_tensor`` copies and the buffer changes
+    hands.
     """
     paddle.to_tensor(np.ascontiguousarray(array), dtype=parameter.dtype)._share_buffer_to(parameter)

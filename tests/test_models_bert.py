@@ -6,18 +6,29 @@ import numpy as np
 import paddle
 import pytest
 import torch
-from models import bert
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 from transformers.models.bert import modeling_bert as reference
 
+from models import bert
+
 TINY = dict(
-    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-    max_position_embeddings=40, num_labels=2, architectures=["BertForPreTraining"],
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=40,
+    num_labels=2,
+    architectures=["BertForPreTraining"],
 )
 HEADS = [
-    "BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassification",
-    "BertForTokenClassification", "BertForQuestionAnswering",
+    "BertModel",
+    "BertForPreTraining",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
 ]
 OWN_POOLER = ["BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering"]
 NAMES = [
@@ -65,8 +76,11 @@ def pair(head, seed=0, **overrides):
 def paddle_name(name):
     for torch_part, paddle_part in NAMES:
         name = name.replace(torch_part, paddle_part)
-    return re.sub(r"(layers\.\d+)\.output\.dense", r"\1.linear2",
-                  re.sub(r"(layers\.\d+)\.output\.LayerNorm", r"\1.norm2", name))
+    return re.sub(
+        r"(layers\.\d+)\.output\.dense",
+        r"\1.linear2",
+        re.sub(r"(layers\.\d+)\.output\.LayerNorm", r"\1.norm2", name),
+    )
 
 
 def in_paddle_layout(net, head):
@@ -74,8 +88,10 @@ def in_paddle_layout(net, head):
     state = {name: array.T if LINEAR.fullmatch(name) else array for name, array in state.items()}
     if head in OWN_POOLER:
         width = TINY["hidden_size"]
-        state |= {"bert.pooler.dense.weight": np.ones([width, width], "float32"),
-                  "bert.pooler.dense.bias": np.ones([width], "float32")}
+        state |= {
+            "bert.pooler.dense.weight": np.ones([width, width], "float32"),
+            "bert.pooler.dense.bias": np.ones([width], "float32"),
+        }
     return state
 
 
@@ -91,7 +107,9 @@ def inputs_of(padding="none", seed=0):
 
 def run(net, **inputs):
     """The net's outputs by name as numpy arrays, whichever framework it belongs to."""
-    module, convert = (torch, torch.tensor) if isinstance(net, torch.nn.Module) else (paddle, paddle.to_tensor)
+    module, convert = (
+        (torch, torch.tensor) if isinstance(net, torch.nn.Module) else (paddle, paddle.to_tensor)
+    )
     with module.no_grad():
         outputs = net(**{name: convert(value) for name, value in inputs.items()})
     return {name: value.numpy() for name, value in outputs.items() if hasattr(value, "numpy")}
@@ -107,6 +125,7 @@ def recorded(net, **inputs):
     def hook(name):
         def record(_, __, output):
             seen[name] = (output[0] if isinstance(output, tuple) else output).detach().numpy()
+
         return record
 
     for name, layer in layers.items():
@@ -124,7 +143,7 @@ def distance(actual, expected):
 
 
 def assert_agree(theirs, ours, inputs, valid):
-    """Every block, and every output that both sides give: rows of valid positions, or whole where per example."""
+    """Every block, and every output that both sides give: rows of valid positions, or examples."""
     expected, actual = recorded(theirs, **inputs), recorded(ours, **inputs)
     for name, value in expected.items():
         assert distance(actual[name][valid], value[valid]) <= 1e-5, name
@@ -159,10 +178,18 @@ def test_epsilons(epsilon):
     assert_agree(theirs, ours, *inputs_of())
 
 
-@pytest.mark.parametrize("changes", [
-    {"type_vocab_size": 1}, {"type_vocab_size": 5}, {"num_attention_heads": 1}, {"num_hidden_layers": 1},
-    {"tie_word_embeddings": False}, {"max_position_embeddings": LENGTH},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type_vocab_size": 1},
+        {"type_vocab_size": 5},
+        {"num_attention_heads": 1},
+        {"num_hidden_layers": 1},
+        {"tie_word_embeddings": False},
+        {"max_position_embeddings": LENGTH},
+    ],
+    ids=str,
+)
 def test_shapes_of_the_net(changes):
     inputs, valid = inputs_of("left")
     inputs["token_type_ids"] %= changes.get("type_vocab_size", 2)
@@ -217,13 +244,16 @@ def test_loss_per_token(head):
     assert run(ours, **inputs)["loss"] == pytest.approx(run(theirs, **inputs)["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("num_labels,problem,labels", [
-    (3, None, [0, 2, 1]),
-    (1, None, [0.3, -1.0, 2.5]),
-    (3, "regression", [[0.1, 0.2, 0.3], [1.0, -1.0, 0.0], [0.5, 0.5, 0.5]]),
-    (3, None, [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
-    (2, "multi_label_classification", [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
-])
+@pytest.mark.parametrize(
+    "num_labels,problem,labels",
+    [
+        (3, None, [0, 2, 1]),
+        (1, None, [0.3, -1.0, 2.5]),
+        (3, "regression", [[0.1, 0.2, 0.3], [1.0, -1.0, 0.0], [0.5, 0.5, 0.5]]),
+        (3, None, [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        (2, "multi_label_classification", [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
+    ],
+)
 def test_sequence_classification_loss(num_labels, problem, labels):
     theirs, ours = pair("BertForSequenceClassification", num_labels=num_labels, problem_type=problem)
     inputs, _ = inputs_of("right")
@@ -242,14 +272,18 @@ def test_question_answering_loss(start, end):
 def test_gradients_of_every_parameter():
     theirs, ours = pair("BertForPreTraining", hidden_act="prelu")
     inputs, valid = inputs_of("both")
-    inputs |= {"labels": np.where(valid, inputs["input_ids"], -100), "next_sentence_label": np.array([0, 1, 1])}
+    inputs |= {
+        "labels": np.where(valid, inputs["input_ids"], -100),
+        "next_sentence_label": np.array([0, 1, 1]),
+    }
     theirs(**{k: torch.tensor(v) for k, v in inputs.items()}).loss.backward()
     ours(**{k: paddle.to_tensor(v) for k, v in inputs.items()})["loss"].backward()
     gradients = {name: weight.grad.numpy() for name, weight in ours.named_parameters()}
     expected = {paddle_name(name): weight.grad.numpy() for name, weight in theirs.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
-        if name.endswith(("k_proj.bias", "activation.weight")):  # zero by mathematics, and a sum that nearly cancels
+        # zero by mathematics, and a sum that nearly cancels
+        if name.endswith(("k_proj.bias", "activation.weight")):
             assert np.abs(gradients[name] - value).max() <= 1e-6
         else:
             assert distance(gradients[name], value.T if LINEAR.fullmatch(name) else value) <= 1e-5, name
@@ -262,9 +296,15 @@ def test_dropout_is_where_torch_has_it():
     assert sorted(layer.p for layer in ours.sublayers() if isinstance(layer, paddle.nn.Dropout)) == expected
 
 
-@pytest.mark.parametrize("changes", [
-    {"hidden_size": 30}, {"position_embedding_type": "relative_key"}, {"is_decoder": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 30},
+        {"position_embedding_type": "relative_key"},
+        {"is_decoder": True},
+    ],
+    ids=str,
+)
 def test_what_is_not_supported_is_refused(changes):
     from convert.errors import BadInput
 

@@ -4,16 +4,33 @@ import numpy as np
 import paddle
 import pytest
 import torch
-from models import gptj
 from transformers import DynamicCache, GPTJConfig
 from transformers.activations import ACT2FN
 from transformers.models.gptj import modeling_gptj as reference
 
+from models import gptj
+
 TINY = dict(
-    vocab_size=61, n_positions=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2, num_labels=2, architectures=["GPTJForCausalLM"],
+    vocab_size=61,
+    n_positions=40,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    rotary_dim=4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    num_labels=2,
+    architectures=["GPTJForCausalLM"],
 )
-TRANSPOSED = ("_proj.weight", "fc_in.weight", "fc_out.weight", "lm_head.weight", "score.weight", "qa_outputs.weight")
+TRANSPOSED = (
+    "_proj.weight",
+    "fc_in.weight",
+    "fc_out.weight",
+    "lm_head.weight",
+    "score.weight",
+    "qa_outputs.weight",
+)
 HEADS = ["GPTJModel", "GPTJForCausalLM", "GPTJForSequenceClassification", "GPTJForQuestionAnswering"]
 LENGTH = 12
 MASKS = {
@@ -51,7 +68,9 @@ def ids(seed=0, batch=3, length=LENGTH, low=3):
 
 def run(net, **inputs):
     """The net's outputs by name as numpy arrays, whichever framework it belongs to."""
-    module, convert = (torch, torch.tensor) if isinstance(net, torch.nn.Module) else (paddle, paddle.to_tensor)
+    module, convert = (
+        (torch, torch.tensor) if isinstance(net, torch.nn.Module) else (paddle, paddle.to_tensor)
+    )
     with module.no_grad():
         outputs = net(**{name: convert(value) for name, value in inputs.items() if value is not None})
     return {name: value.numpy() for name, value in outputs.items() if hasattr(value, "numpy")}
@@ -66,6 +85,7 @@ def recorded(net, **inputs):
     def hook(name):
         def record(_, __, output):
             seen[name] = (output[0] if isinstance(output, tuple) else output).detach().numpy()
+
         return record
 
     for name, layer in layers.items():
@@ -131,11 +151,20 @@ def test_epsilons(epsilon):
     assert_blocks_agree(theirs, ours, input_ids=ids())
 
 
-@pytest.mark.parametrize("changes", [
-    {"rotary_dim": 2}, {"rotary_dim": 6}, {"rotary_dim": 8}, {"rotary_dim": None, "n_head": 1},
-    {"n_inner": 24}, {"n_layer": 1, "n_head": 2, "rotary_dim": 16}, {"tie_word_embeddings": True},
-    {"n_positions": LENGTH},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rotary_dim": 2},
+        {"rotary_dim": 6},
+        {"rotary_dim": 8},
+        {"rotary_dim": None, "n_head": 1},
+        {"n_inner": 24},
+        {"n_layer": 1, "n_head": 2, "rotary_dim": 16},
+        {"tie_word_embeddings": True},
+        {"n_positions": LENGTH},
+    ],
+    ids=str,
+)
 def test_shapes_of_the_net(changes):
     theirs, ours = pair("GPTJForCausalLM", **changes)
     assert_blocks_agree(theirs, ours, input_ids=ids())
@@ -194,8 +223,11 @@ def test_cache_step_by_step(padding):
         with torch.no_grad():
             expected = theirs(**{k: torch.tensor(v) for k, v in step.items()}, past_key_values=torch_cache)
         with paddle.no_grad():
-            actual = ours(**{k: paddle.to_tensor(v) for k, v in step.items()}, past_key_values=paddle_cache,
-                          use_cache=True)
+            actual = ours(
+                **{k: paddle.to_tensor(v) for k, v in step.items()},
+                past_key_values=paddle_cache,
+                use_cache=True,
+            )
         paddle_cache = actual["past_key_values"]
         rows = valid[:, start:stop] == 1
         assert distance(actual["logits"].numpy()[rows], expected.logits.numpy()[rows]) <= 1e-5
@@ -212,7 +244,10 @@ def test_positions_continue_after_the_cache():
     first = ours(tokens[:, :7], use_cache=True)
     second = ours(tokens[:, 7:], past_key_values=first["past_key_values"])
     assert "past_key_values" not in second
-    assert distance(second["last_hidden_state"].numpy(), ours(tokens)["last_hidden_state"].numpy()[:, 7:]) <= 1e-5
+    assert (
+        distance(second["last_hidden_state"].numpy(), ours(tokens)["last_hidden_state"].numpy()[:, 7:])
+        <= 1e-5
+    )
 
 
 def test_a_mask_that_does_not_cover_the_cache_is_refused():
@@ -224,12 +259,15 @@ def test_a_mask_that_does_not_cover_the_cache_is_refused():
 
 
 @pytest.mark.parametrize("padding", MASKS)
-@pytest.mark.parametrize("num_labels,problem,labels", [
-    (3, None, [0, 2, 1]),
-    (1, None, [0.3, -1.0, 2.5]),
-    (3, "regression", [[0.1, 0.2, 0.3], [1.0, -1.0, 0.0], [0.5, 0.5, 0.5]]),
-    (3, None, [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
-])
+@pytest.mark.parametrize(
+    "num_labels,problem,labels",
+    [
+        (3, None, [0, 2, 1]),
+        (1, None, [0.3, -1.0, 2.5]),
+        (3, "regression", [[0.1, 0.2, 0.3], [1.0, -1.0, 0.0], [0.5, 0.5, 0.5]]),
+        (3, None, [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+    ],
+)
 def test_sequence_classification(padding, num_labels, problem, labels):
     theirs, ours = pair("GPTJForSequenceClassification", num_labels=num_labels, problem_type=problem)
     inputs, _ = padded(padding)
@@ -271,7 +309,9 @@ def test_gradients_of_every_parameter(tied):
     inputs, valid = padded("both")
     labels = np.where(valid == 1, inputs["input_ids"], -100)
     theirs(**{k: torch.tensor(v) for k, v in inputs.items()}, labels=torch.tensor(labels)).loss.backward()
-    ours(**{k: paddle.to_tensor(v) for k, v in inputs.items()}, labels=paddle.to_tensor(labels))["loss"].backward()
+    ours(**{k: paddle.to_tensor(v) for k, v in inputs.items()}, labels=paddle.to_tensor(labels))[
+        "loss"
+    ].backward()
     gradients = {name: weight.grad.numpy() for name, weight in ours.named_parameters()}
     expected = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
     assert gradients.keys() == expected.keys()

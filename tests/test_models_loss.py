@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import loss
 from torch.nn import functional as F
+
+from models import loss
 
 IGNORED = -100
 
@@ -34,11 +35,11 @@ def both(ours, theirs, *arrays):
     return results
 
 
-def assert_same(ours, theirs, *arrays, rel=1e-6):
+def assert_same(ours, theirs, *arrays, rel=1e-6, gradient_rel=3e-6):
     (value, gradient), (expected, expected_gradient) = both(ours, theirs, *arrays)
     assert value.shape == expected.shape and value.dtype == expected.dtype
     np.testing.assert_allclose(value, expected, rtol=rel, atol=rel * np.abs(expected).max(initial=0))
-    bound = 3e-6 * np.linalg.norm(np.nan_to_num(expected_gradient)) + 1e-12
+    bound = gradient_rel * np.linalg.norm(np.nan_to_num(expected_gradient)) + 1e-12
     assert np.linalg.norm(gradient - expected_gradient) <= bound
 
 
@@ -50,17 +51,25 @@ def test_cross_entropy(reduction, spread, ignored):
     assert_same(
         lambda x, y: loss.cross_entropy(x, y, reduction=reduction),
         lambda x, y: F.cross_entropy(x, y, reduction=reduction),
-        logits, labels,
+        logits,
+        labels,
     )
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 20), classes=st.integers(1, 70),
-       spread=st.floats(0, 1000), ignored=st.floats(0, 0.9))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 20),
+    classes=st.integers(1, 70),
+    spread=st.floats(0, 1000),
+    ignored=st.floats(0, 0.9),
+)
 def test_cross_entropy_of_anything(seed, rows, classes, spread, ignored):
     logits, labels = logits_and_labels(seed, rows, classes, spread, ignored)
     labels[0] = 0
-    (value, gradient), (expected, expected_gradient) = both(loss.cross_entropy, F.cross_entropy, logits, labels)
+    (value, gradient), (expected, expected_gradient) = both(
+        loss.cross_entropy, F.cross_entropy, logits, labels
+    )
     np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
@@ -77,7 +86,8 @@ def test_every_label_ignored(reduction):
     (value, gradient), (expected, expected_gradient) = both(
         lambda x, y: loss.cross_entropy(x, y, reduction=reduction),
         lambda x, y: F.cross_entropy(x, y, reduction=reduction),
-        logits, labels,
+        logits,
+        labels,
     )
     np.testing.assert_array_equal(value, expected)
     assert np.isnan(value).any() == (reduction == "mean")
@@ -88,7 +98,9 @@ def test_a_vocabulary_of_50400():
     """Paddle's own sum is 5e-6 off here."""
     logits, labels = logits_and_labels(rows=64, classes=50400, spread=3.0)
     true = F.cross_entropy(torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)).item()
-    assert float(loss.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels))) == pytest.approx(true, rel=2e-7)
+    assert float(loss.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels))) == pytest.approx(
+        true, rel=2e-7
+    )
     assert_same(loss.cross_entropy, F.cross_entropy, logits, labels)
 
 
@@ -97,7 +109,8 @@ def test_int32_labels_and_an_axis_of_time():
     assert_same(
         lambda x, y: loss.cross_entropy(x.reshape([4, 10, 11]), y.reshape([4, 10]), reduction="none"),
         lambda x, y: F.cross_entropy(x, y.long(), reduction="none").reshape(4, 10),
-        logits, labels,
+        logits,
+        labels,
     )
 
 
@@ -128,7 +141,8 @@ def test_causal_lm():
     assert_same(
         lambda x, y: loss.causal_lm_loss(x.reshape([4, 10, 11]), y.reshape([4, 10])),
         lambda x, y: ForCausalLMLoss(x.reshape(4, 10, 11), y.reshape(4, 10), vocab_size=11),
-        logits, labels,
+        logits,
+        labels,
     )
 
 
@@ -149,8 +163,18 @@ def test_bce_with_logits(spread):
 
 
 def test_bce_of_a_nearly_perfect_prediction():
+    """torch's own gradient is 0 at x = 17, y = 1, where the true one is -4e-8; so float64 is the judge."""
     targets = np.tile([[0.0, 1.0]], (5, 1)).astype("float32")
-    assert_same(loss.bce_with_logits, F.binary_cross_entropy_with_logits, (targets * 2 - 1) * 17, targets)
+    logits = (targets * 2 - 1) * 17
+    (value, gradient), _ = both(loss.bce_with_logits, F.binary_cross_entropy_with_logits, logits, targets)
+    _, (expected, expected_gradient) = both(
+        loss.bce_with_logits,
+        F.binary_cross_entropy_with_logits,
+        logits.astype("float64"),
+        targets.astype("float64"),
+    )
+    assert value == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6)
 
 
 def test_classification_by_labels():
@@ -187,7 +211,7 @@ def test_contrastive(candidates):
     def theirs(x, y):
         return F.cross_entropy(20.0 * F.normalize(x) @ F.normalize(y).T, torch.arange(8))
 
-    assert_same(loss.contrastive_loss, theirs, a, b, rel=3e-6)
+    assert_same(loss.contrastive_loss, theirs, a, b, rel=3e-6, gradient_rel=1e-5)
 
 
 def test_mean_pool():

@@ -1,0 +1,179 @@
+"""From a model's outputs to predictions and metric values; one numpy implementation in float64 for both sides.
+
+Each task reduces a batch to small arrays, so that logits never pile up, and makes its values from them at the end.
+``*.predictions`` go with ``*.margins``: how far the chosen score lies above the next, and ``*.largest``, the
+magnitude that rounding is measured by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .inputs import Inputs
+from .texts import Example
+
+Arrays = dict[str, np.ndarray]
+Reduce = Callable[[Mapping[str, np.ndarray], Inputs, Sequence[Example]], Arrays]
+MAX_ANSWER = 30
+NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """``reduce(outputs, inputs, examples)`` for one batch, ``values(arrays)`` over all of them."""
+
+    reduce: Reduce
+    values: Callable[[Arrays], dict[str, float]]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64, over the last axis."""
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def accuracy(predictions: np.ndarray, targets: np.ndarray) -> float:
+    """Share of predictions that equal their target."""
+    return float(np.mean(predictions == targets))
+
+
+def macro_f1(predictions: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over the classes that occur of 2 tp / (2 tp + fp + fn)."""
+    from sklearn.metrics import f1_score
+    return float(f1_score(targets, predictions, average="macro", zero_division=0.0))
+
+
+def perplexity(token_losses: np.ndarray) -> float:
+    """exp of the mean negative log-likelihood over all predicted tokens."""
+    return float(np.exp(token_losses.astype(np.float64).mean()))
+
+
+def choices(name: str, logits: np.ndarray, targets: np.ndarray) -> Arrays:
+    """Greedy choice among the classes, for logits [n, classes] and targets [n]."""
+    if logits.shape[-1] < 2:
+        margins = np.full(len(logits), np.inf, np.float32)
+    else:
+        best = np.partition(logits, -2, axis=-1)[:, -2:]
+        margins = best[:, 1] - best[:, 0]
+    return {f"{name}.predictions": logits.argmax(-1), f"{name}.margins": margins,
+            f"{name}.largest": np.abs(logits).max(-1, initial=0), f"{name}.targets": targets}
+
+
+def _next_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    pairs = inputs.mask[:, :-1] & inputs.mask[:, 1:]
+    logits, targets = outputs["logits"][:, :-1][pairs], inputs.arrays["input_ids"][:, 1:][pairs]
+    likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+    return choices("token", logits, targets) | {"token_nll": -likelihood}
+
+
+def _masked_tokens(logits: str) -> Reduce:
+    def reduce(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+        labels = _padded([example.targets["labels"] for example in examples], inputs.mask.shape[1])
+        chosen = labels != -100
+        return choices("token", outputs[logits][chosen], labels[chosen])
+    return reduce
+
+
+def _masked_tokens_and_sentence(outputs: Mapping[str, np.ndarray], inputs: Inputs,
+                                examples: Sequence[Example]) -> Arrays:
+    sentence = np.array([example.targets["sentence"] for example in examples])
+    return (_masked_tokens("prediction_logits")(outputs, inputs, examples)
+            | choices("sentence", outputs["seq_relationship_logits"], sentence))
+
+
+def _classes(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    targets = np.array([example.targets["label"] for example in examples])
+    if outputs["logits"].shape[-1] == 1:
+        return {"scores": outputs["logits"][:, 0], "score_targets": targets}
+    return choices("class", outputs["logits"], targets)
+
+
+def _class_values(arrays: Arrays) -> dict[str, float]:
+    if "scores" in arrays:
+        return {"mean_squared_error": float(np.mean((arrays["scores"].astype(np.float64) - arrays["score_targets"]) ** 2))}
+    return _accuracy_and_f1("class")(arrays)
+
+
+def _spans(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    """The best span of at most 30 tokens inside the passage, by the sum of its start and end logits."""
+    length = inputs.mask.shape[1]
+    allowed = np.triu(np.ones((length, length), bool)) & ~np.triu(np.ones((length, length), bool), MAX_ANSWER)
+    found = []
+    for row, example in enumerate(examples):
+        passage = _padded([example.targets["passage"]], length)[0] == 1
+        scores = outputs["start_logits"][row][:, None].astype(np.float64) + outputs["end_logits"][row]
+        scores[~(allowed & passage[:, None] & passage)] = -np.inf
+        best = np.partition(scores.reshape(-1), -2)[-2:]
+        found.append((int(scores.argmax()), best[1] - best[0], np.abs(scores[np.isfinite(scores)]).max()))
+    spans, margins, largest = (np.array(column) for column in zip(*found, strict=True))
+    starts, ends = spans // length, spans % length
+    gold = [(example.targets["start"], example.targets["end"]) for example in examples]
+    return {"span.predictions": np.stack([starts, ends], -1), "span.margins": np.stack([margins, margins], -1),
+            "span.largest": np.stack([largest, largest], -1), "span.targets": np.array(gold)}
+
+
+def _span_values(arrays: Arrays) -> dict[str, float]:
+    """Exact match, and F1 of the overlap of tokens (Rajpurkar et al. 2016, over token positions)."""
+    exact, overlap = [], []
+    for (start, end), (first, last) in zip(arrays["span.predictions"], arrays["span.targets"], strict=True):
+        shared = max(0, min(end, last) - max(start, first) + 1) if first >= 0 else 0
+        exact.append((start, end) == (first, last))
+        overlap.append(2 * shared / ((end - start + 1) + (last - first + 1)))
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def _embeddings(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    weights = inputs.mask[..., None].astype(np.float64)
+    pooled = (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1)
+    return {"embeddings": pooled.astype(np.float32), "embedding_labels": np.array([example.targets["label"] for example in examples])}
+
+
+def neighbours(embeddings: np.ndarray) -> Arrays:
+    """The nearest rows of every row by cosine, best first; a rank's margin is to the ranks on both sides."""
+    unit = embeddings.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    count = min(NEIGHBOURS, len(unit) - 1)
+    order = np.argsort(-similarity, axis=-1, kind="stable")
+    ranked = np.take_along_axis(similarity, order, axis=-1)
+    gaps = np.concatenate([np.full((len(unit), 1), np.inf), ranked[:, :-1] - ranked[:, 1:]], axis=-1)
+    margins = np.minimum(gaps[:, :count], gaps[:, 1: count + 1])
+    return {"neighbour.predictions": order[:, :count], "neighbour.margins": margins,
+            "neighbour.largest": np.ones_like(margins)}
+
+
+def _neighbour_values(arrays: Arrays) -> dict[str, float]:
+    labels = arrays["embedding_labels"]
+    nearest = labels[arrays["neighbour.predictions"][:, 0]]
+    return {"nearest_neighbour_accuracy": accuracy(nearest, labels), "nearest_neighbour_f1": macro_f1(nearest, labels)}
+
+
+def _accuracy(name: str, told: str) -> Callable[[Arrays], dict[str, float]]:
+    return lambda arrays: {told: accuracy(arrays[f"{name}.predictions"], arrays[f"{name}.targets"])}
+
+
+def _accuracy_and_f1(name: str) -> Callable[[Arrays], dict[str, float]]:
+    return lambda arrays: {"accuracy": accuracy(arrays[f"{name}.predictions"], arrays[f"{name}.targets"]),
+                           "f1": macro_f1(arrays[f"{name}.predictions"], arrays[f"{name}.targets"])}
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    return np.array([[*row, *[-100] * (width - len(row))] for row in rows])
+
+
+SCORES = {
+    "causal-lm": Score(_next_tokens, lambda arrays: {
+        "perplexity": perplexity(arrays["token_nll"]), **_accuracy("token", "next_token_accuracy")(arrays)}),
+    "masked-lm": Score(_masked_tokens("logits"), _accuracy("token", "masked_token_accuracy")),
+    "pre-training": Score(_masked_tokens_and_sentence, lambda arrays: {
+        **_accuracy("token", "masked_token_accuracy")(arrays), **_accuracy("sentence", "next_sentence_accuracy")(arrays)}),
+    "sequence-classification": Score(_classes, _class_values),
+    "token-classification": Score(_masked_tokens("logits"), _accuracy_and_f1("token")),
+    "question-answering": Score(_spans, _span_values),
+    "encoder": Score(_embeddings, _neighbour_values),
+}

@@ -1,0 +1,201 @@
+"""The texts a metric runs on: the passages that ship with the project, a set of the ``datasets`` library, or ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import BadInput
+from convert.rules import Config, Sizes
+
+from .inputs import SEED, pad_token
+
+PASSAGES = Path(__file__).with_name("data") / "passages.jsonl"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+MASKED_SHARE = 0.15
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Model inputs of one row as lists of ids, and the targets that the metric wants, under the same names in all."""
+
+    inputs: dict[str, list[int]]
+    targets: dict[str, Any]
+
+
+@dataclass
+class Encoder:
+    """Rows to examples, with the source's tokenizer, or with seeded ids where it has none."""
+
+    tokenizer: Any | None
+    config: Config
+    sizes: Sizes
+    max_length: int
+
+    def __post_init__(self) -> None:
+        self.generator = np.random.default_rng(SEED)
+        self.max_length = min(self.max_length, self.sizes["positions"])
+
+    def encode(self, text: str, pair: str | None = None, truncation: str | bool = True) -> Any:
+        """A fast tokenizer's encoding of one row, at most ``max_length`` tokens."""
+        return self.tokenizer(text, pair, truncation=truncation, max_length=self.max_length)
+
+    def example(self, encoding: Any, **targets: Any) -> Example:
+        """The model's inputs of ``encoding``: token types only where the family has them."""
+        names = ["input_ids", "attention_mask"] + (["token_type_ids"] if self.sizes.get("types", 0) > 1 else [])
+        ids = encoding["input_ids"]
+        types = encoding.get("token_type_ids") or [0] * len(ids)
+        given = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": types}
+        return Example({name: list(given[name]) for name in names}, targets)
+
+    def seeded(self) -> dict[str, list[int]]:
+        """An encoding of seeded ids, of a seeded length."""
+        length = int(self.generator.integers(max(2, self.max_length // 2), self.max_length + 1))
+        ids = self.generator.integers(0, self.sizes["vocab"] - 1, length)
+        ids += ids >= pad_token(self.config)
+        return {"input_ids": ids.tolist()}
+
+    def masked(self, encoding: Any) -> tuple[list[int], list[int]]:
+        """(ids with 15 % of the real tokens masked, labels: the masked tokens, else -100), at least one masked."""
+        ids = np.array(encoding["input_ids"])
+        special = np.array(self.tokenizer.get_special_tokens_mask(ids.tolist(), already_has_special_tokens=True)) if (
+            self.tokenizer) else np.zeros(len(ids), int)
+        real = np.flatnonzero(special == 0)
+        chosen = self.generator.choice(real, max(1, round(MASKED_SHARE * len(real))), replace=False)
+        labels = np.full(len(ids), -100)
+        labels[chosen] = ids[chosen]
+        ids[chosen] = self.tokenizer.mask_token_id if self.tokenizer else 0
+        return ids.tolist(), labels.tolist()
+
+
+def load_tokenizer(directory: Path) -> Any | None:
+    """The source's own tokenizer through transformers, None where it has none."""
+    if not any(True for pattern in TOKENIZER_FILES for _ in directory.glob(pattern)):
+        return None
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(directory, use_fast=True)
+    except Exception as error:
+        raise BadInput(f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {error}).") from error
+
+
+def load_rows(dataset: str | None, split: str, limit: int) -> tuple[str, list[Row]]:
+    """(name, rows): at most ``limit``, in order. Raises :class:`BadInput` when the set cannot be had."""
+    if dataset is None:
+        rows = [json.loads(line) for line in PASSAGES.read_text("utf-8").splitlines()]
+        return "the passages that ship with paddle-parity", rows[:limit]
+    import datasets
+    path, _, configuration = dataset.partition(":")
+    builder = BUILDERS.get(Path(path).suffix) if Path(path).is_file() else None
+    try:
+        loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split) if builder else
+                  datasets.load_dataset(path, configuration or None, split=split))
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise BadInput(f"the data set {dataset} (split {split}) cannot be loaded: {type(error).__name__}: {first}") from error
+    return f"{dataset} ({split})", list(loaded.select(range(min(limit, len(loaded)))))
+
+
+def columns(rows: Sequence[Row], *names: str) -> None:
+    """Require that the rows have these columns."""
+    absent = [name for name in names if rows and name not in rows[0]]
+    if absent:
+        raise BadInput(f"this head's metric needs the column {absent[0]}; the set has {', '.join(rows[0])}. Rename one with "
+                       f"--columns {absent[0]}=NAME.")
+
+
+def renamed(rows: Iterable[Row], mapping: str | None) -> list[Row]:
+    """``text=sentence,label=stars``: the set's own column names under the names that the metrics use."""
+    pairs = [pair.partition("=") for pair in mapping.split(",")] if mapping else []
+    if any(not ours or not theirs for ours, _, theirs in pairs):
+        raise BadInput(f"--columns {mapping} is not of the form text=sentence,label=stars.")
+    found = []
+    for row in rows:
+        unknown = [theirs for _, _, theirs in pairs if theirs not in row]
+        if unknown:
+            raise BadInput(f"the set has no column {unknown[0]}; it has {', '.join(row)}.")
+        found.append({**row, **{ours: row[theirs] for ours, _, theirs in pairs}})
+    return found
+
+
+def plain_texts(rows: Sequence[Row], encoder: Encoder, label: str | None = None) -> list[Example]:
+    """One example a row, its ``label`` as the target."""
+    columns(rows, "text", *([label] if label else []))
+    return [encoder.example(encoder.encode(row["text"]) if encoder.tokenizer else encoder.seeded(),
+                            **({label: row[label]} if label else {})) for row in rows]
+
+
+def labelled_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    return plain_texts(rows, encoder, "label")
+
+
+def masked_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """Some tokens masked, to be found again."""
+    return [Example({**example.inputs, "input_ids": ids}, {"labels": labels})
+            for example in plain_texts(rows, encoder)
+            for ids, labels in [encoder.masked(example.inputs)]]
+
+
+def sentence_pairs(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """A passage, what is said to follow it, masked tokens in both; 0 where it does follow."""
+    columns(rows, "text", "next", "follows")
+    found = []
+    for row in rows:
+        encoding = encoder.encode(row["text"], row["next"], "only_first") if encoder.tokenizer else encoder.seeded()
+        ids, labels = encoder.masked(encoding)
+        found.append(encoder.example({**encoding, "input_ids": ids}, labels=labels, sentence=int(not row["follows"])))
+    return found
+
+
+def named_words(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """1 for the first token of a word that belongs to a name, 0 for that of another word, -100 for the rest."""
+    columns(rows, "text", "names")
+    found = []
+    for row in rows:
+        if not encoder.tokenizer:
+            ids = encoder.seeded()
+            found.append(encoder.example(ids, labels=encoder.generator.integers(0, 2, len(ids["input_ids"])).tolist()))
+            continue
+        encoding, text, names = encoder.encode(row["text"]), row["text"], set(row["names"])
+        words = encoding.word_ids()
+        first = [word is not None and word not in words[:position] for position, word in enumerate(words)]
+        spans = [encoding.word_to_chars(word) if starts else None for word, starts in zip(words, first, strict=True)]
+        found.append(encoder.example(encoding, labels=[
+            -100 if span is None else int(text[span.start: span.end].strip() in names) for span in spans]))
+    return found
+
+
+def questions(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """Question and passage; the targets are the answer's first and last token, and which tokens are passage."""
+    columns(rows, "text", "question", "answer")
+    found = []
+    for row in rows:
+        if not encoder.tokenizer:
+            ids = encoder.seeded()
+            length = len(ids["input_ids"])
+            found.append(encoder.example(ids, start=length // 3, end=length // 2, passage=[1] * length))
+            continue
+        encoding = encoder.encode(row["question"], row["text"], "only_second")
+        begin = row["text"].find(row["answer"])
+        start, end = (encoding.char_to_token(0, at, sequence_index=1) for at in (begin, begin + len(row["answer"]) - 1))
+        found.append(encoder.example(encoding, start=-1 if start is None else start, end=-1 if end is None else end,
+                                     passage=[int(part == 1) for part in encoding.sequence_ids()]))
+    return found
+
+
+ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {
+    "causal-lm": plain_texts,
+    "masked-lm": masked_texts,
+    "pre-training": sentence_pairs,
+    "sequence-classification": labelled_texts,
+    "token-classification": named_words,
+    "question-answering": questions,
+    "encoder": labelled_texts,
+}
