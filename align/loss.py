@@ -9,13 +9,14 @@ import numpy as np
 
 from .candidate import Candidate
 from .compare import compare
-from .inputs import SEED, Inputs, seeded
+from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, Session, Stage, main
 from .tasks import TASKS, Labels
+from .texts import Encoder, load_rows, load_tokenizer, plain_texts
 from .tolerance import LOSS, TOKEN_LOSS
 
-CONTRASTIVE_SCALE = 20.0
+PAIRS = 16
 Case = tuple[str, Inputs, Labels]
 
 
@@ -57,16 +58,32 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
 
 
 def _encoder(session: Session) -> Findings:
-    """A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with."""
-    inputs = seeded(session.run.config, session.run.sizes)
+    """A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with.
+
+    The temperature is 1. At the usual 0.05 a trained encoder's loss is some 1e-4, the difference of two numbers
+    near 20, so that rounding alone moves it by 1e-4 of itself; at 1 it lies near log(pairs).
+    """
+    inputs = _pairs(session)
     recorded = {}
     for told, side in (("torch", session.reference), ("paddle", session.candidate)):
         session.advance(told)
         hidden = side.outputs(inputs.arrays)["last_hidden_state"]
-        recorded[told] = {"loss.contrastive": side.contrastive_loss(hidden, inputs.mask, CONTRASTIVE_SCALE).reshape(())}
+        recorded[told] = {"loss.contrastive": side.contrastive_loss(hidden, inputs.mask, 1.0).reshape(())}
     result = compare("loss.contrastive", *(recorded[told]["loss.contrastive"] for told in ("torch", "paddle")), LOSS)
     notes = ["A bare encoder has no loss of its own: this is the in-batch contrastive loss of its mean-pooled rows."]
     return Findings([result], inputs.digest, recorded["torch"], recorded["paddle"], notes, _scalars(recorded))
+
+
+def _pairs(session: Session) -> Inputs:
+    """Passages, then what follows each; the padded seeded rows where the checkpoint has no tokenizer."""
+    run = session.run
+    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
+    if tokenizer is None:
+        return seeded(run.config, run.sizes)
+    encoder = Encoder(tokenizer, run.config, run.sizes, max_length=128)
+    _, rows = load_rows(None, "test", PAIRS)
+    texts = [{"text": row[column]} for column in ("text", "next") for row in rows]
+    return batches([example.inputs for example in plain_texts(texts, encoder)], run.config, len(texts))[0]
 
 
 def _scalars(recorded: dict[str, dict[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
