@@ -1,0 +1,73 @@
+"""The README's table of findings, each proved in a few lines: where Paddle or PaddleNLP computes something else."""
+
+import numpy as np
+import paddle
+import pytest
+import torch
+
+LOGITS = np.random.default_rng(0).standard_normal((8, 5)).astype("float32")
+LABELS = np.array([0, 1, 2, 3, 4, -100, -100, -100])
+
+
+def test_paddles_mean_cross_entropy_divides_by_ignored_positions_too():
+    ours = paddle.nn.functional.cross_entropy(paddle.to_tensor(LOGITS), paddle.to_tensor(LABELS)).item()
+    torchs = torch.nn.functional.cross_entropy(torch.from_numpy(LOGITS), torch.from_numpy(LABELS)).item()
+    assert ours == pytest.approx(torchs * 5 / 8, rel=1e-6)
+
+
+def test_paddles_cross_entropy_never_exceeds_64():
+    logits, label = np.array([[0.0, 100.0]], "float32"), np.array([0])
+    assert torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(label)).item() == 100.0
+    assert paddle.nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(label)).item() == 64.0
+
+
+def test_paddles_padding_idx_returns_zeros():
+    table = np.ones((3, 2), "float32")
+    assert torch.nn.functional.embedding(torch.tensor([0]), torch.from_numpy(table), padding_idx=0).sum() == 2
+    assert paddle.nn.functional.embedding(paddle.to_tensor([0]), paddle.to_tensor(table), padding_idx=0).sum() == 0
+
+
+def test_paddles_relu_hides_nan():
+    assert torch.nn.functional.relu(torch.tensor(float("nan"))).isnan()
+    assert paddle.nn.functional.relu(paddle.to_tensor(float("nan"))).item() == 0.0
+
+
+def test_paddles_layer_norm_refuses_a_large_epsilon():
+    with pytest.raises(ValueError, match="epsilon"):
+        paddle.nn.functional.layer_norm(paddle.ones([2, 4]), 4, epsilon=1e-2)
+
+
+def test_paddles_float32_sum_over_the_last_axis_is_tens_of_times_less_exact_than_torchs():
+    values = np.exp(np.random.default_rng(1).standard_normal((8, 50_400))).astype("float32")
+    exact = values.astype("float64").sum(-1)
+    paddles = np.abs(paddle.to_tensor(values).sum(-1).numpy() / exact - 1).max()
+    torchs = np.abs(torch.from_numpy(values).sum(-1).numpy() / exact - 1).max()
+    assert paddles > 10 * torchs
+
+
+def test_paddlenlps_gptj_crashes_without_a_mask_when_the_config_has_no_pad_token():
+    from paddlenlp.transformers.gptj.configuration import GPTJConfig
+    from paddlenlp.transformers.gptj.modeling import GPTJModel
+    tiny = dict(vocab_size=20, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16)
+    ids = paddle.to_tensor([[1, 2, 3]])
+    with pytest.raises(Exception):  # noqa: B017 (Paddle raises whatever its operator raises)
+        GPTJModel(GPTJConfig(**tiny, pad_token_id=None)).eval()(ids)
+    GPTJModel(GPTJConfig(**tiny, pad_token_id=0)).eval()(ids)
+
+
+def test_paddlenlps_gptj_ignores_position_ids():
+    from paddlenlp.transformers.gptj.configuration import GPTJConfig
+    from paddlenlp.transformers.gptj.modeling import GPTJModel
+    model = GPTJModel(GPTJConfig(vocab_size=20, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16,
+                                 pad_token_id=0)).eval()
+    ids, reversed_positions = paddle.to_tensor([[1, 2, 3]]), paddle.to_tensor([[2, 1, 0]])
+    assert bool((model(ids)[0] == model(ids, position_ids=reversed_positions)[0]).all())
+
+
+def test_paddlenlps_auto_class_takes_a_converted_gptj_for_another_architecture(tmp_path, monkeypatch):
+    from paddlenlp.transformers import AutoModel
+    monkeypatch.chdir(tmp_path)
+    from convert.cli import main
+    from convert.gptj import FAMILY
+    assert main(FAMILY, []) == 0
+    assert "GPTJ" not in type(AutoModel.from_pretrained("out/demo-gptj")).__name__
