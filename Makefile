@@ -3,6 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export GLOG_minloglevel := 2
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: install demo real test test-full lint clean
 

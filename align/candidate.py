@@ -6,10 +6,14 @@ Both answer the same calls as the reference, so the stages need not know which o
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
+import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from .runs import Run
 from .tasks import token_rows
 
 OnModule = Callable[[str], None]
+Modules = Sequence[tuple[str, str]]
 TARGETS = ("models", "paddlenlp")
 
 
@@ -57,12 +62,23 @@ class Candidate:
 
         ``entering`` replaces what enters a module, so that each is judged on the reference's own input.
         """
+        return self._pass(inputs, self.run.modules, entering or {}, on_module)[0]
+
+    def record_inside(self, inputs: Inputs, modules: Modules,
+                      entering: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Of these modules, each fed ``entering``: (its output, what would have entered it), rows of real tokens."""
+        return self._pass(inputs, modules, entering)
+
+    def _pass(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray],
+              on_module: OnModule = lambda name: None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         import paddle
         recorded: dict[str, np.ndarray] = {}
+        arriving: dict[str, np.ndarray] = {}
 
         def before(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if entering is None or name not in entering:
+            if name not in entering or not arguments:
                 return None
+            arriving[name] = token_rows(name, arguments[0].numpy(), inputs.mask)
             return paddle.to_tensor(entering[name]), *arguments[1:]
 
         def after(name: str, output: Any) -> None:
@@ -70,14 +86,17 @@ class Candidate:
             recorded[name] = token_rows(name, first.numpy(), inputs.mask)
             on_module(name)
 
+        layers = dict(self.model.named_sublayers())
         with ExitStack() as hooks:
-            for name, layer in self._layers():
-                hooks.callback(layer.register_forward_pre_hook(
-                    lambda _, arguments, name=name: before(name, arguments)).remove)
-                hooks.callback(layer.register_forward_post_hook(
-                    lambda _, arguments, output, name=name: after(name, output)).remove)
+            for _, name in modules:
+                if name in layers:
+                    hooks.callback(layers[name].register_forward_pre_hook(
+                        lambda _, arguments, name=name: before(name, arguments)).remove)
+                    hooks.callback(layers[name].register_forward_post_hook(
+                        lambda _, arguments, output, name=name: after(name, output)).remove)
             outputs = self.outputs(inputs.arrays)
-        return recorded | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
+        recorded |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
+        return recorded, arriving
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
@@ -105,12 +124,6 @@ class Candidate:
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         raise AssertionError("a target has its own call")
-
-    def _layers(self) -> Iterator[tuple[str, Any]]:
-        layers = dict(self.model.named_sublayers())
-        for _, name in self.run.modules:
-            if name in layers:
-                yield name, layers[name]
 
 
 class OwnNet(Candidate):
@@ -154,13 +167,51 @@ class PaddleNLPNet(Candidate):
         return found.numpy().reshape(labels.shape)
 
 
+class UserNet(Candidate):
+    """A net of the user's: ``package.module:build`` is called with the config and the output directory.
+
+    It returns a ``paddle.nn.Layer`` with its weights loaded, whose parameters and modules have the family's Paddle
+    names, and which takes transformers' arguments and returns a mapping with transformers' output names.
+    """
+
+    def __init__(self, run: Run, device: str, target: str) -> None:
+        self._module, _, self._function = target.partition(":")
+        super().__init__(run, device)
+
+    def _build(self) -> Any:
+        import paddle
+        sys.path.insert(0, "")
+        try:
+            build = getattr(importlib.import_module(self._module), self._function)
+        except (ImportError, AttributeError) as error:
+            raise BadInput(f"--target {self._module}:{self._function} cannot be imported ({error}).") from error
+        finally:
+            sys.path.remove("")
+        net = build(dict(self.run.target_config), self.run.output)
+        if not isinstance(net, paddle.nn.Layer):
+            raise BadInput(f"{self._module}:{self._function} returned a {type(net).__name__}; a paddle.nn.Layer is "
+                           "needed.")
+        return net
+
+    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+        result = self.model(**tensors)
+        if not hasattr(result, "items"):
+            raise BadInput(f"{self._module}:{self._function}: the net returned a {type(result).__name__}; a mapping "
+                           "with transformers' output names is needed, as {'logits': …}.")
+        return result
+
+    token_loss = PaddleNLPNet.token_loss
+
+
 def open_candidate(run: Run, target: str, device: str) -> Candidate:
     """The candidate that ``--target`` names."""
     if target == "models":
         return OwnNet(run, device)
     if target == "paddlenlp":
         return PaddleNLPNet(run, device)
-    raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)}.")
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
+        return UserNet(run, device, target)
+    raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
 
 
 def _use_device(device: str) -> None:
@@ -173,7 +224,10 @@ def _use_device(device: str) -> None:
 
 
 def _refuse_foreign_models() -> None:
-    import models
-    if getattr(models, "PROJECT", None) != "paddle-parity":
-        raise BadInput(f"another package named models, at {getattr(models, '__file__', None) or list(models.__path__)[0]}, "
-                       "hides the nets of paddle-parity. Run from another directory, or rename or uninstall it.")
+    """Look where ``models`` would be imported from, without running what may lie there."""
+    ours = Path(__file__).resolve().parents[1] / "models" / "__init__.py"
+    found = importlib.util.find_spec("models")
+    where = found and (found.origin or next(iter(found.submodule_search_locations)))
+    if where is None or Path(where).resolve() != ours:
+        raise BadInput(f"another package named models, at {where}, hides the nets of paddle-parity, at {ours.parent}. "
+                       "Run from another directory, or rename or uninstall it.")

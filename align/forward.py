@@ -3,34 +3,101 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from .compare import TensorResult, compare, missing
-from .inputs import seeded
+from .inputs import Inputs, seeded
+from .inside import PROBE, look_inside, probe_norms
+from .noise import Kind, NoiseFloor
+from .runs import Run
+from .scores import log_softmax
 from .stage import Findings, Session, Stage, main
-from .tolerance import FORWARD
+from .tolerance import FORWARD, REORDERED_RUNS, margin_noise
 
 
 def find(session: Session) -> Findings:
-    """Each module twice: in one pass of its own (propagated), and fed the reference's input (isolated)."""
+    """Each module twice: in one pass of its own (propagated), and fed the reference's input (isolated).
+
+    The layer norms once more on a small input, and, where a module fails, its sublayers.
+    """
     inputs = seeded(session.run.config, session.run.sizes)
     inputs.save(session.reports / "traces" / "forward_inputs.npz")
     reference, entering = session.reference.record(inputs, lambda name: session.advance(f"torch {name}"))
     candidate = session.candidate.record(inputs, on_module=lambda name: session.advance(f"paddle {name}"))
     isolated = session.candidate.record(inputs, entering, lambda name: session.advance(f"paddle {name}, isolated"))
-    judged = {name: array for name, array in isolated.items() if name in entering}
-    notes = [*inputs.notes, f"Inputs: {inputs.mask.shape[0]} rows of {inputs.mask.shape[1]} seeded tokens: whole, "
-                            "padded left, right, and on both sides; padded positions are not compared."]
-    return Findings(compare_traces(reference, candidate, judged), inputs.digest, reference, candidate, notes)
+    floors = session.reference.noise_floors(inputs, reference, entering, session.advance)
+    tensors = compare_traces(reference, candidate, isolated, floors)
+    session.advance("layer norms on a small input")
+    probes = probe_norms(session, inputs)
+    bad = first_bad(tensors)
+    inside = look_inside(session, inputs, bad.name) if bad and bad.measures else None
+    named = (inside and inside.named) or (bad and bad.name) or next(
+        (probe.name.replace(PROBE, ": epsilon") for probe in probes if not probe.passed), None)
+    notes = [*inputs.notes, *_told(inputs, bool(floors)), *agreement(reference, candidate), *lint(session.run)]
+    return Findings([*tensors, *probes], inputs.digest, reference, candidate, notes, named=named,
+                    sublayers=inside.results if inside else [])
+
+
+def first_bad(tensors: Sequence[TensorResult]) -> TensorResult | None:
+    """The first module that fails on the reference's own input; else the first that fails at all."""
+    failing = [tensor for tensor in tensors if not tensor.passed]
+    own = [tensor for tensor in failing
+           if any(found.kind == "isolated" and not found.passed for found in tensor.judgements)]
+    return next(iter(own or failing), None)
+
+
+def agreement(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray]) -> list[str]:
+    """For each output of class scores: KL divergence, and agreement of the best and the five best classes.
+
+    Only rows count in which the margin between the scores in question exceeds what rounding can move.
+    """
+    told = []
+    for name, expected in reference.items():
+        found = candidate.get(name)
+        if not name.endswith("logits") or expected.ndim != 2 or expected.shape[1] < 2 or found is None:
+            continue
+        if found.shape != expected.shape or not np.isfinite(found).all():
+            continue
+        left, right = log_softmax(expected), log_softmax(found)
+        divergence = float((np.exp(left) * (left - right)).sum(-1).mean())
+        shares = [top_agreement(expected, found, count) for count in (1, 5) if count < expected.shape[1]]
+        equal = ", ".join(f"top-{count} equal in {same} of {sure}" for count, same, sure in shares)
+        told.append(f"{name}: KL divergence {max(divergence, 0.0):.1e}; {equal} rows whose margin exceeds rounding.")
+    return told
+
+
+def top_agreement(expected: np.ndarray, found: np.ndarray, count: int) -> tuple[int, int, int]:
+    """(count, rows with the same ``count`` best classes, rows in which rounding cannot decide which they are)."""
+    ordered = np.sort(expected, axis=-1)
+    sure = ordered[:, -count] - ordered[:, -count - 1] > margin_noise(1.0) * np.abs(expected).max(-1)
+    best = [np.sort(np.argpartition(scores, -count, axis=-1)[:, -count:], axis=-1) for scores in (expected, found)]
+    return count, int(((best[0] == best[1]).all(-1) & sure).sum()), int(sure.sum())
+
+
+def lint(run: Run) -> list[str]:
+    """What the two configs say differently, beyond what the conversion changed by intent."""
+    ours = {*run.family.additions, "dtype", "torch_dtype", "architectures", "transformers_version"}
+    return [f"config.json: {key} is {run.target_config.get(key)!r} in the output and {value!r} in the source."
+            for key, value in run.config.items() if key not in ours and run.target_config.get(key) != value]
+
+
+def _told(inputs: Inputs, floored: bool) -> list[str]:
+    yardstick = (f"torch's own rounding error, pooled over float64 against {REORDERED_RUNS + 1} float32 runs with "
+                 "their sums reordered" if floored else
+                 "the fixed ceiling, because there is no memory for torch in float64 beside the model")
+    rows, tokens = inputs.mask.shape
+    return [f"Inputs: {rows} rows of {tokens} seeded tokens: whole, padded left, right, and on both sides; padded "
+            "positions are not compared.", f"Yardstick: {yardstick}."]
 
 
 def compare_traces(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray],
-                   isolated: Mapping[str, np.ndarray]) -> list[TensorResult]:
+                   isolated: Mapping[str, np.ndarray],
+                   floors: Mapping[str, Mapping[Kind, NoiseFloor]]) -> list[TensorResult]:
     """One result per name that either side recorded, in the reference's order."""
-    shared = [compare(name, array, candidate[name], FORWARD, isolated.get(name)) if name in candidate
-              else missing(name, "candidate") for name, array in reference.items()]
+    shared = [compare(name, array, candidate[name], FORWARD, isolated.get(name), floors.get(name))
+              if name in candidate else missing(name, "candidate") for name, array in reference.items()]
     return shared + [missing(name, "reference") for name in candidate
                      if name not in reference and name not in UNASKED]
 

@@ -12,7 +12,7 @@ from .compare import compare
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, Session, Stage, main
-from .tasks import TASKS, Labels
+from .tasks import TASKS, Labels, numbers
 from .texts import Encoder, load_rows, load_tokenizer, plain_texts
 from .tolerance import LOSS, TOKEN_LOSS
 
@@ -30,8 +30,8 @@ def find(session: Session) -> Findings:
         recorded[told] = {name: value for case in cases(session) for name, value in losses(session, side, case)}
     for name, expected in recorded["torch"].items():
         found.append(compare(name, expected, recorded["paddle"][name], LOSS if expected.ndim == 0 else TOKEN_LOSS))
-    notes = ["One label per row and no class -100 in a regression, so no label is ignored."] if any(
-        labels.get("labels", np.empty(0)).dtype.kind == "f" for _, _, labels in cases(session)) else []
+    notes = ["These labels are numbers, not classes, so there is none to ignore."] if any(
+        numbers(labels) for _, _, labels in cases(session)) else []
     digest = Inputs({f"{name}.{key}": array for name, inputs, labels in cases(session)
                      for key, array in {**inputs.arrays, **labels}.items()}).digest
     return Findings(found, digest, recorded["torch"], recorded["paddle"], notes, _scalars(recorded))
@@ -43,9 +43,9 @@ def cases(session: Session) -> list[Case]:
     task, generator = TASKS[run.head.task], np.random.default_rng(SEED)
     whole, padded = (seeded(run.config, run.sizes, padded=padded) for padded in (False, True))
     drawn = [("plain", whole, False), ("padded", padded, False), ("ignored", padded, True)]
-    found = [(name, inputs, task.labels(inputs, run.sizes, generator, ignore)) for name, inputs, ignore in drawn]
-    regression = any(labels.get("labels", np.empty(0)).dtype.kind == "f" for _, _, labels in found)
-    return found[:2] if regression else found
+    found = [(name, inputs, task.labels(inputs, run.config, run.sizes, generator, ignore))
+             for name, inputs, ignore in drawn]
+    return [case for case in found if not numbers(case[2])] or found[:2]
 
 
 def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterator[tuple[str, np.ndarray]]:

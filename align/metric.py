@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from convert.errors import BadInput
+
 from .candidate import Candidate
 from .compare import TensorResult, compare
 from .inputs import Inputs, batches
@@ -27,15 +29,20 @@ def find(session: Session) -> Findings:
     directory = run.source if run.source.is_dir() else run.source.parent
     tokenizer = load_tokenizer(directory)
     encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length)
-    examples = ENCODE[run.head.task](renamed(rows, options.columns), encoder)
+    encoded = ENCODE[run.head.task](renamed(rows, options.columns), encoder)
+    examples = [example for example in encoded if example.inputs["input_ids"]]
     fed = batches([example.inputs for example in examples], run.config, options.batch_size)
     reference = _evaluate(session, session.reference, fed, examples)
+    if not all(array.size for array in reference.values()):
+        raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     candidate = _evaluate(session, session.candidate, fed, examples)
     tensors, notes = compare_scores(run.head.task, reference, candidate)
     expected, found = (SCORES[run.head.task].values(arrays) for arrays in (reference, candidate))
-    given = (f"tokenized as the source does" if tokenizer else
+    given = ("tokenized as the source does" if tokenizer else
              "as seeded ids below vocab_size, because the checkpoint has no tokenizer")
     notes = [f"Data: {len(examples)} rows of {name}, {given}; at most {encoder.max_length} tokens each.", *notes]
+    if len(encoded) > len(examples):
+        notes.append(f"{len(encoded) - len(examples)} rows without a single token were left out.")
     digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)
                      for key, array in inputs.arrays.items()}).digest
     return Findings(tensors, digest, _recorded(reference, expected), _recorded(candidate, found), notes,
@@ -54,6 +61,7 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
             results.append(compare(name, reference[name], candidate[name], allowed))
     for name in [name for name in reference if name.endswith(".predictions")]:
         stem = name.removesuffix(".predictions")
+        results.append(compare(f"{stem}.largest", reference[f"{stem}.largest"], candidate[f"{stem}.largest"], FORWARD))
         noise = margin_noise(1.0) * reference[f"{stem}.largest"]
         close = (reference[f"{stem}.margins"] <= noise) & (reference[name] != candidate[name])
         settled[name] = np.where(close, reference[name], candidate[name])
@@ -88,8 +96,8 @@ def _recorded(arrays: Arrays, values: dict[str, float]) -> Arrays:
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dataset", metavar="ID-OR-FILE", help="a set of the datasets library, ID or ID:CONFIGURATION, or a json, csv, "
-        "parquet or txt file; default: the passages that ship with the project")
+    add("--dataset", metavar="ID-OR-FILE", help="a set of the datasets library, ID or ID:CONFIGURATION, or a json, "
+        "csv, tsv, parquet or txt file; default: the passages that ship with the project")
     add("--split", default="test", help="split of the set; default test")
     add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text, label, question, answer, …")
     add("--limit", type=_positive, default=64, help="rows at most; default 64")

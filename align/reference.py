@@ -6,10 +6,12 @@ that cast them. Nothing of ``models/`` is used here.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ import numpy as np
 from convert.errors import BadInput, require
 
 from .inputs import Inputs
+from .noise import Kind, NoiseFloor, Pool
 from .runs import Run
 from .tasks import token_rows
+from .tolerance import REORDERED_RUNS
 
 OnModule = Callable[[str], None]
-LOSS_KEYS = ("labels", "next_sentence_label", "start_positions", "end_positions")
+Arrays = dict[str, np.ndarray]
+Modules = Sequence[tuple[str, str]]
 
 
 class Reference:
@@ -39,45 +44,108 @@ class Reference:
         self.weights_digest = run.source_digest
         self.model = _load(run)
 
-    def record(self, inputs: Inputs, on_module: OnModule = lambda name: None) -> tuple[dict[str, np.ndarray],
-                                                                                      dict[str, np.ndarray]]:
+    def record(self, inputs: Inputs, on_module: OnModule = lambda name: None) -> tuple[Arrays, Arrays]:
         """One forward pass: (valid rows of every module's output and of the outputs, whole inputs of the modules).
 
         Names are the Paddle side's. Outputs are [tokens, ...] where there is one row per token.
         """
-        recorded: dict[str, np.ndarray] = {}
-        entering: dict[str, np.ndarray] = {}
+        return self._pass(self.model, inputs, self.run.modules, on_module=on_module)
 
-        def before(name: str, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def noise_floors(self, inputs: Inputs, recorded: Arrays, entering: Arrays,
+                     tell: OnModule = lambda told: None) -> dict[str, dict[Kind, NoiseFloor]]:
+        """For each name the noise floor of both kinds, from what :meth:`record` gave; empty without the memory.
+
+        The oracle is this very model in float64; the pool is the recorded run and K runs with sums reordered.
+        """
+        if not self.has_room_for_float64():
+            return {}
+        tell("torch in float64")
+        floors: dict[str, dict[Kind, NoiseFloor]] = {name: {} for name in recorded}
+        for kind, replaced in (("propagated", None), ("isolated", entering)):
+            outputs, _ = self._pooled(inputs, self.run.modules, replaced, (recorded, entering),
+                                      lambda told, kind=kind: tell(f"{kind}, {told}"))
+            for name, pool in outputs.items():
+                floors[name][kind] = pool.floor()
+        return floors
+
+    def norms(self, modules: Modules) -> list[tuple[str, str]]:
+        """Those of ``modules`` that are layer norms in torch."""
+        import torch
+        found = dict(self.model.named_modules())
+        return [pair for pair in modules if isinstance(found.get(pair[0]), torch.nn.LayerNorm)]
+
+    def record_inside(self, inputs: Inputs, modules: Modules, replaced: Arrays | None = None) -> tuple[Arrays, Arrays]:
+        """As :meth:`record`, of these modules: a block and its sublayers, fed ``replaced`` where that has them."""
+        return self._pass(self.model, inputs, modules, replaced)
+
+    def floors_inside(self, inputs: Inputs, modules: Modules, recorded: Arrays,
+                      entering: Arrays) -> tuple[dict[str, NoiseFloor], dict[str, NoiseFloor]]:
+        """Isolated noise floors of these modules' outputs, and of what arrives at them before it is replaced."""
+        outputs, arrivals = self._pooled(inputs, modules, entering, (recorded, entering))
+        return tuple({name: pool.floor() for name, pool in pools.items()} for pools in (outputs, arrivals))
+
+    def has_room_for_float64(self) -> bool:
+        """Whether this model fits into the free memory once more, in float64."""
+        return 3 * _bytes_of(self.model) < _available_memory()
+
+    @cached_property
+    def _double(self) -> Any:
+        return copy.deepcopy(self.model).double()
+
+    def _pooled(self, inputs: Inputs, modules: Modules, replaced: Arrays | None, plain: tuple[Arrays, Arrays],
+                tell: OnModule = lambda told: None) -> tuple[dict[str, Pool], dict[str, Pool]]:
+        """Torch's errors against float64, of outputs and of arrivals: the plain run's and K reordered ones'."""
+        from .oracle import Float64, Reordered
+        with Float64():
+            oracle = self._pass(self._double, inputs, modules, replaced)
+        pools = tuple({name: Pool(token_rows(name, array, inputs.mask)) for name, array in part.items()}
+                      for part in oracle)
+        for number in range(REORDERED_RUNS + 1):
+            tell(f"torch with its sums reordered, {number} of {REORDERED_RUNS}")
+            with Reordered(number) if number else nullcontext():
+                run = self._pass(self.model, inputs, modules, replaced) if number else plain
+            for part, arrays in zip(pools, run, strict=True):
+                for name, pool in part.items():
+                    pool.add(token_rows(name, arrays[name], inputs.mask))
+        return pools
+
+    def _pass(self, model: Any, inputs: Inputs, modules: Modules, replaced: Arrays | None = None,
+              on_module: OnModule = lambda name: None) -> tuple[Arrays, Arrays]:
+        """As :meth:`record`, of any model of this class; ``replaced`` takes the place of what enters a module."""
+        import torch
+        recorded: Arrays = {}
+        entering: Arrays = {}
+
+        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named.get("hidden_states")
-            if value is not None and value.dtype.is_floating_point:
-                entering[name] = value.numpy().copy()
+            if value is None or not value.dtype.is_floating_point:
+                return None
+            entering[name] = value.numpy().copy()
+            if replaced is None or name not in replaced:
+                return None
+            given = torch.from_numpy(replaced[name]).to(value.dtype)
+            return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
         def after(name: str, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             recorded[name] = token_rows(name, first.numpy(), inputs.mask)
             on_module(name)
 
+        found = dict(model.named_modules())
         with ExitStack() as hooks:
-            for torch_path, name in self.run.modules:
-                module = self._module(torch_path)
-                if module is None:
-                    continue
-                hooks.callback(module.register_forward_pre_hook(
-                    lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(
-                    lambda _, arguments, output, name=name: after(name, output)).remove)
-            outputs = self.outputs(inputs.arrays)
+            for torch_path, name in modules:
+                if torch_path in found:
+                    hooks.callback(found[torch_path].register_forward_pre_hook(
+                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                    hooks.callback(found[torch_path].register_forward_hook(
+                        lambda _, arguments, output, name=name: after(name, output)).remove)
+            outputs = _outputs(model, inputs.arrays)
         recorded |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
         return recorded, entering
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
-        import torch
-        with torch.no_grad():
-            result = self.model(**{name: torch.from_numpy(array) for name, array in arrays.items()}, return_dict=True)
-        return {name: value.numpy() for name, value in result.items()
-                if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+        return _outputs(self.model, arrays)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Cross entropy without reduction, 0 where the label is -100. logits [n, classes], labels [n]."""
@@ -93,11 +161,27 @@ class Reference:
         first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
         return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
 
-    def _module(self, path: str) -> Any:
-        try:
-            return self.model.get_submodule(path)
-        except AttributeError:
-            return None
+
+def _outputs(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    import torch
+    try:
+        with torch.no_grad():
+            result = model(**{name: torch.from_numpy(array) for name, array in arrays.items()}, return_dict=True)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise BadInput(f"transformers' own {type(model).__name__} fails on this checkpoint, so there is nothing to "
+                       f"compare with: {next(iter(str(error).splitlines()), '')}.") from error
+    return {name: value.numpy() for name, value in result.items()
+            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+
+
+def _bytes_of(model: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _available_memory() -> int:
+    """Bytes that a new process could use without swapping, as Linux estimates it."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def _load(run: Run) -> Any:

@@ -35,6 +35,8 @@ class StageResult:
     weights_divergence: str | None = None
     notes: Sequence[str] = ()
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    named: str | None = None
+    sublayers: Sequence[TensorResult] = ()
 
     @property
     def verdict(self) -> str:
@@ -45,7 +47,7 @@ class StageResult:
     @property
     def first_divergence(self) -> str | None:
         """The parameter whose weight differs, else the first failing tensor in the order of execution."""
-        failing = (tensor.name for tensor in self.tensors if not tensor.passed)
+        failing = (tensor.name.partition(" ")[0] for tensor in self.tensors if not tensor.passed)
         return self.weights_divergence or next(failing, None)
 
     @property
@@ -69,6 +71,7 @@ class StageResult:
             "values": {name: {"reference": _finite(left), "candidate": _finite(right)}
                        for name, (left, right) in self.values.items()},
             "reference": dict(self.reference), "candidate": dict(self.candidate), "inputs_digest": self.inputs_digest,
+            "named": self.named, "sublayers": [_tensor_json(tensor) for tensor in self.sublayers],
             "failures": self.failures, "notes": list(self.notes),
             "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
         }
@@ -82,14 +85,21 @@ class StageResult:
         if self.values:
             lines += ["", "| value | torch | paddle |", "| --- | --- | --- |"]
             lines += [f"| {name} | {left:.9g} | {right:.9g} |" for name, (left, right) in self.values.items()]
-        lines += ["", "| tensor | shape | rel-L2 | isolated | max abs | mean abs | cosine | allowed | |",
-                  "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        if self.sublayers:
+            lines += ["", "Inside it, each part fed what torch's was fed:", "", "| part | rel-L2 | allowed | |",
+                      "| --- | --- | --- | --- |"]
+            lines += [f"| `{part.name}` | {_number(part.measures, 'rel_l2')} | {_allowed(part)} "
+                      f"| {'ok' if part.passed else '**FAIL**'} |" for part in self.sublayers]
+        lines += ["", "| tensor | shape | rel-L2 | isolated | torch's noise | limit used | max abs | mean abs | cosine "
+                  "| allowed | |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [f"| `{tensor.name}` | {list(tensor.shape)} | {_number(tensor.measures, 'rel_l2')} "
-                  f"| {_number(tensor.isolated, 'rel_l2')} | {_number(tensor.measures, 'max_abs')} "
-                  f"| {_number(tensor.measures, 'mean_abs')} | {_cosine(tensor.measures)} | {_allowed(tensor)} "
-                  f"| {'ok' if tensor.passed else '**FAIL**'} |" for tensor in self.tensors]
+                  f"| {_number(tensor.isolated, 'rel_l2')} | {_floor(tensor)} | {_used(tensor)} "
+                  f"| {_number(tensor.measures, 'max_abs')} | {_number(tensor.measures, 'mean_abs')} "
+                  f"| {_cosine(tensor.measures)} | {_allowed(tensor)} | {'ok' if tensor.passed else '**FAIL**'} |"
+                  for tensor in self.tensors]
         lines += ["", "| | reference | candidate |", "| --- | --- | --- |"]
-        lines += [f"| {name.replace('_', ' ')} | {self.reference[name]} | {self.candidate[name]} |" for name in self.reference]
+        lines += [f"| {name.replace('_', ' ')} | {value} | {self.candidate[name]} |"
+                  for name, value in self.reference.items()]
         lines += ["", f"family {self.family}, head {self.head}, target {self.target}, inputs `{self.inputs_digest}`, "
                       f"{self.seconds:.1f} s, {self.peak_rss_bytes / 1e6:,.0f} MB at most"]
         return "\n".join(lines) + "\n"
@@ -100,7 +110,9 @@ class StageResult:
             return "Nothing was compared, and nothing is not evidence."
         if self.first_divergence:
             good = sum(tensor.passed for tensor in self.tensors)
-            return f"First divergence: `{self.first_divergence}`; {good} of {len(self.tensors)} compared tensors agree."
+            inside = f", inside it `{self.named}`" if self.named and self.named != self.first_divergence else ""
+            return (f"First divergence: `{self.first_divergence}`{inside}; {good} of {len(self.tensors)} compared "
+                    "tensors agree.")
         worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures), default=0.0)
         return (f"All {len(self.tensors)} tensors are equal, bit for bit." if self.stage == "weights" else
                 f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}.")
@@ -114,12 +126,14 @@ class StageResult:
         shown = self.tensors if self.stage != "weights" else [tensor for tensor in self.tensors if not tensor.passed]
         if shown:
             table = Table(box=box.SIMPLE_HEAD, title=f"{self.run}: {self.stage}, {self.target}", title_justify="left")
-            for name, justify in (("tensor", "left"), ("rel-L2", "right"), ("isolated", "right"), ("max abs", "right"),
-                                  ("allowed", "right"), ("", "left")):
-                table.add_column(name, justify=justify, overflow="fold")
+            judged = any(tensor.judgements for tensor in shown)
+            table.add_column("tensor", overflow="fold")
+            for name in ("rel-L2", *(("isolated", "noise", "used") if judged else ("max abs", "allowed")), ""):
+                table.add_column(name, justify="right")
             for tensor in shown[:200]:
-                table.add_row(tensor.name, _number(tensor.measures, "rel_l2"), _number(tensor.isolated, "rel_l2"),
-                              _number(tensor.measures, "max_abs"), _allowed(tensor),
+                more = (_number(tensor.isolated, "rel_l2"), _floor(tensor), _used(tensor)) if judged else (
+                    _number(tensor.measures, "max_abs"), _allowed(tensor))
+                table.add_row(tensor.name, _number(tensor.measures, "rel_l2"), *more,
                               "[green]ok[/]" if tensor.passed else "[red]FAIL[/]")
             console.print(table)
         for name, (left, right) in self.values.items():
@@ -137,6 +151,9 @@ def _tensor_json(tensor: TensorResult) -> dict[str, Any]:
     return {
         "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, **_measures_json(tensor.measures),
         "isolated": tensor.isolated and _measures_json(tensor.isolated), "allowed": tensor.allowed,
+        "floor": tensor.floor, "judgements": [
+            {"kind": found.kind, "test": found.test, "ratio": _finite(found.ratio), "limit": found.limit,
+             "passed": found.passed} for found in tensor.judgements],
         "passed": tensor.passed, "failure": tensor.failure,
     }
 
@@ -151,6 +168,17 @@ def _finite(value: float | None) -> float | None:
 
 def _number(measures: Measures | None, name: str) -> str:
     return "–" if measures is None else f"{getattr(measures, name):.1e}"
+
+
+def _floor(tensor: TensorResult) -> str:
+    return "–" if tensor.floor is None else f"{tensor.floor:.1e}"
+
+
+def _used(tensor: TensorResult) -> str:
+    """The largest share of a limit of the noise floor."""
+    if tensor.share is None:
+        return "–"
+    return f"{tensor.share:.0%}" if tensor.share < 100 else f"{tensor.share:.0e}x"
 
 
 def _cosine(measures: Measures | None) -> str:

@@ -95,8 +95,8 @@ def load_run(name: str | None, reports: Path, family: Path | None = None) -> Run
         raise BadInput(f"there is no run {name} in {reports}. Convert a model first: python -m convert.gptj")
     conversion = load_conversion(reports / name)
     run = Run(conversion, load_family(family) if family else family_named(conversion.family), reports / name)
-    if run.head.architecture != conversion.head:
-        raise BadInput(f"run {name} has head {conversion.head}, which {run.family.name} does not have.")
+    if conversion.head not in {head.architecture for head in run.family.heads}:
+        raise BadInput(f"run {name} has head {conversion.head}, which family {run.family.name} does not have.")
     for told, path in (("source", run.source), ("output", run.output)):
         if not path.exists():
             raise BadInput(f"the {told} of run {name}, {path}, is gone. Convert again, or give another --run.")

@@ -94,7 +94,8 @@ def _classes(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequen
 
 def _class_values(arrays: Arrays) -> dict[str, float]:
     if "scores" in arrays:
-        return {"mean_squared_error": float(np.mean((arrays["scores"].astype(np.float64) - arrays["score_targets"]) ** 2))}
+        errors = arrays["scores"].astype(np.float64) - arrays["score_targets"]
+        return {"mean_squared_error": float(np.mean(errors ** 2))}
     return _accuracy_and_f1("class")(arrays)
 
 
@@ -105,10 +106,12 @@ def _spans(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence
     found = []
     for row, example in enumerate(examples):
         passage = _padded([example.targets["passage"]], length)[0] == 1
+        possible = allowed & passage[:, None] & passage
         scores = outputs["start_logits"][row][:, None].astype(np.float64) + outputs["end_logits"][row]
-        scores[~(allowed & passage[:, None] & passage)] = -np.inf
-        best = np.partition(scores.reshape(-1), -2)[-2:]
-        found.append((int(scores.argmax()), best[1] - best[0], np.abs(scores[np.isfinite(scores)]).max()))
+        largest = np.abs(scores[possible]).max()
+        scores[~possible] = -np.inf
+        best = np.partition(np.append(scores, -np.inf), -2)[-2:]
+        found.append((int(scores.argmax()), best[1] - best[0], largest))
     spans, margins, largest = (np.array(column) for column in zip(*found, strict=True))
     starts, ends = spans // length, spans % length
     gold = [(example.targets["start"], example.targets["end"]) for example in examples]
@@ -129,7 +132,8 @@ def _span_values(arrays: Arrays) -> dict[str, float]:
 def _embeddings(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
     weights = inputs.mask[..., None].astype(np.float64)
     pooled = (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1)
-    return {"embeddings": pooled.astype(np.float32), "embedding_labels": np.array([example.targets["label"] for example in examples])}
+    labels = np.array([example.targets["label"] for example in examples])
+    return {"embeddings": pooled.astype(np.float32), "embedding_labels": labels}
 
 
 def neighbours(embeddings: np.ndarray) -> Arrays:
@@ -171,7 +175,8 @@ SCORES = {
         "perplexity": perplexity(arrays["token_nll"]), **_accuracy("token", "next_token_accuracy")(arrays)}),
     "masked-lm": Score(_masked_tokens("logits"), _accuracy("token", "masked_token_accuracy")),
     "pre-training": Score(_masked_tokens_and_sentence, lambda arrays: {
-        **_accuracy("token", "masked_token_accuracy")(arrays), **_accuracy("sentence", "next_sentence_accuracy")(arrays)}),
+        **_accuracy("token", "masked_token_accuracy")(arrays),
+        **_accuracy("sentence", "next_sentence_accuracy")(arrays)}),
     "sequence-classification": Score(_classes, _class_values),
     "token-classification": Score(_masked_tokens("logits"), _accuracy_and_f1("token")),
     "question-answering": Score(_spans, _span_values),

@@ -38,6 +38,8 @@ class Findings:
     candidate: Arrays = field(default_factory=dict)
     notes: Sequence[str] = ()
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    named: str | None = None
+    sublayers: Sequence[TensorResult] = ()
 
 
 @dataclass
@@ -63,7 +65,8 @@ class Session:
     @property
     def reports(self) -> Path:
         """``reports/<run>``, or a directory in it for a target that is not ours."""
-        return self.run.directory if self.options.target == "models" else self.run.directory / self.options.target
+        target = self.options.target
+        return self.run.directory if target == "models" else self.run.directory / target.replace(":", ".")
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,23 @@ def _run(stage: Stage, options: argparse.Namespace) -> int:
     report = result.save(_session(options).reports)
     result.print()
     print(f"report: {report}")
+    _write_page(report.parent)
     return errors.ALIGNED if result.verdict == ALIGNED else errors.DIVERGED
+
+
+def _write_page(directory: Path) -> None:
+    """A page that cannot be drawn is told, and does not change the verdict."""
+    from .page import write_page
+    try:
+        print(f"page: {write_page(directory)}")
+    except Exception as error:
+        print(f"note: the page could not be written ({type(error).__name__}: {error}).", file=sys.stderr)
 
 
 def run_stage(stage: Stage, options: argparse.Namespace) -> StageResult:
     """Carry out ``stage`` and return its result; traces are saved, the report is not."""
+    from .evidence import evidence
     from .report import StageResult
-    from .weights import evidence
     started = time.perf_counter()
     with _progress(stage.name) as advance:
         session = _session(options, advance)
@@ -114,6 +127,7 @@ def run_stage(stage: Stage, options: argparse.Namespace) -> StageResult:
             candidate={"framework": session.candidate.framework, "version": session.candidate.version,
                        "weights_digest": session.candidate.weights_digest},
             inputs_digest=findings.inputs_digest, notes=[*told, *findings.notes], values=findings.values,
+            named=findings.named, sublayers=findings.sublayers,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -169,8 +183,8 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m align.{stage.name}", description=stage.purpose)
     add = parser.add_argument
     add("--run", help="the run's name; default the latest conversion")
-    add("--target", default="models", metavar="models|paddlenlp",
-        help="which Paddle net: ours in models/ (default), or PaddleNLP's class")
+    add("--target", default="models", metavar="models|paddlenlp|MODULE:BUILD",
+        help="which Paddle net: ours in models/ (default), PaddleNLP's class, or what a function of yours builds")
     add("--device", default="cpu", help="cpu (default) or gpu:0, for the Paddle side")
     add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own")
     add("--reports", metavar="DIR", default="reports", help="where the runs are; default reports")

@@ -7,24 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.rules import Sizes
+from convert.rules import Config, Sizes
 
 from .inputs import Inputs
 
 IGNORED = -100
 PER_TOKEN_VECTORS = ("start_logits", "end_logits")
 Labels = dict[str, np.ndarray]
+Flat = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """``labels(inputs, sizes, generator, ignore)`` draws labels, some of them ignored if asked.
+    """``labels(inputs, config, sizes, generator, ignore)`` draws labels, some of them ignored if asked.
 
     ``token_losses(outputs, labels)`` pairs logits [n, classes] with labels [n] for the losses without reduction.
     """
 
-    labels: Callable[[Inputs, Sizes, np.random.Generator, bool], Labels]
-    token_losses: Callable[[Mapping[str, np.ndarray], Labels], dict[str, tuple[np.ndarray, np.ndarray]]]
+    labels: Callable[[Inputs, Config, Sizes, np.random.Generator, bool], Labels]
+    token_losses: Callable[[Mapping[str, np.ndarray], Labels], Flat]
 
 
 def token_rows(name: str, array: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -53,7 +54,23 @@ def _flat(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.ascontiguousarray(logits.reshape(-1, logits.shape[-1])), labels.reshape(-1)
 
 
-def _causal_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+def numbers(labels: Labels) -> bool:
+    """Whether the labels are numbers rather than classes: no -100 among them, and no loss per row."""
+    return any(array.dtype.kind == "f" for array in labels.values())
+
+
+def _vocabulary_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                       ignore: bool) -> Labels:
+    return {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore)}
+
+
+def _class_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                  ignore: bool) -> Labels:
+    return {"labels": _token_labels(inputs, sizes["labels"], generator, ignore)}
+
+
+def _causal_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                   ignore: bool) -> Labels:
     """A token is a label where the token before it, which predicts it, is no padding."""
     predicted = inputs.mask & np.roll(inputs.mask, 1, axis=1)
     ids = np.where(predicted, inputs.arrays["input_ids"], IGNORED)
@@ -61,13 +78,25 @@ def _causal_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator,
     return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
 
 
-def _classification_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
-    if sizes["labels"] == 1:
-        return {"labels": generator.standard_normal(len(inputs.mask)).astype(np.float32)}
-    return {"labels": _row_labels(inputs, sizes["labels"], generator, ignore)}
+def _classification_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                           ignore: bool) -> Labels:
+    """Classes, one or several a row, or numbers to regress: what ``problem_type`` says, as transformers reads it.
+
+    Numbers lie some 8 away from 0. Nearer to the predictions, (prediction - number)^2 loses digits, and torch's
+    own loss is 9e-7 of itself from float64.
+    """
+    rows, classes = len(inputs.mask), sizes["labels"]
+    kind = config.get("problem_type") or ("regression" if classes == 1 else "single_label_classification")
+    if kind == "single_label_classification":
+        return {"labels": _row_labels(inputs, classes, generator, ignore)}
+    shape = (rows, classes) if classes > 1 or kind == "multi_label_classification" else (rows,)
+    drawn = (generator.integers(0, 2, shape) if kind == "multi_label_classification" else
+             generator.choice([-8, 8], shape) + generator.standard_normal(shape))
+    return {"labels": drawn.astype(np.float32)}
 
 
-def _span_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+def _span_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                 ignore: bool) -> Labels:
     rows, length = inputs.mask.shape
     start = generator.integers(0, length // 2, rows)
     end = start + generator.integers(0, length // 2, rows)
@@ -76,18 +105,19 @@ def _span_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, i
     return {"start_positions": start, "end_positions": end}
 
 
-def _pretraining_labels(inputs: Inputs, sizes: Sizes, generator: np.random.Generator, ignore: bool) -> Labels:
+def _pretraining_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                        ignore: bool) -> Labels:
     return {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore),
             "next_sentence_label": _row_labels(inputs, 2, generator, ignore)}
 
 
-def _classification_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    if labels["labels"].dtype.kind == "f":
+def _classification_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
+    if numbers(labels):
         return {}
     return {"per_row": _flat(outputs["logits"], labels["labels"])}
 
 
-def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
     def clamped(name: str) -> np.ndarray:
         length = outputs["start_logits"].shape[1]
         return np.where(labels[name] >= length, IGNORED, labels[name])
@@ -100,7 +130,7 @@ TASKS = {
         _causal_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
     "masked-lm": Task(
-        lambda inputs, sizes, generator, ignore: {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore)},
+        _vocabulary_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
     "pre-training": Task(
         _pretraining_labels,
@@ -109,7 +139,7 @@ TASKS = {
             "per_row": _flat(outputs["seq_relationship_logits"], labels["next_sentence_label"])}),
     "sequence-classification": Task(_classification_labels, _classification_losses),
     "token-classification": Task(
-        lambda inputs, sizes, generator, ignore: {"labels": _token_labels(inputs, sizes["labels"], generator, ignore)},
+        _class_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
     "question-answering": Task(_span_labels, _span_losses),
 }

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import BadInput
+from convert.errors import BadInput, require
 from convert.rules import Config, Sizes
 
 from .inputs import SEED, pad_token
 
 PASSAGES = Path(__file__).with_name("data") / "passages.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {".jsonl": ("json", {}), ".json": ("json", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
+            ".parquet": ("parquet", {}), ".txt": ("text", {})}
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
 MASKED_SHARE = 0.15
 Row = Mapping[str, Any]
 
@@ -43,9 +45,13 @@ class Encoder:
         self.generator = np.random.default_rng(SEED)
         self.max_length = min(self.max_length, self.sizes["positions"])
 
-    def encode(self, text: str, pair: str | None = None, truncation: str | bool = True) -> Any:
-        """A fast tokenizer's encoding of one row, at most ``max_length`` tokens."""
-        return self.tokenizer(text, pair, truncation=truncation, max_length=self.max_length)
+    def encode(self, text: str, pair: str | None = None) -> Any:
+        """A fast tokenizer's encoding of one row, at most ``max_length`` tokens; the longer of a pair is cut."""
+        least = self.tokenizer.num_special_tokens_to_add(pair is not None) + (1 if pair is None else 2)
+        if self.max_length < least:
+            raise BadInput(f"{self.max_length} tokens a row are too few: this tokenizer and task need {least}. "
+                           "Give a larger --max-length.")
+        return self.tokenizer(text, pair, truncation=True, max_length=self.max_length)
 
     def example(self, encoding: Any, **targets: Any) -> Example:
         """The model's inputs of ``encoding``: token types only where the family has them."""
@@ -63,12 +69,12 @@ class Encoder:
         return {"input_ids": ids.tolist()}
 
     def masked(self, encoding: Any) -> tuple[list[int], list[int]]:
-        """(ids with 15 % of the real tokens masked, labels: the masked tokens, else -100), at least one masked."""
+        """(ids with 15 % of the real tokens masked, at least one, and labels: the masked tokens, else -100)."""
         ids = np.array(encoding["input_ids"])
         special = np.array(self.tokenizer.get_special_tokens_mask(ids.tolist(), already_has_special_tokens=True)) if (
             self.tokenizer) else np.zeros(len(ids), int)
         real = np.flatnonzero(special == 0)
-        chosen = self.generator.choice(real, max(1, round(MASKED_SHARE * len(real))), replace=False)
+        chosen = self.generator.permutation(real)[: max(1, round(MASKED_SHARE * len(real)))]
         labels = np.full(len(ids), -100)
         labels[chosen] = ids[chosen]
         ids[chosen] = self.tokenizer.mask_token_id if self.tokenizer else 0
@@ -79,6 +85,7 @@ def load_tokenizer(directory: Path) -> Any | None:
     """The source's own tokenizer through transformers, None where it has none."""
     if not any(True for pattern in TOKENIZER_FILES for _ in directory.glob(pattern)):
         return None
+    require("transformers")
     from transformers import AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(directory, use_fast=True)
@@ -91,24 +98,31 @@ def load_rows(dataset: str | None, split: str, limit: int) -> tuple[str, list[Ro
     if dataset is None:
         rows = [json.loads(line) for line in PASSAGES.read_text("utf-8").splitlines()]
         return "the passages that ship with paddle-parity", rows[:limit]
-    import datasets
     path, _, configuration = dataset.partition(":")
-    builder = BUILDERS.get(Path(path).suffix) if Path(path).is_file() else None
+    builder, options = BUILDERS.get(Path(path).suffix, (None, {}))
+    if builder and not Path(path).is_file():
+        raise BadInput(f"the data set {path} does not exist.")
+    import datasets
+    datasets.disable_progress_bars()
     try:
-        loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split) if builder else
+        loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split, **options) if builder else
                   datasets.load_dataset(path, configuration or None, split=split))
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        raise BadInput(f"the data set {dataset} (split {split}) cannot be loaded: {type(error).__name__}: {first}") from error
+        raise BadInput(f"the data set {dataset} (split {split}) cannot be loaded: "
+                       f"{type(error).__name__}: {first}") from error
     return f"{dataset} ({split})", list(loaded.select(range(min(limit, len(loaded)))))
 
 
-def columns(rows: Sequence[Row], *names: str) -> None:
-    """Require that the rows have these columns."""
-    absent = [name for name in names if rows and name not in rows[0]]
-    if absent:
-        raise BadInput(f"this head's metric needs the column {absent[0]}; the set has {', '.join(rows[0])}. Rename one with "
-                       f"--columns {absent[0]}=NAME.")
+def columns(rows: Sequence[Row], **kinds: type) -> None:
+    """Require that every row has these columns, each of its kind."""
+    for number, row in enumerate(rows):
+        for name, kind in kinds.items():
+            if name not in row:
+                raise BadInput(f"this head's metric needs the column {name}; the set has {', '.join(row)}. Rename one "
+                               f"with --columns {name}=NAME.")
+            if not isinstance(row[name], (int, float) if kind is float else kind):
+                raise BadInput(f"row {number} of the data set has {name} = {row[name]!r}; {KINDS[kind]} is needed.")
 
 
 def renamed(rows: Iterable[Row], mapping: str | None) -> list[Row]:
@@ -125,15 +139,15 @@ def renamed(rows: Iterable[Row], mapping: str | None) -> list[Row]:
     return found
 
 
-def plain_texts(rows: Sequence[Row], encoder: Encoder, label: str | None = None) -> list[Example]:
-    """One example a row, its ``label`` as the target."""
-    columns(rows, "text", *([label] if label else []))
+def plain_texts(rows: Sequence[Row], encoder: Encoder, **targets: type) -> list[Example]:
+    """One example a row; ``targets`` names the columns that are its targets, and their kind."""
+    columns(rows, text=str, **targets)
     return [encoder.example(encoder.encode(row["text"]) if encoder.tokenizer else encoder.seeded(),
-                            **({label: row[label]} if label else {})) for row in rows]
+                            **{name: row[name] for name in targets}) for row in rows]
 
 
 def labelled_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
-    return plain_texts(rows, encoder, "label")
+    return plain_texts(rows, encoder, label=float if encoder.sizes["labels"] == 1 else int)
 
 
 def masked_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
@@ -145,10 +159,10 @@ def masked_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
 
 def sentence_pairs(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     """A passage, what is said to follow it, masked tokens in both; 0 where it does follow."""
-    columns(rows, "text", "next", "follows")
+    columns(rows, text=str, next=str, follows=bool)
     found = []
     for row in rows:
-        encoding = encoder.encode(row["text"], row["next"], "only_first") if encoder.tokenizer else encoder.seeded()
+        encoding = encoder.encode(row["text"], row["next"]) if encoder.tokenizer else encoder.seeded()
         ids, labels = encoder.masked(encoding)
         found.append(encoder.example({**encoding, "input_ids": ids}, labels=labels, sentence=int(not row["follows"])))
     return found
@@ -156,7 +170,7 @@ def sentence_pairs(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
 
 def named_words(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     """1 for the first token of a word that belongs to a name, 0 for that of another word, -100 for the rest."""
-    columns(rows, "text", "names")
+    columns(rows, text=str, names=list)
     found = []
     for row in rows:
         if not encoder.tokenizer:
@@ -174,7 +188,7 @@ def named_words(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
 
 def questions(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     """Question and passage; the targets are the answer's first and last token, and which tokens are passage."""
-    columns(rows, "text", "question", "answer")
+    columns(rows, text=str, question=str, answer=str)
     found = []
     for row in rows:
         if not encoder.tokenizer:
@@ -182,12 +196,22 @@ def questions(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
             length = len(ids["input_ids"])
             found.append(encoder.example(ids, start=length // 3, end=length // 2, passage=[1] * length))
             continue
-        encoding = encoder.encode(row["question"], row["text"], "only_second")
-        begin = row["text"].find(row["answer"])
-        start, end = (encoding.char_to_token(0, at, sequence_index=1) for at in (begin, begin + len(row["answer"]) - 1))
-        found.append(encoder.example(encoding, start=-1 if start is None else start, end=-1 if end is None else end,
-                                     passage=[int(part == 1) for part in encoding.sequence_ids()]))
+        encoding = encoder.encode(row["question"], row["text"])
+        passage = [int(part == 1) for part in encoding.sequence_ids()]
+        if not any(passage):
+            raise BadInput(f"the text {row['text']!r} has no token for an answer to lie in.")
+        start, end = _answer(encoding, row["text"], row["answer"])
+        found.append(encoder.example(encoding, start=start, end=end, passage=passage))
     return found
+
+
+def _answer(encoding: Any, text: str, answer: str) -> tuple[int, int]:
+    """First and last token of ``answer``; -1, -1 where the text has none, or not all of it was kept."""
+    begin = text.find(answer)
+    if begin < 0 or not answer:
+        return -1, -1
+    ends = [encoding.char_to_token(0, at, sequence_index=1) for at in (begin, begin + len(answer) - 1)]
+    return (-1, -1) if None in ends else (ends[0], ends[1])
 
 
 ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {

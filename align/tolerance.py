@@ -12,6 +12,15 @@ LOSS = 1e-6
 METRIC = 1e-6
 REPROD_LOG_MEAN = 1e-5
 
+# Ratios to the noise floor (see noise.py), fed the reference's input and in the model's own pass. FORWARD above is the
+# ceiling of the isolated error: no noisy reference lifts it.
+FLOOR_UNITS = 0.5
+REORDERED_RUNS = 4
+LIMITS = {
+    "isolated": {"total": 4.0, "peak": 5.0, "typical": 3.0, "channel": 9.0, "row": 11.0},
+    "propagated": {"total": 6.0, "peak": 6.0, "typical": 3.0, "channel": 9.0, "row": 11.0},
+}
+
 
 def margin_noise(largest: float) -> float:
     """How far two scores of magnitude up to ``largest`` must lie apart for rounding not to swap them.

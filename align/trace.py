@@ -61,7 +61,7 @@ def write_reprod_diff(reference: Trace, candidate: Trace, file: Path) -> None:
     from reprod_log import ReprodDiffHelper
     from reprod_log.utils import check_print_diff
     shared = [name for name in reference.arrays if name in candidate.arrays
-              and reference.arrays[name].shape == candidate.arrays[name].shape]
+              and reference.arrays[name].shape == candidate.arrays[name].shape and reference.arrays[name].size]
     helper = ReprodDiffHelper()
     helper.compare_info({name: reference.arrays[name] for name in shared},
                         {name: candidate.arrays[name] for name in shared})

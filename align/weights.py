@@ -2,110 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from convert.checkpoint import Checkpoint
-from convert.dtypes import BY_NAME, cast
-from convert.plan import Move, Plan
-
-from .candidate import Candidate
-from .compare import TensorResult, compare, missing
-from .report import ALIGNED
-from .runs import Run
+from .evidence import compare_weights
 from .stage import Findings, Session, Stage, main
-from .tolerance import EXACT
-
-FLOAT32 = BY_NAME["float32"]
 
 
 def find(session: Session) -> Findings:
     """Every tensor of the plan, and every tensor that the candidate holds beyond it."""
     results, notes = compare_weights(session.run, session.candidate)
     return Findings(results, None, notes=notes)
-
-
-def compare_weights(run: Run, candidate: Candidate) -> tuple[list[TensorResult], list[str]]:
-    """One result per tensor, in the order of the plan, and what is to be told beside them.
-
-    A buffer that the net computes itself need not be held; anything else that is missing or extra is a failure.
-    """
-    held = dict(candidate.state())
-    results = list(_compared(run.plan, run.checkpoint, held))
-    promised = {move.target for move in run.plan.moves}
-    results += [missing(name, "source's plan") for name in held if name not in promised]
-    absent = [move.target for move in run.plan.moves if move.filling and move.target not in held]
-    notes = [f"{len(absent)} buffers of the file are not held by this net, which computes them itself: "
-             f"{absent[0]} and the like."] if absent else []
-    return results, notes
-
-
-def evidence(session: Session) -> tuple[str | None, list[str]]:
-    """Weights before behaviour: the first parameter that differs, or None, and a sentence on how it is known.
-
-    The comparison is skipped only while what the net holds has the digest that ``align.weights`` found aligned.
-    """
-    session.advance("weights")
-    verified = _verified(session.reports / "weights.json")
-    mine = (session.run.source_digest, session.candidate.weights_digest)
-    if verified == mine:
-        return None, ["Weights: equal to the source bit by bit, as align.weights found for this very digest."]
-    results, _ = compare_weights(session.run, session.candidate)
-    wrong = [result for result in results if not result.passed]
-    if not wrong:
-        return None, [f"Weights: {len(results)} tensors compared with the source, equal bit by bit."]
-    return wrong[0].name, [f"Weights differ from the source in {len(wrong)} tensors, so this stage is diverged whatever "
-                           f"its outputs say. The first: {wrong[0].failure}."]
-
-
-def _verified(file: Path) -> tuple[Any, Any] | None:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        sound = content["verdict"] == ALIGNED and content["stage"] == "weights"
-        return (content["reference"]["weights_digest"], content["candidate"]["weights_digest"]) if sound else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _compared(plan: Plan, source: Checkpoint, held: Mapping[str, np.ndarray]) -> Iterator[TensorResult]:
-    for move in plan.moves:
-        if move.target in held:
-            yield _bitwise(move, source, held[move.target])
-        elif not move.filling:
-            yield missing(move.target, "candidate")
-
-
-def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
-    """``array`` as the net holds it, in float32, against the source cast the way the conversion cast it."""
-    expected = _expected(move, source)
-    scalar = expected.size == array.size == 1
-    inverted = array.reshape(expected.shape) if scalar or move.filling else move.rule.invert(array)
-    result = compare(move.target, expected, np.array(inverted, order="C"), EXACT)
-    if result.passed and not np.array_equal(_bits(expected), _bits(inverted)):
-        return replace(result, passed=False, failure=f"{move.target}: equal in value, but not in its bits (-0.0 and 0.0)")
-    if result.passed or move.filling:
-        return result
-    return replace(result, failure=f"{result.failure}{_transposed_hint(expected, inverted)}")
-
-
-def _expected(move: Move, source: Checkpoint) -> np.ndarray:
-    array = move.filling.make(move.shape) if move.source is None else source.read(move.source)
-    return cast(cast(array, move.source_dtype, move.dtype), move.dtype, FLOAT32)
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.array(array, np.float32, order="C").view(np.uint32)
-
-
-def _transposed_hint(expected: np.ndarray, inverted: np.ndarray) -> str:
-    square = expected.ndim == 2 and expected.shape == inverted.T.shape
-    return " (it is the source's transpose)" if square and np.array_equal(expected, inverted.T) else ""
 
 
 STAGE = Stage("weights", "Compare what the Paddle side holds with the source, bit by bit.", find)

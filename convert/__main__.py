@@ -26,8 +26,13 @@ def load_family(file: Path) -> Family:
     if not file.is_file():
         raise BadInput(f"--family {file} does not exist.")
     specification = importlib.util.spec_from_file_location(file.stem, file)
+    if specification is None:
+        raise BadInput(f"--family {file} is not a Python file.")
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"--family {file} cannot be loaded ({type(error).__name__}: {error}).") from error
     if not isinstance(getattr(module, "FAMILY", None), Family):
         raise BadInput(f"{file} defines no FAMILY = Family(...). See convert/gptj.py for one.")
     return module.FAMILY

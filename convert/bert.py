@@ -2,7 +2,7 @@
 
 import sys
 
-from .rules import Family, Head, buffer, copy_of, drop, keep, labels_of, linear, norm, rules, size_of, zeros
+from convert.rules import Family, Head, buffer, copy_of, drop, keep, labels_of, linear, norm, rules, size_of, zeros
 
 
 def sizes(config):
@@ -76,7 +76,7 @@ FAMILY = Family(
         Head("BertForTokenClassification", "BertForTokenClassification", "token-classification", rules(
             NO_POOLER, linear("classifier", "labels", "hidden"))),
         Head("BertForQuestionAnswering", "BertForQuestionAnswering", "question-answering", rules(
-            NO_POOLER, linear("qa_outputs", "labels", "hidden", to="classifier"))),
+            NO_POOLER, linear("qa_outputs", 2, "hidden", to="classifier"))),
         Head("BertModel", "BertModel", "encoder", rules(linear("bert.pooler.dense", "hidden", "hidden")), base=True),
     ),
     modules=(
@@ -84,6 +84,25 @@ FAMILY = Family(
         ("bert.encoder.layer.{i}", "bert.encoder.layers.{i}"),
         ("bert.pooler", "bert.pooler"),
     ),
+    inside={
+        "bert.embeddings": (
+            ("word_embeddings", "word_embeddings", "ids"),
+            ("token_type_embeddings", "token_type_embeddings", "token types"),
+            ("position_embeddings", "position_embeddings", "positions"),
+            ("LayerNorm", "layer_norm", "sum of the embeddings"),
+        ),
+        "bert.encoder.layers.{i}": (
+            ("attention.self.query", "self_attn.q_proj", "input"),
+            ("attention.self.key", "self_attn.k_proj", "input"),
+            ("attention.self.value", "self_attn.v_proj", "input"),
+            ("attention.output.dense", "self_attn.out_proj", "attention: scale, mask, softmax"),
+            ("attention.output.LayerNorm", "norm1", "residual"),
+            ("intermediate.dense", "linear1", "wiring of the norm"),
+            ("output.dense", "linear2", "activation"),
+            ("output.LayerNorm", "norm2", "residual"),
+        ),
+        "bert.pooler": (("dense", "dense", "first token"),),
+    },
     demo={
         "model_type": "bert", "architectures": ["BertForPreTraining"], "vocab_size": 512, "hidden_size": 64,
         "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256, "hidden_act": "gelu",
@@ -94,5 +113,5 @@ FAMILY = Family(
 )
 
 if __name__ == "__main__":
-    from .cli import main
+    from convert.cli import main
     sys.exit(main(FAMILY))

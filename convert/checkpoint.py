@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or :class:`BadInput` that says what is wrong with the file."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path.name} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise BadInput(f"{path.name} holds a {type(content).__name__}; an object is needed.")
@@ -189,10 +189,16 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     if file.suffix == ".safetensors":
         return _read_safetensors_header(file)
     if file.suffix == ".pdparams":
-        stored = read_pdparams(file)
+        read = read_pdparams
     else:
-        stored = read_torch_zip(file) if _starts_with(file, b"PK") else read_torch_legacy(file)
-    return {name: _placed(name, tensor, file) for name, tensor in stored.items()}
+        read = read_torch_zip if _starts_with(file, b"PK") else read_torch_legacy
+    try:
+        return {name: _placed(name, tensor, file) for name, tensor in read(file).items()}
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes its readers stumble over
+        raise BadInput(f"{file.name} cannot be read as a checkpoint ({type(error).__name__}: {error}). "
+                       "It is damaged or of another format.") from error
 
 
 def _starts_with(file: Path, magic: bytes) -> bool:
@@ -225,7 +231,8 @@ def _read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
         entries = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
                    for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{file.name} has a damaged header ({type(error).__name__}: {error}). Download it again.") from error
+        raise BadInput(f"{file.name} has a damaged header ({type(error).__name__}: {error}). "
+                       "Download it again.") from error
     tensors = {name: _safetensors_info(file, 8 + length, name, *entry) for name, entry in entries.items()}
     end = _check_cover(file, 8 + length, tensors)
     if end != size:
@@ -242,7 +249,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _safetensors_info(file: Path, base: int, name: str, code: Any, shape: tuple[Any, ...], *span: Any) -> TensorInfo:
     numbers = (*shape, *span)
-    if len(span) != 2 or any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
+    if len(span) != 2 or any(type(number) is not int or number < 0 for number in numbers):
         raise BadInput(f"{file.name}: {name} has shape {list(shape)} and offsets {list(span)}, which cannot be.")
     dtype, (start, stop) = by_code(code, f"{file.name}: {name}"), span
     needed = prod(shape) * dtype.size

@@ -43,13 +43,17 @@ def run(family: Family, options: argparse.Namespace) -> int:
     output = Path(options.output or (f"out/demo-{family.name}" if demo else f"out/{_last_component(options.source)}"))
     if not output.name or output.name == "..":
         raise BadInput(f"--output {options.output} has no last component to name the run after.")
-    from .writer import parse_size, refuse_existing
+    from .report import refuse_unwritable
+    from .writer import made_from, parse_size, refuse_existing
     try:
         shard_size = parse_size(options.shard_size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise BadInput(f"--shard-size {options.shard_size} is not a size; give for example 5GB or 512MiB.") from error
     if not options.dry_run:
-        refuse_existing(output, overwrite=options.overwrite or (demo and options.output is None))
+        rebuilt = demo and options.output is None and made_from(output) == str(_demo_source(family))
+        options.overwrite = options.overwrite or rebuilt
+        refuse_existing(output, options.overwrite)
+        refuse_unwritable(Path(options.reports))
     with _source(family, options) as (source, path, revision):
         conversion_of(family, options, source, path, revision, output, shard_size)
     return 0
@@ -77,10 +81,11 @@ def _convert(plan: Plan, layout: Layout, checkpoint: Any, options: argparse.Name
     from .report import Conversion, tensor_rows, versions
     from .stream import carry_out, digest_of
     from .verify import verify
-    from .writer import MARKER, Staging
+    from .writer import MARKER, Staging, refuse_existing
     started = time.perf_counter()
     config, notes = target_config(plan)
     with Staging(output) as staging:
+        refuse_existing(output, options.overwrite)  # again, now that nobody else can be writing it
         staging.allocate(layout)
         with _progress(f"converting {output.name}", plan.nbytes) as advance:
             digests = carry_out(plan, checkpoint, layout, staging, allow_nonfinite=options.allow_nonfinite,
@@ -143,14 +148,18 @@ def _source(family: Family, options: argparse.Namespace) -> Iterator[tuple[str, 
     print(f"No --source: converting the built-in demo checkpoint, a small random {family.name} with a tokenizer.\n"
           f"A real one: python -m convert.{family.name} --source DIRECTORY-OR-HUB-ID --output out/NAME",
           file=sys.stderr)
-    with TemporaryDirectory() if options.dry_run else nullcontext("out") as parent:
-        directory = Path(parent) / f"demo-{family.name}-source"
+    with TemporaryDirectory() if options.dry_run else nullcontext() as elsewhere:
+        directory = Path(elsewhere or "") / _demo_source(family)
         yield str(directory), build_demo(family, directory), None
+
+
+def _demo_source(family: Family) -> Path:
+    return Path("out") / f"demo-{family.name}-source"
 
 
 def _last_component(source: str) -> str:
     path = Path(source)
-    return path.stem if path.is_file() else (path.resolve().name if path.exists() else path.name)
+    return path.resolve().name if path.exists() else path.name
 
 
 def _bring_along(source: Path, target: Path) -> None:

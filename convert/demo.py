@@ -17,7 +17,7 @@ import numpy as np
 from .dtypes import BY_NAME
 from .plan import Move, expand, layers_of, name_in
 from .rules import Family, Rule
-from .writer import Staging, make_layout, refuse_existing, MARKER
+from .writer import MARKER, Staging, make_layout, refuse_existing
 
 SEED = 20260601
 

@@ -57,7 +57,7 @@ CAST_TARGETS = ("float32", "float16", "bfloat16")
 
 def by_code(code: str, tensor: str) -> Dtype:
     """The dtype that a safetensors header calls ``code``; raises :class:`BadInput` when unknown."""
-    if code not in BY_CODE:
+    if not isinstance(code, str) or code not in BY_CODE:
         raise BadInput(f"{tensor} has dtype {code!r}, which is not one of {', '.join(BY_CODE)}.")
     return BY_CODE[code]
 
@@ -68,14 +68,16 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def cast(array: np.ndarray, source: Dtype, target: Dtype) -> np.ndarray:
-    """``array`` of dtype ``source`` as ``target``, round to nearest even as torch does."""
+    """``array`` of dtype ``source`` as ``target``, round to nearest even as torch does; a NaN stays some NaN."""
     if source == target:
         return array
     if source.name == "bfloat16":
         array, source = _widen_bfloat16(array), BY_NAME["float32"]
-    if target.name == "bfloat16":
-        return _round_to_bfloat16(array.astype(np.float32, copy=False))
     with np.errstate(over="ignore"):
+        if target.size == 2:  # torch goes from float64 by way of float32, and so rounds twice
+            array = array.astype(np.float32, copy=False)
+        if target.name == "bfloat16":
+            return _round_to_bfloat16(array)
         return array.astype(target.storage, copy=False)
 
 

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 
 ALIGNED, DIVERGED, BAD_INPUT, FRAMEWORK_MISSING, OUR_FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+THE_DISKS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 FRAMEWORKS = {
     "torch": "pip install torch",
@@ -52,6 +55,8 @@ def guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted; nothing was written", INTERRUPTED)
     except Exception as error:  # a crash must never look like a verdict
+        if isinstance(error, OSError) and error.errno in THE_DISKS_FAULT:
+            return _say(f"{error.strerror}: {str(error.filename)[:200]}", BAD_INPUT)
         return _say(f"{_one_line(error)} This is a fault of paddle-parity; traceback in {_log()}", OUR_FAULT)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .rules import Family, Head, buffer, causal_mask, constant, keep, labels_of, linear, norm, rules, size_of
+from convert.rules import Family, Head, buffer, causal_mask, constant, keep, labels_of, linear, norm, rules, size_of
 
 
 def sizes(config):
@@ -48,6 +48,15 @@ FAMILY = Family(
         ("transformer.h.{i}", "transformer.h.{i}"),
         ("transformer.ln_f", "transformer.ln_f"),
     ),
+    inside={"transformer.h.{i}": (
+        ("ln_1", "ln_1", "input"),
+        ("attn.q_proj", "attn.q_proj", "wiring of the norm"),
+        ("attn.k_proj", "attn.k_proj", "wiring of the norm"),
+        ("attn.v_proj", "attn.v_proj", "wiring of the norm"),
+        ("attn.out_proj", "attn.out_proj", "attention: rotary, scale, mask, softmax"),
+        ("mlp.fc_in", "mlp.fc_in", "wiring of the norm"),
+        ("mlp.fc_out", "mlp.fc_out", "mlp activation"),
+    )},
     demo={
         "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "vocab_size": 272, "n_positions": 128,
         "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_inner": None, "activation_function": "gelu_new",
@@ -59,5 +68,5 @@ FAMILY = Family(
 )
 
 if __name__ == "__main__":
-    from .cli import main
+    from convert.cli import main
     sys.exit(main(FAMILY))

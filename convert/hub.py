@@ -36,11 +36,12 @@ def resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -51,18 +52,37 @@ def _download(repository: str, revision: str | None) -> tuple[Path, str]:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         wanted = _files_of_one_format(repository, sizes)
-        needed = sum(sizes[name] for name in wanted)
+        needed = sum(sizes[name] for name in wanted
+                     if not isinstance(try_to_load_from_cache(repository, name, revision=info.sha), str))
         _require_space(Path(HF_HUB_CACHE), needed, repository)
         return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted)), info.sha
     except GatedRepoError as error:
-        raise BadInput(f"{repository} is gated: accept its terms on its page, then run: huggingface-cli login") from error
+        raise BadInput(f"{repository} is gated: accept its terms on its page, then run: "
+                       "huggingface-cli login") from error
     except RevisionNotFoundError as error:
         raise BadInput(f"{repository} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:
         raise BadInput(f"{repository} is neither a path here nor a repository on the hub.") from error
+    except HFValidationError as error:
+        raise BadInput(f"{repository} does not exist, and it is not a hub id such as EleutherAI/gpt-j-6b.") from error
     except (RequestException, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        cached = _cached(repository, revision)
+        if cached is not None:
+            return cached, cached.name
         raise BadInput(f"{repository} is not a path here, and the hub cannot be reached ({type(error).__name__}). "
                        "Connect, set HF_ENDPOINT to a mirror, or give a directory.") from error
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The snapshot that an earlier download left, if it holds a config and one whole format."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        snapshot = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    whole = (snapshot / "config.json").is_file() and any((snapshot / patterns[0]).is_file() for patterns in FORMATS)
+    return snapshot if whole else None
 
 
 def _files_of_one_format(repository: str, sizes: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from .dtypes import BY_NAME, Dtype
 from .errors import BadInput
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+FOLLOWED_BY_DESCRIPTOR, DATA_DESCRIPTOR = 8, b"PK\x07\x08"
 NAME_TABLE = "StructuredToParameterName@@"
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -62,17 +63,28 @@ def read_torch_zip(path: Path) -> dict[str, StoredTensor]:
         if order != "little":
             raise BadInput(f"{path.name} was written on a big-endian machine; save it again on a little-endian one.")
 
-        def region(key: str) -> Region:
+        def region(key: str, elements: int, size: int) -> Region:
             entry = records.get(f"{root}data/{key}")
             if entry is None:
                 raise BadInput(f"{path.name} has no record data/{key}; the file is damaged. Download it again.")
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise BadInput(f"{path.name} has compressed records; torch.save does not write such files.")
-            file.seek(entry.header_offset + 26)
-            return Region(entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))), entry.file_size)
+            return _record(file, archive, entry, elements * size)
 
-        unpickler = _TorchUnpickler(io.BytesIO(archive.read(name)), path.name, lambda key, nbytes: region(key))
-        return _tensors_of(_load(unpickler, path), path)
+        unpickler = _TorchUnpickler(io.BytesIO(archive.read(name)), path.name, region)
+        return _tensors_of(unpickler.load(), path)
+
+
+def _record(file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, nbytes: int) -> Region:
+    """Where the bytes of a stored record lie. Every header about it must agree: its own checksum is not taken."""
+    archive.open(entry).close()  # compares the name in front of the data with that in the directory
+    file.seek(entry.header_offset + 26)
+    offset = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    file.seek(offset + entry.file_size)
+    followed = file.read(4) == DATA_DESCRIPTOR or not entry.flag_bits & FOLLOWED_BY_DESCRIPTOR
+    if entry.file_size != nbytes or not followed:
+        raise ValueError(f"record {entry.filename} has another size than announced")
+    return Region(offset, nbytes)
 
 
 def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
@@ -83,25 +95,29 @@ def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
     """
     with open(path, "rb") as file:
         for expected in (TORCH_MAGIC, 1001):
-            if _load(_TorchUnpickler(file, path.name), path) != expected:
+            if _TorchUnpickler(file, path.name).load() != expected:
                 raise BadInput(f"{path.name} is neither safetensors nor a file that torch.save wrote.")
-        if _load(_TorchUnpickler(file, path.name), path).get("little_endian") is not True:
+        if _TorchUnpickler(file, path.name).load().get("little_endian") is not True:
             raise BadInput(f"{path.name} was written on a big-endian machine; save it again on a little-endian one.")
-        sizes: dict[str, int] = {}
+        storages: dict[str, tuple[int, int]] = {}
 
-        def remember(key: str, nbytes: int) -> str:
-            sizes[key] = nbytes
+        def remember(key: str, elements: int, size: int) -> str:
+            storages[key] = (elements, size)
             return key
 
-        described = _tensors_of(_load(_TorchUnpickler(file, path.name, remember), path), path)
+        described = _tensors_of(_TorchUnpickler(file, path.name, remember).load(), path)
         regions, offset = {}, 0
-        keys = _load(_TorchUnpickler(file, path.name), path)
+        keys = _TorchUnpickler(file, path.name).load()
         offset = file.tell()
         for key in keys:
-            if key not in sizes:
+            if key not in storages:
                 raise BadInput(f"{path.name} lists a storage {key!r} that no tensor uses; the file is damaged.")
-            regions[key] = Region(offset + 8, sizes[key])
-            offset += 8 + sizes[key]
+            elements, size = storages[key]
+            file.seek(offset)
+            if struct.unpack("<q", file.read(8)) != (elements,):
+                raise ValueError(f"storage {key} has another size than announced")
+            regions[key] = Region(offset + 8, elements * size)
+            offset += 8 + elements * size
         if offset != path.stat().st_size:
             raise BadInput(cut_short(path, offset))
         return {name: _with_region(tensor, regions[tensor.region[0]]) for name, tensor in described.items()}
@@ -110,13 +126,13 @@ def read_torch_legacy(path: Path) -> dict[str, StoredTensor]:
 def read_pdparams(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a ``paddle.save`` state dictionary; numpy's uint16 is bfloat16, as paddle.load takes it."""
     with open(path, "rb") as file:
-        state = _load(_PaddleUnpickler(file, path.name), path)
+        state = _PaddleUnpickler(file, path.name).load()
     if not isinstance(state, dict):
         raise BadInput(f"{path.name} holds a {type(state).__name__}, not a dictionary of tensors.")
     state.pop(NAME_TABLE, None)
     for name, value in state.items():
-        if not isinstance(value, _Array):
-            raise BadInput(f"{path.name}: {name} is not a tensor.")
+        if not isinstance(name, str) or not isinstance(value, _Array):
+            raise BadInput(f"{path.name}: {name!r} is a {type(value).__name__}; a name and a tensor are needed.")
     return {name: array.described(path.name, name) for name, array in state.items()}
 
 
@@ -127,27 +143,21 @@ def cut_short(path: Path, promised: int) -> str:
     return (f"{path.name} {problem}: its header promises {promised:,} bytes, it has {actual:,}. Download it again.")
 
 
-def _load(unpickler: pickle._Unpickler | pickle.Unpickler, path: Path) -> Any:
-    try:
-        return unpickler.load()
-    except BadInput:
-        raise
-    except Exception as error:
-        raise BadInput(f"{path.name} cannot be read as a checkpoint ({type(error).__name__}: {error}). "
-                       "It is damaged or of another format.") from error
-
-
 def _refuse(file: str, module: str, name: str) -> None:
     raise BadInput(f"{file} wants to run code ({module}.{name}) while it is loaded. Nothing of it was run. "
                    "Get the weights as safetensors instead.")
 
 
-class _TorchUnpickler(pickle.Unpickler):
+class _TorchUnpickler(pickle._Unpickler):
+    """The pure-Python unpickler: a damaged length cannot make it allocate what the file does not hold."""
+
     def __init__(self, file: io.BufferedIOBase, name: str, storage: Any = None) -> None:
         super().__init__(file, encoding="utf-8")
         self._name, self._storage = name, storage
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            raise BadInput(f"{self._name} holds a tensor whose dtype is not one of {', '.join(BY_NAME)}.")
         known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -163,8 +173,9 @@ class _TorchUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> tuple[Any, Dtype]:
         _, dtype, key, _, elements, *view = pid
         if any(item is not None for item in view):
-            raise BadInput(f"{self._name} stores views of storages, as torch < 0.4 did; save it again with a newer torch.")
-        return self._storage(key, elements * dtype.size), dtype
+            raise BadInput(f"{self._name} stores views of storages, as torch < 0.4 did; save it again with a newer "
+                           "torch.")
+        return self._storage(key, elements, dtype.size), dtype
 
 
 def _rebuild_tensor(storage: tuple[Any, Dtype], offset: int, shape: tuple[int, ...], strides: tuple[int, ...],
@@ -179,11 +190,13 @@ def _with_region(tensor: StoredTensor, where: Any) -> StoredTensor:
     if not isinstance(where, Region):
         return StoredTensor(tensor.dtype, tensor.shape, (where, offset), tensor.strides)
     size = tensor.dtype.size
+    if min(offset, *tensor.shape, *tensor.strides, 0) < 0:
+        raise ValueError("a tensor has a negative size, stride or offset")
     contiguous = tensor.strides == _c_strides(tensor.shape) or prod(tensor.shape) <= 1
     span = prod(tensor.shape) if contiguous else 1 + sum(
         (length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if offset < 0 or (offset + span) * size > where.nbytes:
-        raise BadInput("a tensor reaches beyond its storage; the file is damaged.")
+    if (offset + span) * size > where.nbytes:
+        raise ValueError("a tensor reaches beyond its storage")
     return StoredTensor(tensor.dtype, tensor.shape, Region(where.offset + offset * size, span * size),
                         None if contiguous else tensor.strides)
 
@@ -198,8 +211,8 @@ def _tensors_of(state: Any, path: Path) -> dict[str, StoredTensor]:
     if not isinstance(state, Mapping):
         raise BadInput(f"{path.name} holds a {type(state).__name__}, not a dictionary of tensors.")
     for name, value in state.items():
-        if not isinstance(value, StoredTensor):
-            raise BadInput(f"{path.name}: {name} is a {type(value).__name__}, not a tensor.")
+        if not isinstance(name, str) or not isinstance(value, StoredTensor):
+            raise BadInput(f"{path.name}: {name!r} is a {type(value).__name__}; a name and a tensor are needed.")
     return dict(state)
 
 
@@ -255,13 +268,10 @@ class _PaddleUnpickler(pickle._Unpickler):
             frame.seek(nbytes, io.SEEK_CUR)
         else:
             offset = self._file.tell()
-            self._file.seek(nbytes, io.SEEK_CUR)
-            if self._file.tell() > self._file_size():
+            if offset + nbytes > Path(self._file.name).stat().st_size:
                 raise BadInput(cut_short(Path(self._file.name), offset + nbytes))
+            self._file.seek(nbytes, io.SEEK_CUR)
         self.append(Region(offset, nbytes))
-
-    def _file_size(self) -> int:
-        return Path(self._file.name).stat().st_size
 
     def _load_short(self) -> None:
         self._push_region(self.read(1)[0])
@@ -272,7 +282,8 @@ class _PaddleUnpickler(pickle._Unpickler):
     def _load_very_long(self) -> None:
         self._push_region(struct.unpack("<Q", self.read(8))[0])
 
-    dispatch = dict(pickle._Unpickler.dispatch)
-    dispatch[pickle.SHORT_BINBYTES[0]] = _load_short
-    dispatch[pickle.BINBYTES[0]] = _load_long
-    dispatch[pickle.BINBYTES8[0]] = _load_very_long
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {
+        pickle.SHORT_BINBYTES[0]: _load_short,
+        pickle.BINBYTES[0]: _load_long,
+        pickle.BINBYTES8[0]: _load_very_long,
+    }

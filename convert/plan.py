@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from .dtypes import BY_NAME, Dtype
@@ -83,7 +84,7 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
     head's do, the tensors are believed. Raises :class:`BadInput` that names the keys and the nearest rule.
     """
     _refuse_other_family(family, config)
-    declared = next(iter(config.get("architectures") or []), None)
+    declared = _declared(config)
     candidates = sorted(family.heads, key=lambda head: head.architecture != declared)
     attempts = [_attempt(family, head, config, header, dtype) for head in candidates]
     total = [attempt for attempt in attempts if isinstance(attempt, _Total)]
@@ -94,6 +95,13 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
     closest = attempts[0] if declared in {head.architecture for head in family.heads} else min(
         (attempt for attempt in attempts if isinstance(attempt, _Faulty)), key=lambda attempt: len(attempt.faults))
     raise BadInput(f"{closest.describe()} Nothing was written.")
+
+
+def _declared(config: Config) -> str | None:
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise BadInput(f"config.json: architectures is {architectures!r}; a list of class names is needed.")
+    return architectures[0] if architectures else None
 
 
 def layers_of(family: Family, config: Config) -> int:
@@ -228,7 +236,8 @@ def _refuse_other_family(family: Family, config: Config) -> None:
     kind = config.get("model_type")
     if kind != family.name:
         told = f"model_type is {kind!r}" if kind else "there is no model_type"
-        advice = f" Try: python -m convert.{kind}" if isinstance(kind, str) and kind.isidentifier() else ""
+        known = isinstance(kind, str) and kind.isidentifier() and Path(__file__).with_name(f"{kind}.py").is_file()
+        advice = f" Try: python -m convert.{kind}" if known else ""
         raise BadInput(f"config.json is not of the {family.name} family: {told}.{advice}")
     reason = family.unsupported(config)
     if reason:
@@ -238,7 +247,8 @@ def _refuse_other_family(family: Family, config: Config) -> None:
 def _unclaimed(family: Family, rules: Sequence[Rule], layers: int, names: list[str]) -> list[str]:
     if not names:
         return []
-    surplus = sorted({int(found) for name in names for found in re.findall(r"\.(\d+)\.", name) if int(found) >= layers})
+    numbers = {int(found) for name in names for found in re.findall(r"\.(\d{1,9})\.", name)}
+    surplus = sorted(number for number in numbers if number >= layers)
     if surplus and all(re.search(r"\.\d+\.", name) for name in names):
         return [f"the config says {layers} layers, the source has layers up to {surplus[-1]} ({_some(names)})."]
     templates = [rule.source or rule.target for rule in rules]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -47,8 +49,10 @@ class Conversion:
     schema: str = SCHEMA
 
     def save(self, reports: Path) -> Path:
-        """Write both files into ``reports/<run>/`` and return that directory."""
+        """Write both files into ``reports/<run>/``, in the place of an earlier conversion's; return the directory."""
         directory = reports / self.run
+        if (directory / "convert.json").is_file():
+            shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "convert.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
         (directory / "convert.md").write_text(self.markdown(), "utf-8")
@@ -72,11 +76,19 @@ class Conversion:
         lines += [f"- `{tensor['target']}`: {tensor['filling']}" for tensor in made] or ["None."]
         lines += ["", "## Dropped: what Paddle has no place for", ""]
         lines += [f"- `{item['source']}`: {item['why']}" for item in self.dropped] or ["None."]
-        lines += ["", "## Every tensor", "", "| source | target | rule | shape | dtype |", "| --- | --- | --- | --- | --- |"]
+        lines += ["", "## Every tensor", "", "| source | target | rule | shape | dtype |",
+                  "| --- | --- | --- | --- | --- |"]
         lines += [f"| {_code(tensor['source'])} | `{tensor['target']}` | {tensor['rule']}"
                   f"{' (transposed)' if tensor['transposed'] else ''} | {tensor['shape']} | {tensor['dtype']} |"
                   for tensor in self.tensors]
         return "\n".join(lines) + "\n"
+
+
+def refuse_unwritable(reports: Path) -> None:
+    """:class:`BadInput` when no report can be written to ``reports``; asked before a long conversion."""
+    existing = next(path for path in (reports.absolute(), *reports.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"--reports {reports}: {existing} is not a directory that can be written to.")
 
 
 def tensor_rows(plan: Plan, source_digests: dict[str, str], target_digests: dict[str, str]) -> list[dict[str, Any]]:

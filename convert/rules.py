@@ -8,7 +8,7 @@ Every rule can be undone: :meth:`Rule.invert` takes what a Paddle layer holds ba
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
 Size = str | int
 Condition = Callable[[Config], bool]
+MAX_SIZE = 2**30
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. ``modules`` pairs torch's and Paddle's module paths in execution order, for align."""
+    """One architecture. For align: ``modules`` pairs torch's and Paddle's module paths in the order of execution, and
+    ``inside`` says, for a module's Paddle path, which sublayers it has: (torch, Paddle, the operation before it).
+    """
 
     name: str
     prefix: str
@@ -179,6 +182,7 @@ class Family:
     demo: Config
     unsupported: Callable[[Config], str | None] = lambda config: None
     additions: Config = field(default_factory=dict)
+    inside: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
 
     def head(self, architecture: str) -> Head:
         """The head whose class is ``architecture``; KeyError when the family has none."""
@@ -206,14 +210,20 @@ def size_of(config: Config, *names: str, default: int | None = None) -> int:
     """The first of ``names`` that the config has; :class:`BadInput` when it has none and there is no default."""
     from .errors import BadInput
     value = next((config[name] for name in names if config.get(name) is not None), default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise BadInput(f"config.json: {names[0]} is {value!r}; a whole number is needed.")
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise BadInput(f"config.json: {names[0]} is {str(value)[:40]}; a whole number up to {MAX_SIZE:,} is needed.")
     return value
 
 
 def labels_of(config: Config) -> int:
-    """How many classes a classification head has: as transformers, from ``id2label``, else 2."""
-    return size_of(config, "num_labels", default=len(config.get("id2label") or (0, 1)))
+    """How many classes a classification head has: as transformers, from ``id2label`` before ``num_labels``, else 2."""
+    from .errors import BadInput
+    names = config.get("id2label")
+    if not names:
+        return size_of(config, "num_labels", default=2)
+    if not isinstance(names, Sized):
+        raise BadInput(f"config.json: id2label is {names!r}; a name for each label is needed.")
+    return len(names)
 
 
 def _without_prefix(rule: Rule, prefix: str) -> Rule:

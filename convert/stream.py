@@ -69,11 +69,11 @@ def chunks_of(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
     """The elements of a tensor in C order, flat, in pieces of at most 8 MiB."""
     info = checkpoint.tensors[name]
     if info.strides is not None:
-        yield checkpoint.read(name).reshape(-1)
-        return
+        whole = checkpoint.read(name).reshape(-1)
     elements, per_chunk = prod(info.shape), CHUNK // info.dtype.size
     for start in range(0, elements, per_chunk):
-        yield checkpoint.read_elements(name, start, min(start + per_chunk, elements))
+        stop = min(start + per_chunk, elements)
+        yield checkpoint.read_elements(name, start, stop) if info.strides is None else whole[start:stop]
 
 
 def strips_of(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -164,7 +164,7 @@ class _Worker:
             self.source_digests[move.source] = digest.hexdigest()
 
     def _transposed(self, move: Move) -> Iterator[np.ndarray]:
-        rows, columns = move.source_shape
+        rows = move.source_shape[0]
         digest = xxhash.xxh3_128()
         tiles = list(column_tiles(move.source_shape, max(move.source_dtype.size, move.dtype.size)))
         for start, stop in tiles:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from .checkpoint import read_json
 from .errors import BadInput
 from .pickles import NAME_TABLE
 from .plan import Move
@@ -167,6 +168,14 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         raise BadInput(f"{output} exists and is not a conversion of ours; it is not touched. Give another --output.")
     if not overwrite:
         raise BadInput(f"{output} exists. Give --overwrite to replace it, or another --output.")
+
+
+def made_from(output: Path) -> str | None:
+    """What the conversion that made ``output`` called its source; None when it is not one of ours."""
+    try:
+        return read_json(output / MARKER).get("source")
+    except BadInput:
+        return None
 
 
 def _shards(moves: Sequence[Move], shard_size: int) -> list[list[Move]]:

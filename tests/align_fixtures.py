@@ -18,6 +18,7 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from convert.cli import main as convert_main
 
+torch.set_num_threads(1)  # models this small lose more than they gain by a second one
 STAGES = ("weights", "forward", "metric", "loss")
 TINY = {
     "bert": dict(vocab_size=160, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -43,14 +44,15 @@ def torch_model(head: str, seed: int = 0, **overrides: Any) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
-                parameter.copy_(noise * (0.5 if "embedding" in name or "wte" in name else 1.4 / parameter.shape[1] ** 0.5))
+                spread = 0.5 if "embedding" in name or "wte" in name else 1.4 / parameter.shape[1] ** 0.5
+                parameter.copy_(spread * noise)
             else:
                 parameter.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise)
     return model
 
 
-def save_checkpoint(directory: Path, head: str, *, dtype: str = "float32", tokenizer: bool = False, binary: bool = False,
-                    shard: str = "5GB", **overrides: Any) -> Path:
+def save_checkpoint(directory: Path, head: str, *, dtype: str = "float32", tokenizer: bool = False,
+                    binary: bool = False, shard: str = "5GB", **overrides: Any) -> Path:
     """``torch_model`` on disk as transformers saves it."""
     model = torch_model(head, **overrides).to(getattr(torch, dtype))
     model.save_pretrained(directory, safe_serialization=not binary, max_shard_size=shard)
@@ -87,6 +89,11 @@ class Outcome:
 
     def tensor(self, name: str) -> dict[str, Any]:
         return next(tensor for tensor in self.report["tensors"] if tensor["name"] == name)
+
+    @property
+    def modules(self) -> list[dict[str, Any]]:
+        """The tensors that forward recorded on its ordinary input, without probes such as ``norm (small input)``."""
+        return [tensor for tensor in self.report["tensors"] if " " not in tensor["name"]]
 
     @property
     def failing(self) -> list[str]:

@@ -1,0 +1,792 @@
+"""The catalogue: what a net may compute instead of what the reference computes.
+
+An idea yields variants of the reference at one place. A variant is tried as it is; a dial has one number that is
+solved for. Ideas look for modules by their class, and by the spellings below where a class says too little, so that
+most of them hold for families that are not named here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from . import surgery
+from .place import Place
+from .surgery import Change, together
+
+QUERY, KEY, VALUE = {"q_proj", "query"}, {"k_proj", "key"}, {"v_proj", "value"}
+ATTENTION_OUTPUT = {"out_proj", "attention.output.dense"}
+MLP = {"mlp"}
+HEADS, HEAD_WIDTHS, SCALE = ("num_attention_heads", "num_heads"), ("head_dim", "attention_head_size"), "scale_attn"
+ROTARY, ROTARY_WIDTH, ROTARY_TABLE = "apply_rotary_pos_emb", "rotary_dim", "embed_positions"
+GELUS = ("gelu", "gelu_new", "quick_gelu", "gelu_10")
+OTHER_ACTIVATIONS = ("relu", "silu", "tanh", "sigmoid", "linear", "mish", "leaky_relu", "relu2", "relu6", "laplace")
+SAME_ACTIVATION = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
+                   "gelu_accurate": "gelu_new", "swish": "silu"}
+EPSILONS = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)
+MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``change`` makes the reference compute something else; ``told`` follows the subject in a sentence.
+
+    ``extent`` is how many tensors or modules it changes: of two that fit, the narrower one is told.
+    """
+
+    kind: str
+    subject: str
+    told: str
+    change: Change
+    extent: int = 1
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A variant with one positive number in it. ``grid`` is where the search for it starts."""
+
+    kind: str
+    subject: str
+    told: Callable[[float], str]
+    change: Callable[[float], Change]
+    grid: tuple[float, ...]
+    extent: int = 1
+
+    def at(self, number: float) -> Variant:
+        return Variant(self.kind, self.subject, self.told(number), self.change(number), self.extent)
+
+
+@dataclass(frozen=True)
+class Idea:
+    about: str
+    variants: Callable[[Place], Iterable[Variant | Dial]]
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+def transposed(place: Place) -> Iterator[Variant]:
+    square = {path: module.weight for path, module in place.modules(nn.Linear)
+              if module.weight.shape[0] == module.weight.shape[1]}
+    for path, weight in square.items():
+        yield Variant("transposed-weight", f"{place.paddle(path)}.weight", "is used transposed",
+                      surgery.weights({f"{path}.weight": weight.T}))
+    if len(square) > 1:
+        yield Variant("transposed-weight", place.name, "uses every square weight transposed",
+                      surgery.weights({f"{path}.weight": weight.T for path, weight in square.items()}), len(square))
+
+
+def missing_biases(place: Place) -> Iterator[Variant]:
+    biases = {f"{path}.bias": module.bias for path, module in place.modules(nn.Module)
+              if isinstance(module._parameters.get("bias"), nn.Parameter)}
+    for path, bias in biases.items():
+        yield Variant("missing-bias", place.paddle(path), "is not added",
+                      surgery.weights({path: torch.zeros_like(bias)}))
+    if len(biases) > 1:
+        yield Variant("missing-bias", place.name, "adds none of its biases",
+                      surgery.weights({path: torch.zeros_like(bias) for path, bias in biases.items()}), len(biases))
+
+
+def swapped(place: Place) -> Iterator[Variant]:
+    """Two modules of one class and shape in each other's place, and the three projections in another order."""
+    found = [(path, module) for path, module in place.modules(nn.Linear, nn.LayerNorm)]
+    for (one, first), (other, second) in itertools.combinations(found, 2):
+        if type(first) is type(second) and first.weight.shape == second.weight.shape:
+            yield Variant("swapped-weights", f"{place.paddle(one)}.weight",
+                          f"and {place.paddle(other)}.weight are swapped",
+                          surgery.weights(_moved({one: (other, second), other: (one, first)})))
+    for _, parts in _projections(place):
+        q = parts[0][0]
+        for told, order in (("k, v, q", (1, 2, 0)), ("v, q, k", (2, 0, 1))):
+            taken = {place_of[0]: parts[number] for place_of, number in zip(parts, order, strict=True)}
+            yield Variant("qkv-order", f"{place.paddle(q)}.weight",
+                          f"and its key and value siblings hold {told}, in this order", surgery.weights(_moved(taken)))
+
+
+def fused_orders(place: Place) -> Iterator[Variant]:
+    """q, k and v cut from one fused matrix whose rows are ordered otherwise than the cutter thinks."""
+    for attention, parts in _projections(place):
+        heads = _heads(place.root.get_submodule(attention))
+        if heads is None:
+            continue
+        for kind in ("weight", "bias"):
+            if any(module._parameters.get(kind) is None for _, module in parts):
+                break
+        names = [kind for kind in ("weight", "bias") if all(
+            module._parameters.get(kind) is not None for _, module in parts)]
+        for told, cut in (("per head, though the fused rows are ordered q, k, v", _cut_per_head),
+                          ("as q, k, v, though the fused rows are ordered per head", _cut_whole)):
+            tensors = {}
+            for kind in names:
+                pieces = cut([getattr(module, kind) for _, module in parts], heads)
+                tensors |= {f"{path}.{kind}": piece for (path, _), piece in zip(parts, pieces, strict=True)}
+            yield Variant("qkv-order", f"{place.paddle(attention)} q, k and v", f"are cut {told}",
+                          surgery.weights(tensors))
+
+
+def rounded(place: Place) -> Iterator[Variant]:
+    held = {f"{path}.{kind}" if path else kind: parameter for path, module in place.modules(nn.Module)
+            for kind, parameter in module._parameters.items() if parameter is not None}
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        through = {path: parameter.to(dtype).float() for path, parameter in held.items()}
+        for path, parameter in through.items():
+            yield Variant(f"rounded-to-{name}", place.paddle(path), f"is rounded to {name}",
+                          surgery.weights({path: parameter}))
+        yield Variant(f"rounded-to-{name}", place.name, f"rounds all of its weights to {name}",
+                      surgery.weights(through), len(through))
+        matrices = {path: parameter for path, parameter in through.items() if parameter.ndim > 1}
+        yield Variant(f"rounded-to-{name}", place.name, f"rounds its matrices to {name}",
+                      surgery.weights(matrices), len(matrices))
+
+
+def other_layers(place: Place) -> Iterator[Variant]:
+    """The weights of another block in this one: all of them, or one neighbour's tensor."""
+    siblings = {path: module for path, module in place.model.named_modules()
+                if path in place.listed and type(module) is type(place.root) and path != place.path}
+    if place.whole or not siblings:
+        return
+    mine = dict(place.root.named_parameters())
+    names = {path: name for name, path in place.torch_paths.items()}
+    for path, module in siblings.items():
+        theirs = dict(module.named_parameters())
+        if {name: tensor.shape for name, tensor in theirs.items()} == {name: t.shape for name, t in mine.items()}:
+            yield Variant("shifted-layers", place.name, f"uses the weights of {names[path]}", surgery.weights(theirs),
+                          len(theirs))
+            if abs(place.listed.index(path) - place.listed.index(place.path)) == 1:
+                for name, tensor in theirs.items():
+                    yield Variant("shifted-layers", place.paddle(name), f"is the one of {names[path]}",
+                                  surgery.weights({name: tensor}))
+
+
+def other_head_weights(place: Place) -> Iterator[Variant]:
+    """A head that uses another matrix of its shape, the token embedding above all."""
+    if not place.whole or place.start is not None:
+        return
+    tables = {path: module.weight for path, module in place.model.named_modules()
+              if isinstance(module, (nn.Linear, nn.Embedding))}
+    for path, module in place.modules(nn.Linear):
+        for other, weight in tables.items():
+            if weight is not module.weight and weight.shape == module.weight.shape and other != path:
+                yield Variant("tied-weights", f"{place.paddle(path)}.weight",
+                              f"is tied to {place.paddle(other)}.weight, which it is not in the reference",
+                              surgery.weights({f"{path}.weight": weight}))
+
+
+# Layer norm and activation --------------------------------------------------------------------------------------------
+
+def epsilons(place: Place) -> Iterator[Variant | Dial]:
+    norms = {path: module for path, module in place.modules(nn.LayerNorm)}
+    groups = [(place.paddle(path), [path]) for path in norms]
+    if len(norms) > 1:
+        groups.append((f"{place.name} layer norms", list(norms)))
+    for subject, paths in groups:
+        right = norms[paths[0]].eps
+
+        def change(value: float, paths: list[str] = paths) -> Change:
+            return together(*(surgery.attributes(path, {"eps": value}) for path in paths))
+
+        def told(value: float, right: float = right) -> str:
+            return f"has epsilon {value:.3g} instead of {right:g}"
+        for value in EPSILONS:
+            if value != right:
+                yield Variant("layer-norm-epsilon", subject, told(value), change(value), len(paths))
+        yield Dial("layer-norm-epsilon", subject, told, change, (right or 1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0),
+                   len(paths))
+
+
+def norm_variants(place: Place) -> Iterator[Variant]:
+    for path, norm in place.modules(nn.LayerNorm):
+        subject = place.paddle(path)
+        for kind, told, function in (
+                ("layer-norm-missing", "is left out", lambda module, x: x),
+                ("layer-norm-variant", "does not subtract the mean", _rms_norm),
+                ("layer-norm-variant", "divides by the unbiased standard deviation", _unbiased_norm),
+                ("layer-norm-variant", "adds epsilon to the standard deviation, not to the variance", _outside_norm)):
+            yield Variant(kind, subject, told, surgery.forward(
+                path, lambda module, run, function=function: lambda x: function(module, x)))
+        yield Variant("layer-norm-variant", f"{subject}.weight", "is not applied",
+                      surgery.weights({f"{path}.weight": torch.ones_like(norm.weight)}))
+        yield Variant("layer-norm-variant", f"{subject}.weight", "is applied as 1 + weight",
+                      surgery.weights({f"{path}.weight": 1 + norm.weight}))
+
+
+def norm_placements(place: Place) -> Iterator[Variant]:
+    for name, told, make in PLACEMENTS.get(type(place.root).__name__, ()):
+        yield Variant(name, place.name, told, surgery.forward("", lambda module, run, make=make: make(module)))
+
+
+def activations(place: Place) -> Iterator[Variant]:
+    known = {type(ACT2FN[name]): name for name in reversed(list(ACT2FN)) if name != "prelu"}
+    for path, module in place.modules(*known):
+        right = SAME_ACTIVATION.get(known[type(module)], known[type(module)])
+        gelu = right in GELUS
+        for name in GELUS + OTHER_ACTIVATIONS:
+            if name != right:
+                kind = "gelu-variant" if gelu and name in GELUS else "activation"
+                told = f"is {_spoken(name)} instead of {_spoken(right)}"
+                yield Variant(kind, f"{place.paddle(path.rpartition('.')[0])} activation", told,
+                              surgery.submodule(path, lambda old, name=name: ACT2FN[name]))
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+def scales(place: Place) -> Iterator[Variant | Dial]:
+    for attention, _ in _projections(place):
+        subject, width = f"{place.paddle(attention)} scale", _head_width(place.root.get_submodule(attention))
+        if width is None:
+            continue
+
+        def factor(value: float) -> Change:
+            return surgery.scores(query=lambda query: query * value)
+        hidden = place.root.get_submodule(attention)
+        for told, value in (("is missing: scores are not divided by the root of the head width", math.sqrt(width)),
+                            ("is 1 / head width instead of its root", 1 / math.sqrt(width)),
+                            ("is applied twice over, squared", width ** -0.5),
+                            ("multiplies where it should divide", float(width)),
+                            ("comes from the hidden width instead of the head's",
+                             math.sqrt(width / (width * (_heads(hidden) or 1))))):
+            yield Variant("attention-scale", subject, told, factor(value))
+        yield Dial("attention-scale", subject, lambda value: f"is off by a factor of {value:.7g}", factor,
+                   (0.1, 0.3, 0.7, 1.0, 1.5, 3.0, 10.0))
+
+
+def softmaxes(place: Place) -> Iterator[Variant]:
+    for attention, _ in _projections(place):
+        subject = f"{place.paddle(attention)} softmax"
+        for told, function in (
+                ("is missing", lambda old, x: torch.where(x < MASKED, 0, x)),
+                ("runs over the queries instead of the keys", lambda old, x: x.softmax(-2)),
+                ("runs over the heads instead of the keys", lambda old, x: x.softmax(1)),
+                ("is rounded to bfloat16", lambda old, x: old(x).bfloat16().to(x.dtype)),
+                ("is rounded to float16", lambda old, x: old(x).half().to(x.dtype)),
+                ("is computed on scores rounded to bfloat16 and rounded to it",
+                 lambda old, x: old(x.bfloat16().to(x.dtype)).bfloat16().to(x.dtype))):
+            yield Variant("attention-softmax", subject, told, surgery.scores(softmax=function))
+
+
+def masks(place: Place) -> Iterator[Variant | Dial]:
+    """The additive mask that a block is given, made anew: which keys each query may see, and what hides the others."""
+    if place.whole or not surgery.has_argument(place.root, "attention_mask"):
+        return
+    if not _projections(place):
+        return
+    subject = f"{place.paddle(_projections(place)[0][0])} mask"
+    tokens = torch.from_numpy(place.mask)
+    length = tokens.shape[1]
+    tril = torch.ones(length, length, dtype=torch.bool).tril()
+    real = tokens[:, None, None, :]
+
+    def mask(function: Callable[[Any], Any]) -> Change:
+        return surgery.argument("attention_mask", function)
+
+    def hidden(visible: Any, value: float | None = None) -> Change:
+        def make(given: Any) -> Any:
+            lowest = torch.finfo(torch.float32).min if value is None else value
+            return torch.where(visible, 0.0, lowest).to(given.dtype)
+        return mask(make)
+    captured = place.argument("attention_mask")
+    if captured is None:
+        return
+    causal = captured.shape[-2] > 1
+    seen = captured > MASKED
+    yield Variant("mask-missing", subject, "is missing: every query sees every key", hidden(torch.ones_like(seen)))
+    if causal:
+        yield Variant("causal-mask-missing", subject, "is not causal: queries see the keys behind them",
+                      hidden(real.expand(seen.shape)))
+        yield Variant("padding-mask-missing", subject, "ignores the padding",
+                      hidden(tril[None, None].expand(seen.shape)))
+        for offset, told in ((1, "lets each query see one key ahead"), (-1, "hides each query's own key")):
+            shifted = torch.ones(length, length, dtype=torch.bool).tril(offset)
+            yield Variant("causal-mask-shifted", subject, told, hidden(shifted & real))
+        yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden",
+                      hidden(tril & ~real))
+        yield Variant("mask-polarity", subject, "is upside down: queries see only what is behind them",
+                      hidden(tril.T & real))
+    else:
+        yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
+        yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden", hidden(~real))
+    yield Variant("mask-polarity", subject, "is added to the scores as ones and zeros",
+                  mask(lambda given: seen.to(given.dtype)))
+    groups = [("hidden keys", ~seen)]
+    if causal:
+        groups += [("padding", (~real & tril).expand(seen.shape)), ("keys behind the query", (~tril & real))]
+    padded = [row for row in range(len(tokens)) if not tokens[row].all()]
+    if len(padded) > 1:
+        rows = torch.arange(len(tokens))[:, None, None, None]
+        padding = ~real & (tril if causal else True)
+        groups += [(f"the padding of row {row}", ((rows == row) & padding).expand(seen.shape)) for row in padded]
+    for told, group in groups:
+        def soft(value: float, group: Any = group) -> Change:
+            return mask(lambda given: torch.where(group, torch.full_like(given, -value), given))
+        for value in (1.0, 5.0, 10.0, 20.0, 100.0, 1e3, 1e4):
+            yield Variant("mask-value", subject, f"adds {-value:g} to {told} instead of the lowest float", soft(value))
+        yield Dial("mask-value", subject,
+                   lambda value, told=told: f"adds {-value:.4g} to {told} instead of the lowest float", soft,
+                   (0.5, 2.0, 7.0, 15.0))
+
+
+def buffers(place: Place, name: str, held: Any) -> Iterator[Variant]:
+    """What a wrong causal mask or fill value of a net that keeps them as buffers does to a block's mask."""
+    given = place.argument("attention_mask")
+    if given is None or given.dim() != 4:
+        return
+    length = given.shape[-1]
+    real = torch.from_numpy(place.mask)[:, None, None, :]
+    tril = torch.ones(length, length, dtype=torch.bool).tril()
+    table = torch.from_numpy(held)
+    if table.dim() == 4 and table.shape[-1] >= length:
+        seen, hidden = table[..., :length, :length] > 0, torch.tensor(torch.finfo(torch.float32).min)
+    elif table.numel() == 1:
+        seen, hidden = tril, table.reshape(())
+    else:
+        return
+
+    def make(given: Any) -> Any:
+        padding = torch.where(real, 0.0, torch.finfo(torch.float32).min / 2)
+        return (torch.where(seen, 0.0, hidden) + padding).to(given.dtype)
+    yield Variant("wrong-buffer", name, "is not the one that the family fills in",
+                  surgery.argument("attention_mask", make))
+
+
+def head_counts(place: Place) -> Iterator[Variant]:
+    for attention, parts in _projections(place):
+        module = place.root.get_submodule(attention)
+        heads, width = _heads(module), _head_width(module)
+        if heads is None or width is None:
+            continue
+        total = heads * width
+        for other in (number for number in range(1, total + 1) if total % number == 0 and number != heads):
+            if total // other < (getattr(module, ROTARY_WIDTH, None) or 0):
+                continue
+            values: dict[str, Any] = {name: other for name in HEADS if hasattr(module, name)}
+            values |= {name: total // other for name in HEAD_WIDTHS if hasattr(module, name)}
+            if hasattr(module, SCALE):
+                values[SCALE] = torch.tensor(math.sqrt(total // other))
+            change = surgery.attributes(attention, values)
+            subject = f"{place.paddle(attention)} heads"
+            yield Variant("head-count", subject, f"are {other} instead of {heads}", change)
+            factor = math.sqrt(total / other / width)
+            kept = surgery.scores(query=lambda query, factor=factor: query * factor)
+            yield Variant("head-count", subject, f"are {other} instead of {heads}, with the right scale",
+                          together(change, kept))
+        yield from _head_layouts(place, attention, parts, heads, width)
+
+
+def _head_layouts(place: Place, attention: str, parts: list[tuple[str, Any]], heads: int, width: int,
+                  ) -> Iterator[Variant]:
+    subject = f"{place.paddle(attention)} heads"
+
+    def unmerged(x: Any) -> Any:
+        return x.unflatten(-1, (heads, width)).transpose(1, 2).reshape(x.shape)
+    for path, _ in place.modules(nn.Linear):
+        if path.endswith(tuple(ATTENTION_OUTPUT)):
+            yield Variant("head-layout", subject, "are put together without being moved back behind the tokens",
+                          surgery.first_input(path, unmerged))
+            strided = surgery.first_input(path, lambda x: x.unflatten(-1, (heads, width)).transpose(-1, -2).flatten(-2))
+            split = [surgery.output(part, lambda x: x.unflatten(-1, (width, heads)).transpose(-1, -2).flatten(-2))
+                     for part, _ in parts]
+            yield Variant("head-layout", subject, "take every n-th channel instead of neighbouring ones",
+                          together(*split, strided))
+            yield Variant("head-layout", subject, "are split by every n-th channel and put together by neighbours",
+                          together(*split))
+
+
+def rotations(place: Place) -> Iterator[Variant | Dial]:
+    for attention, _ in _projections(place):
+        module = place.root.get_submodule(attention)
+        if ROTARY not in surgery.globals_of(module):
+            continue
+        subject = f"{place.paddle(attention)} rotary"
+
+        def patched(make: Callable[[Any], Any], attention: str = attention) -> Change:
+            return surgery.function_of(attention, ROTARY, make)
+        if hasattr(module, ROTARY_TABLE):
+            yield Variant("rotary-style", subject, "turns the halves of a head against each other, not neighbours",
+                          patched(lambda old: _halves))
+            yield Variant("rotary-style", subject, "pairs neighbours, with the angles of halves",
+                          patched(lambda old: lambda x, sin, cos: old(x, *_regrouped(sin, cos))))
+        yield Variant("rotary-direction", subject, "turns the other way round",
+                      patched(lambda old: lambda x, sin, cos: old(x, -sin, cos)))
+        yield Variant("rotary-missing", subject, "is missing", patched(lambda old: lambda x, sin, cos: x))
+        for which, number in (("keys", 0), ("queries", 1)):
+            yield Variant("rotary-missing", subject, f"leaves the {which} as they are",
+                          patched(lambda old, number=number: _on_call(old, number, lambda x, sin, cos: x)))
+            for offset in (1, -1):
+                for told, move in (("", _turned), (" (the last one goes to the other end)", _rolled)):
+                    yield Variant("position-offset", subject,
+                                  f"places the {which} {offset:+d} position away from the others{told}",
+                                  patched(lambda old, number=number, offset=offset, move=move: _on_call(
+                                      old, number, lambda x, sin, cos: old(x, *move(sin, cos, offset)))))
+        yield from _rotary_tables(place, attention, module, subject)
+
+
+def _rotary_tables(place: Place, attention: str, module: Any, subject: str) -> Iterator[Variant | Dial]:
+    if not hasattr(module, ROTARY_TABLE):
+        return
+    table, width, head = getattr(module, ROTARY_TABLE), getattr(module, ROTARY_WIDTH, None), _head_width(module)
+    turned = width or head
+    if head is None or table.shape[1] != turned:
+        return
+
+    def tables(dims: int, base: float = 10000.0, over: int | None = None) -> Change:
+        return surgery.attributes(attention, {ROTARY_WIDTH: dims, ROTARY_TABLE: _table(len(table), dims, base, over)})
+    for dims in range(2, head + 1, 2):
+        if dims != turned:
+            yield Variant("rotary-dimension", subject, f"turns {dims} channels of each head instead of {turned}",
+                          tables(dims))
+            yield Variant("rotary-dimension", subject, f"turns {dims} channels of each head instead of {turned}, "
+                          f"with frequencies for {turned}", tables(dims, over=turned))
+    for over in sorted({head, head * (_heads(module) or 1), turned // 2} - {turned, 0}):
+        yield Variant("rotary-frequencies", subject,
+                      f"spreads its frequencies over {over} channels instead of {turned}", tables(turned, over=over))
+    yield Dial("rotary-base", subject, lambda base: f"has base {base:.6g} instead of 10000",
+               lambda base: tables(turned, base), (500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 1e5, 5e5, 1e6))
+
+
+# Embeddings, positions, branches --------------------------------------------------------------------------------------
+
+def positions(place: Place) -> Iterator[Variant]:
+    if place.whole or not surgery.has_argument(place.root, "position_ids"):
+        return
+    rows, length = place.mask.shape
+    count, limit = torch.arange(length).expand(rows, length), _most_positions(place)
+    tokens = torch.from_numpy(place.mask).long()
+    subject = f"{place.name} positions"
+    last = torch.zeros_like(count)
+    last[:, -1] = 1
+    last_token = torch.zeros_like(count)
+    last_token[torch.arange(rows), (count * tokens).argmax(1)] = 1
+    counted = (tokens.cumsum(1) - 1).clamp(min=0)
+
+    def wrapped(ids: Any) -> Any:
+        return ids % limit
+    choices = [(f"are all off by {offset:+d}{told}", fit(count + offset))
+               for offset in (1, -1, 2, -2) for told, fit in ((", and held at the last one", lambda ids: ids.clamp(
+                   0, limit - 1)), ("", wrapped))]
+    choices += [(f"are off by {offset:+d} at the last token{told}", fit(count + offset * where))
+                for offset in (1, -1) for told, where in ((" of each row", last), (" that is no padding", last_token))
+                for fit in (wrapped, lambda ids: ids.clamp(0, limit - 1))]
+    choices += [("are counted from the first token that is no padding", counted),
+                ("are counted over the tokens that are no padding, and 1 on padding",
+                 torch.where(tokens == 1, counted, 1))]
+    if place.modules(nn.Embedding):  # rotated heads see differences only: these two are no rotation, and the other way
+        choices += [("are counted from the end", length - 1 - count), ("are all 0", torch.zeros_like(count))]
+    choices += [(f"are counted RoBERTa's way, from {start} on", wrapped(tokens.cumsum(1) * tokens + start - 1))
+                for start in (1, 2)]
+    for told, ids in choices:
+        moved = int((ids != count).any(0).sum())
+        yield Variant("position-offset", subject, told,
+                      surgery.argument("position_ids", lambda given, ids=ids: ids), moved)
+
+
+def token_types(place: Place) -> Iterator[Variant]:
+    embeddings = {path.rpartition(".")[2]: (path, module) for path, module in place.modules(nn.Embedding)}
+    for name, (path, module) in embeddings.items():
+        told = "is not added" if len(embeddings) > 1 else "is zero"
+        kind = ("token-types" if "type" in name else "positions-missing" if "position" in name else "embedding")
+        yield Variant(kind, place.paddle(path), told,
+                      surgery.weights({f"{path}.weight": torch.zeros_like(module.weight)}))
+        factor = math.sqrt(module.weight.shape[1])
+        yield Variant("embedding-scale", place.paddle(path), "is multiplied by the root of the hidden size",
+                      surgery.weights({f"{path}.weight": module.weight * factor}))
+        if "type" in name:
+            for told, order in (("is read at type 0 throughout", [0, 0]),
+                                ("is read at type 1 throughout", [1, 1]), ("has its two types exchanged", [1, 0])):
+                if len(module.weight) > 1:
+                    weight = module.weight.clone()
+                    weight[:2] = module.weight[order]
+                    yield Variant("token-types", place.paddle(path), told, surgery.weights({f"{path}.weight": weight}))
+
+
+def poolings(place: Place) -> Iterator[Variant]:
+    """What a module that reads one token of a row reads instead."""
+    pooler = type(place.root).__name__.endswith("Pooler")
+    head = place.whole and place.start is None and place.run().ndim == 2 and len(place.run()) == len(place.mask)
+    if not pooler and not head:
+        return
+    paths = [""] if pooler else [path for path, _ in place.modules(nn.Linear)]
+    right = "the first position" if pooler else "the last token"
+    tokens = torch.from_numpy(place.mask)
+    last = (torch.arange(tokens.shape[1]) * tokens).argmax(1)
+    weights = tokens[..., None] / tokens.sum(1)[:, None, None]
+    for told, function in (
+            ("the last position", lambda x: x[:, -1:]), ("the first position", lambda x: x[:, :1]),
+            ("the last token that is no padding", lambda x: x[torch.arange(len(x)), last][:, None]),
+            ("the first token that is no padding", lambda x: x[torch.arange(len(x)), tokens.int().argmax(1)][:, None]),
+            ("as many tokens on as there are", lambda x: x[torch.arange(len(x)), tokens.sum(1) - 1][:, None]),
+            ("the mean of all positions", lambda x: x.mean(1, keepdim=True)),
+            ("the mean of the tokens", lambda x: (x * weights.to(x.dtype)).sum(1, keepdim=True))):
+        def read(x: Any, function: Callable[[Any], Any] = function) -> Any:
+            return function(x).expand_as(x) if x.dim() == 3 else x
+        for path in paths:
+            yield Variant("pooling", place.name, f"reads {told} instead of {right}", surgery.first_input(path, read))
+
+
+def branches(place: Place) -> Iterator[Variant | Dial]:
+    """What a linear, or the whole of attention and MLP, contributes: nothing, or more or less than it should."""
+    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | {"attn"}]
+    linears = [path for path, _ in place.modules(nn.Linear)]
+    for path in [*linears, *whole]:
+        subject = place.paddle(path)
+        if path in whole:
+            yield Variant("missing-branch", subject, "contributes nothing", surgery.output(path, torch.zeros_like))
+        if path.endswith(tuple(ATTENTION_OUTPUT)) or path in whole:
+            yield Dial("branch-scale", subject, lambda value: f"is multiplied by {value:.6g}",
+                       lambda value, path=path: surgery.output(path, lambda x: x * value), (0.3, 0.7, 1.0, 1.5, 3.0))
+    for path, _ in place.modules(nn.Linear):
+        if place.whole and place.start is None:
+            yield Dial("logits-scale", place.paddle(path), lambda value: f"is multiplied by {value:.6g}",
+                       lambda value, path=path: surgery.output(path, lambda x: x * value),
+                       (0.01, 0.1, 0.5, 1.0, 2.0, 10.0))
+            for name in ("softmax", "log_softmax"):
+                yield Variant("logits-normalised", place.paddle(path), f"goes through {name}", surgery.output(
+                    path, lambda x, name=name: getattr(x, name)(-1)))
+    if not place.whole and place.argument("hidden_states") is not None and place.listed.count(place.path) == 1 and any(
+            True for _ in place.modules(nn.Linear)) and not type(place.root).__name__.endswith("Pooler"):
+        yield Variant("skipped-block", place.name, "gives back its input",
+                      surgery.forward("", lambda module, run: lambda x, *_, **__: (x,)))
+
+
+# Families -------------------------------------------------------------------------------------------------------------
+
+def _gptj_sequential(block: Any) -> Callable[..., Any]:
+    def run(hidden: Any, *rest: Any, **named: Any) -> Any:
+        attended = hidden + block.attn(block.ln_1(hidden), *rest, **_only(block.attn, named))[0]
+        return (attended + block.mlp(block.ln_1(attended)),)
+    return run
+
+
+def _gptj(mix: Callable[[Any, Any, Any, Any], Any]) -> Callable[[Any], Callable[..., Any]]:
+    """``mix(block, hidden, normed, attend)`` as the block's answer."""
+    def make(block: Any) -> Callable[..., Any]:
+        def run(hidden: Any, *rest: Any, **named: Any) -> Any:
+            def attend(x: Any) -> Any:
+                return block.attn(x, *rest, **_only(block.attn, named))[0]
+            return (mix(block, hidden, block.ln_1(hidden), attend),)
+        return run
+    return make
+
+
+def _bert(mix: Callable[[Any, Any, Any], Any]) -> Callable[[Any], Callable[..., Any]]:
+    """``mix(parts, hidden, attend)`` as the layer's answer; attend and feed come without residual and norm."""
+    def make(layer: Any) -> Callable[..., Any]:
+        def run(hidden: Any, mask: Any = None, *rest: Any, **named: Any) -> Any:
+            def attend(x: Any) -> Any:
+                return layer.attention.output.dense(layer.attention.self(x, named.get("attention_mask", mask))[0])
+
+            def feed(x: Any) -> Any:
+                return layer.output.dense(layer.intermediate(x))
+            return (mix((layer.attention.output.LayerNorm, layer.output.LayerNorm, feed), hidden, attend),)
+        return run
+    return make
+
+
+def _pre_norm(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    hidden = hidden + attend(first(hidden))
+    return hidden + feed(second(hidden))
+
+
+def _norm_before_residual(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    hidden = hidden + first(attend(hidden))
+    return hidden + second(feed(hidden))
+
+
+def _first_norm_before_residual(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    hidden = hidden + first(attend(hidden))
+    return second(hidden + feed(hidden))
+
+
+def _second_norm_before_residual(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    hidden = first(hidden + attend(hidden))
+    return hidden + second(feed(hidden))
+
+
+def _no_first_residual(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    hidden = first(attend(hidden))
+    return second(hidden + feed(hidden))
+
+
+def _no_second_residual(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    return second(feed(first(hidden + attend(hidden))))
+
+
+def _residual_of_the_input(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    return second(hidden + feed(first(hidden + attend(hidden))))
+
+
+def _residual_before_norm(parts: Any, hidden: Any, attend: Any) -> Any:
+    first, second, feed = parts
+    attended = hidden + attend(hidden)
+    return second(attended + feed(first(attended)))
+
+
+PLACEMENTS: Mapping[str, tuple[tuple[str, str, Callable[[Any], Callable[..., Any]]], ...]] = {
+    "GPTJBlock": (
+        ("layer-norm-placement", "feeds the MLP the attention's result, one after the other instead of side by side",
+         _gptj_sequential),
+        ("layer-norm-placement", "feeds the MLP without the layer norm",
+         _gptj(lambda block, x, normed, attend: attend(normed) + block.mlp(x) + x)),
+        ("layer-norm-placement", "feeds the attention without the layer norm",
+         _gptj(lambda block, x, normed, attend: attend(x) + block.mlp(normed) + x)),
+        ("layer-norm-placement", "adds the layer norm's output as residual, not its input",
+         _gptj(lambda block, x, normed, attend: attend(normed) + block.mlp(normed) + normed)),
+        ("layer-norm-placement", "puts the layer norm behind the sum instead of before it",
+         _gptj(lambda block, x, normed, attend: block.ln_1(attend(x) + block.mlp(x) + x))),
+        ("missing-residual", "does not add its input",
+         _gptj(lambda block, x, normed, attend: attend(normed) + block.mlp(normed))),
+        ("missing-residual", "adds its input twice",
+         _gptj(lambda block, x, normed, attend: attend(normed) + block.mlp(normed) + 2 * x)),
+    ),
+    "BertLayer": (
+        ("layer-norm-placement", "has its layer norms before attention and MLP instead of behind them",
+         _bert(_pre_norm)),
+        ("layer-norm-placement", "norms before it adds the residual", _bert(_norm_before_residual)),
+        ("layer-norm-placement", "norms the attention's output before it adds the residual",
+         _bert(_first_norm_before_residual)),
+        ("layer-norm-placement", "norms the MLP's output before it adds the residual",
+         _bert(_second_norm_before_residual)),
+        ("layer-norm-placement", "adds what was before the first norm as the second residual",
+         _bert(_residual_before_norm)),
+        ("missing-residual", "has no residual around the attention", _bert(_no_first_residual)),
+        ("missing-residual", "has no residual around the MLP", _bert(_no_second_residual)),
+        ("missing-residual", "adds its own input around the MLP, not the attention's result",
+         _bert(_residual_of_the_input)),
+    ),
+}
+
+CATALOGUE = (
+    Idea("a square weight used transposed", transposed),
+    Idea("a bias not added", missing_biases),
+    Idea("q, k, v, or any two modules of one shape, swapped", swapped),
+    Idea("q, k, v cut from a fused matrix in another order", fused_orders),
+    Idea("the weights of another layer", other_layers),
+    Idea("a head tied to another matrix", other_head_weights),
+    Idea("weights rounded to float16 or bfloat16 on the way", rounded),
+    Idea("another gelu, another activation", activations),
+    Idea("another layer-norm epsilon", epsilons),
+    Idea("a layer norm left out or of another kind", norm_variants),
+    Idea("a layer norm in the wrong place, a residual missing", norm_placements),
+    Idea("another attention scale", scales),
+    Idea("a softmax over the wrong axis, or in half precision", softmaxes),
+    Idea("the mask missing, inverted, shifted, not causal, too weak", masks),
+    Idea("another number of heads, heads laid out otherwise", head_counts),
+    Idea("rotary style, direction, dimension, base, one side only", rotations),
+    Idea("positions off by one, counted otherwise", positions),
+    Idea("token types or positions not added", token_types),
+    Idea("another token pooled", poolings),
+    Idea("attention, MLP or logits scaled, a block skipped", branches),
+)
+
+
+# Helpers --------------------------------------------------------------------------------------------------------------
+
+def _projections(place: Place) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """(path of the attention, its query, key and value) of every attention in this place."""
+    found = []
+    for path, module in place.root.named_modules():
+        parts = [next(((f"{path}.{name}" if path else name, child) for name, child in module.named_children()
+                       if name in spellings and isinstance(child, nn.Linear)), None)
+                 for spellings in (QUERY, KEY, VALUE)]
+        if all(parts) and place.holds(path):
+            found.append((path, parts))
+    return found
+
+
+def _heads(attention: Any) -> int | None:
+    return next((getattr(attention, name) for name in HEADS if hasattr(attention, name)), None)
+
+
+def _head_width(attention: Any) -> int | None:
+    return next((getattr(attention, name) for name in HEAD_WIDTHS if hasattr(attention, name)), None)
+
+
+def _moved(taken: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Every parameter of the module at each path from another module."""
+    return {f"{path}.{kind}": parameter for path, (_, module) in taken.items()
+            for kind, parameter in module._parameters.items() if parameter is not None}
+
+
+def _cut_per_head(parts: list[Any], heads: int) -> list[Any]:
+    fused = torch.cat(parts).unflatten(0, (heads, 3, -1))
+    return [fused[:, number].flatten(0, 1) for number in range(3)]
+
+
+def _cut_whole(parts: list[Any], heads: int) -> list[Any]:
+    fused = torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1)
+    return list(fused.flatten(0, 2).chunk(3))
+
+
+def _spoken(name: str) -> str:
+    return {"gelu": "gelu (erf)", "gelu_new": "gelu_new (tanh approximation)", "linear": "left out"}.get(name, name)
+
+
+def _rms_norm(module: Any, x: Any) -> Any:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps) * module.weight + module.bias
+
+
+def _unbiased_norm(module: Any, x: Any) -> Any:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(x.var(-1, keepdim=True) + module.eps) * module.weight + module.bias
+
+
+def _outside_norm(module: Any, x: Any) -> Any:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (x.var(-1, unbiased=False, keepdim=True).sqrt() + module.eps) * module.weight + module.bias
+
+
+def _halves(x: Any, sin: Any, cos: Any) -> Any:
+    """x [batch, time, heads, width], sin and cos [batch, time, width / 2]: channel i is turned with i + width / 2."""
+    sin, cos = (torch.cat([table, table], -1)[:, :, None, :] for table in (sin, cos))
+    one, other = x.chunk(2, -1)
+    return x * cos + torch.cat([-other, one], -1) * sin
+
+
+def _regrouped(sin: Any, cos: Any) -> tuple[Any, Any]:
+    half = sin.shape[-1] // 2
+    order = [number for pair in range(half) for number in (pair, pair + half)] + list(range(2 * half, sin.shape[-1]))
+    return sin[..., order], cos[..., order]
+
+
+def _turned(sin: Any, cos: Any, offset: int) -> tuple[Any, Any]:
+    """The tables of positions ``offset`` further on."""
+    s, c = offset * sin[:, 1:2], cos[:, 1:2]
+    return sin * c + cos * s, cos * c - sin * s
+
+
+def _rolled(sin: Any, cos: Any, offset: int) -> tuple[Any, Any]:
+    return sin.roll(-offset, 1), cos.roll(-offset, 1)
+
+
+def _on_call(old: Callable[..., Any], number: int, other: Callable[..., Any]) -> Callable[..., Any]:
+    """``other`` on every second call: keys are turned first, then queries."""
+    calls = itertools.count()
+    return lambda *arguments: (other if next(calls) % 2 == number else old)(*arguments)
+
+
+def _table(rows: int, dims: int, base: float, over: int | None) -> Any:
+    frequencies = 1.0 / (base ** (torch.arange(0, dims, 2, dtype=torch.int64) / (over or dims)))
+    angles = torch.outer(torch.arange(rows, dtype=torch.int64).float(), frequencies).float()
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def _most_positions(place: Place) -> int:
+    tables = [module.weight.shape[0] for path, module in place.modules(nn.Embedding) if "position" in path]
+    return min(tables, default=place.model.config.max_position_embeddings)
+
+
+def _only(module: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if surgery.has_argument(module, name)}

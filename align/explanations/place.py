@@ -1,0 +1,267 @@
+"""The part of the reference that one recorded name stands for, ready to be run again with something changed in it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from convert.plan import name_in
+
+from ..inputs import Inputs
+from ..inside import _sublayers
+from ..noise import NoiseFloor, Pool
+from ..oracle import Float64, Reordered
+from ..reference import Reference, _available_memory, _bytes_of, _outputs
+from ..tasks import token_rows
+from ..tolerance import REORDERED_RUNS
+from . import surgery
+from .surgery import Change
+
+ARRIVING = "arriving at "
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """The module that was waited for has answered."""
+
+
+class Place:
+    """One of three: a module that is called with its recorded arguments; what lies before the first module; what
+    lies behind the last one (the head), with every module's output played back from the recorded pass.
+
+    ``root`` is what a change is applied to: the module itself, else the whole model; ``path`` is its torch path.
+    """
+
+    def __init__(self, reference: Reference, inputs: Inputs, name: str, *, before_first: bool = False) -> None:
+        self.reference, self.inputs, self.name = reference, inputs, name
+        self.model = reference.model
+        self.torch_paths = {paddle: path for path, paddle in reference.run.modules}
+        known = dict(self.model.named_modules())
+        self.listed = [path for path, _ in reference.run.modules if path in known]
+        path = self.torch_paths.get(name)
+        self.start = path if before_first else None
+        self.path = "" if before_first or path not in known else path
+        self.root = known[self.path]
+        self.whole = self.path == ""
+        self._calls, self._answers = self._listen()
+
+    @property
+    def mask(self) -> np.ndarray:
+        return self.inputs.mask
+
+    def run(self, root: Any = None, dtype: Any = torch.float32) -> np.ndarray:
+        """Valid rows of the output, as the reference records them, of ``root`` or of a copy of it in ``dtype``."""
+        root = self.root if root is None else root
+        with torch.no_grad():
+            if not self.whole:
+                arguments, named = _as(self._calls[self.path], dtype)
+                return self._rows(root(*arguments, **named))
+            if self.start is not None:
+                return self._until_start(root)
+            with ExitStack() as stubs:
+                for path in self.listed:
+                    stubs.enter_context(surgery.forward(
+                        path, lambda module, run, path=path: lambda *_, **__: _as(self._answers[path], dtype))(root))
+                return token_rows(self.name, _outputs(root, self.inputs.arrays)[self.name], self.mask)
+
+    def with_change(self, change: Change) -> np.ndarray:
+        """:meth:`run` with ``change`` in force."""
+        with change(self.root):
+            return self.run()
+
+    def floor(self, change: Change) -> NoiseFloor | None:
+        """The noise floor of the changed reference itself; None without the memory for a float64 copy."""
+        found = self._floors(change, lambda root, dtype: {"": self.run(root, dtype)})
+        return found and found[""]
+
+    def floors_inside(self, change: Change, entering: Mapping[str, np.ndarray]) -> dict[str, NoiseFloor] | None:
+        """As :meth:`floor`, of what :meth:`run_inside` gives."""
+        return self._floors(change, lambda root, dtype: self.run_inside(entering, root, dtype))
+
+    def _floors(self, change: Change, run: Callable[[Any, Any], dict[str, np.ndarray]]) -> dict[str, NoiseFloor] | None:
+        if 3 * _bytes_of(self.root) > _available_memory():
+            return None
+        double = copy.deepcopy(self.root).double()
+        with Float64(), change(double):
+            pools = {name: Pool(array) for name, array in run(double, torch.float64).items()}
+        for number in range(REORDERED_RUNS + 1):
+            with Reordered(number) if number else nullcontext(), change(self.root):
+                for name, array in run(self.root, torch.float32).items():
+                    pools[name].add(array)
+        return {name: pool.floor() for name, pool in pools.items()}
+
+    @cached_property
+    def sublayers(self) -> list[tuple[str, str]]:
+        """(path below the root, Paddle path) of the sublayers that the family names for this module."""
+        found = None if self.whole else _sublayers(self.reference.run, self.name)
+        return [(path.removeprefix(self.path + "."), name) for path, name, _ in found[1]] if found else []
+
+    def run_inside(self, entering: Mapping[str, np.ndarray], root: Any = None, dtype: Any = torch.float32,
+                   ) -> dict[str, np.ndarray]:
+        """Rows of what arrives at each sublayer and of what it gives for ``entering``, which it is fed instead."""
+        root = self.root if root is None else root
+        found: dict[str, np.ndarray] = {}
+
+        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            value = arguments[0] if arguments else named["hidden_states"]
+            found[ARRIVING + name] = token_rows(name, value.numpy(), self.mask)
+            given = torch.from_numpy(entering[name]).to(dtype)
+            return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
+
+        def after(name: str, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            found[name] = token_rows(name, first.numpy(), self.mask)
+        with ExitStack() as hooks:
+            for path, name in self.sublayers:
+                if name in entering:
+                    module = root.get_submodule(path)
+                    hooks.callback(module.register_forward_pre_hook(
+                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(
+                        lambda _, __, output, name=name: after(name, output)).remove)
+            found[self.name] = self.run(root, dtype)
+        return found
+
+    @cached_property
+    def paddle_names(self) -> dict[str, str]:
+        """The Paddle name of every parameter of the model, by its torch path."""
+        run = self.reference.run
+        layers = {path.split(".")[number] for path in self.listed for number in range(path.count(".") + 1)
+                  if path.split(".")[number].isdigit()}
+        names = {}
+        for rule in run.family.rules_of(run.head):
+            if rule.source and rule.target:
+                for layer in sorted(int(layer) for layer in layers) if rule.per_layer else [0]:
+                    names[name_in(rule.source, layer)] = name_in(rule.target, layer)
+        return names
+
+    def paddle(self, path: str) -> str:
+        """The Paddle name of a parameter or module below the root; for a module without parameters, its parent's."""
+        full = ".".join(part for part in (self.path, path) if part)
+        if full in self.paddle_names:
+            return self.paddle_names[full]
+        for kind in (".weight", ".bias"):
+            if full + kind in self.paddle_names:
+                return self.paddle_names[full + kind].removesuffix(kind)
+        if full in {torch_path: name for name, torch_path in self.torch_paths.items()}:
+            return next(name for name, torch_path in self.torch_paths.items() if torch_path == full)
+        while full:
+            below = sorted(name.rpartition(".")[0].rpartition(".")[0] for torch_path, name in self.paddle_names.items()
+                           if torch_path.startswith(full + ".") and torch_path.count(".") == full.count(".") + 2)
+            if below:
+                return below[0]
+            full = full.rpartition(".")[0]
+        return self.name
+
+    def argument(self, name: str) -> Any:
+        """What this module was given as ``name`` in the recorded pass; None for the whole model."""
+        if self.whole:
+            return None
+        arguments, named = self._calls[self.path]
+        return inspect.signature(self.root.forward).bind(*arguments, **named).arguments.get(name)
+
+    def modules(self, *kinds: type) -> list[tuple[str, Any]]:
+        """Modules of these classes in this place, by path below the root, in the order they are defined."""
+        return [(path, module) for path, module in self.root.named_modules() if isinstance(module, kinds)
+                and self.holds(path)]
+
+    def dropped_terms(self, run: Callable[[], dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
+        """For each tensor of ``run``: what goes through each dropout that is added to it as it is.
+
+        Doubling such a term adds it once more.
+        """
+        terms: dict[str, list[np.ndarray]] = {}
+        plain = run()
+        for path, _ in self.modules(torch.nn.Dropout):
+            seen: list[Any] = []
+            with surgery.output(path, lambda x, seen=seen: seen.append(x) or 2 * x)(self.root):
+                twice = run()
+            term = token_rows(self.name, seen[0].numpy(), self.mask).astype(np.float64) if seen else np.zeros(0)
+            for name, array in plain.items():
+                if term.shape == array.shape and np.allclose(
+                        twice[name] - array, term, atol=1e-4 * np.abs(array).max()):
+                    terms.setdefault(name, []).append(term)
+        return terms
+
+    def holds(self, path: str) -> bool:
+        """Whether the path below the root is run here and not played back."""
+        return not self.whole or not any((path + ".").startswith(listed + ".") for listed in self.listed)
+
+    def _rows(self, output: Any) -> np.ndarray:
+        first = output[0] if isinstance(output, tuple) else output
+        return token_rows(self.name, first.numpy(), self.mask)
+
+    def _until_start(self, root: Any) -> np.ndarray:
+        found = []
+
+        def reached(_: Any, __: Any, output: Any) -> None:
+            found.append(self._rows(output))
+            raise _Reached
+        hook = root.get_submodule(self.start).register_forward_hook(reached)
+        try:
+            with suppress(_Reached):
+                _outputs(root, self.inputs.arrays)
+        finally:
+            hook.remove()
+        return found[0]
+
+    def _listen(self) -> tuple[dict[str, Call], dict[str, Any]]:
+        """One pass of the whole model: the arguments of this module, or for a head every module's answer."""
+        calls: dict[str, Call] = {}
+        answers: dict[str, Any] = {}
+        if self.start is not None:
+            return calls, answers
+
+        def heard(path: str, arguments: Any, named: Any, output: Any) -> None:
+            if path == self.path:
+                calls[path] = (tuple(_detached(value) for value in arguments),
+                               {name: _detached(value) for name, value in named.items()})
+            if self.whole:
+                answers[path] = copy.deepcopy(output)
+        with ExitStack() as hooks:
+            for path in self.listed if self.whole else [self.path]:
+                hooks.callback(self.model.get_submodule(path).register_forward_hook(
+                    lambda _, arguments, named, output, path=path: heard(path, arguments, named, output),
+                    with_kwargs=True).remove)
+            _outputs(self.model, self.inputs.arrays)
+        return calls, answers
+
+
+class Alone(Place):
+    """One module fed an input of our own instead of the recorded one. ``entering`` is [batch, tokens, width]."""
+
+    def __init__(self, reference: Reference, inputs: Inputs, path: str, name: str, entering: np.ndarray) -> None:
+        self.reference, self.inputs, self.name = reference, inputs, name
+        self.model, self.path, self.start, self.whole = reference.model, path, None, False
+        self.root = self.model.get_submodule(path)
+        self.torch_paths = {paddle: path for path, paddle in reference.run.modules}
+        self.listed = []
+        self._calls, self._answers = {path: ((torch.from_numpy(entering),), {})}, {}
+
+    @property
+    def sublayers(self) -> list[tuple[str, str]]:
+        return []
+
+
+def _detached(value: Any) -> Any:
+    """A copy; what is no data (a cache that the pass has filled) is left out."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _as(value: Any, dtype: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.dtype.is_floating_point else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as(one, dtype) for one in value)
+    if isinstance(value, dict):
+        return {name: _as(one, dtype) for name, one in value.items()}
+    return value

@@ -1,0 +1,134 @@
+"""The noise floor: torch's own rounding error against float64, pooled over runs with their sums reordered.
+
+One torch run is no yardstick: reordering its sums moves its error up to 13-fold. So the errors of the plain run
+and of K reordered ones are pooled, and Paddle's error is judged against the pool by five tests. Arrays are
+[rows, channels]: one row per real token. With e the candidate's error, e_k those of the torch runs:
+
+    s = elementwise rms of the e_k    T = rms(s)    M = largest |e_k|    eps = 2^-23    x = the float64 output
+    total    rms(e)                                 against  max(T, u rms(x))
+    peak     max |e|                                         max(M, u max |x|)
+    typical  median over rows of rms_c(e) / rms_c(x)         max(the same of s, u)
+    channel  largest over channels of rms_r(e)               max(rms_r(s), u rms_r(x)), each channel its own
+    row      largest over rows of rms_c(e)                   max(hypot(rms_c(s), typical(s) rms_c(x)), u rms_c(x))
+
+with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that. The last
+three speak of distributions, and are asked only where there are enough rows or channels to have one. Where torch
+makes no error at all (a lookup), equality is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .tolerance import FLOOR_UNITS, LIMITS
+
+EPS = 2.0**-23
+ENOUGH = 16
+
+
+Kind = Literal["isolated", "propagated"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one of the tests found: ``ratio`` of the candidate's error to the floor, and the ``limit`` of it."""
+
+    kind: Kind
+    test: str
+    ratio: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= self.limit
+
+    @property
+    def share(self) -> float:
+        """How much of the limit is used up; above 1 the test has failed."""
+        return self.ratio / self.limit
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The pooled error of torch at one place of the model: s as ``spread``, M as ``largest``."""
+
+    oracle: np.ndarray
+    spread: np.ndarray
+    largest: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether no run of torch makes any error here."""
+        return self.largest == 0
+
+    @property
+    def relative(self) -> float:
+        """max(T, u rms(x)) / rms(x): torch's own relative L2 error."""
+        norm = _rms(self.oracle)
+        return max(_rms(self.spread), FLOOR_UNITS * EPS * norm) / norm if norm and not self.exact else 0.0
+
+    def judge(self, candidate: np.ndarray, kind: Kind) -> list[Judgement]:
+        """All tests that apply, for a finite ``candidate`` of as many elements as the oracle has."""
+        x, s = self.oracle, self.spread
+        e = np.abs(candidate.astype(np.float64).reshape(x.shape) - x)
+        unit = 0.0 if self.exact else FLOOR_UNITS * EPS
+        ratios = {
+            "total": _ratio(_rms(e), max(_rms(s), unit * _rms(x))),
+            "peak": _ratio(e.max(), max(self.largest, unit * np.abs(x).max())),
+        }
+        rows = [np.sqrt(np.mean(np.square(array), axis=1)) for array in (x, s, e)]
+        columns = [np.sqrt(np.mean(np.square(array), axis=0)) for array in (x, s, e)]
+        if x.shape[1] >= ENOUGH:
+            typical = _typical(rows[1], rows[0])
+            ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
+            floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * rows[0])
+            ratios["row"] = _largest_ratio(rows[2], floor)
+        if x.shape[0] >= ENOUGH:
+            ratios["channel"] = _largest_ratio(columns[2], np.maximum(columns[1], unit * columns[0]))
+        return [Judgement(kind, test, ratio, LIMITS[kind][test]) for test, ratio in ratios.items()]
+
+
+class Pool:
+    """Errors of torch's runs against one oracle, taken in one at a time."""
+
+    def __init__(self, oracle: np.ndarray) -> None:
+        self._oracle = _rows(oracle)
+        self._squares = np.zeros_like(self._oracle)
+        self._largest = 0.0
+        self._runs = 0
+
+    def add(self, run: np.ndarray) -> None:
+        """``run``: what torch gave in float32, of the oracle's shape."""
+        error = _rows(run) - self._oracle
+        self._squares += np.square(error)
+        self._largest = max(self._largest, float(np.abs(error).max(initial=0.0)))
+        self._runs += 1
+
+    def floor(self) -> NoiseFloor:
+        return NoiseFloor(self._oracle, np.sqrt(self._squares / self._runs), self._largest)
+
+
+def _rows(array: np.ndarray) -> np.ndarray:
+    """[rows, channels] in float64; a vector has one channel."""
+    return array.astype(np.float64).reshape(len(array), -1) if array.ndim else array.astype(np.float64).reshape(1, 1)
+
+
+def _rms(array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
+
+
+def _typical(error: np.ndarray, scale: np.ndarray) -> float:
+    return float(np.median(np.divide(error, scale, out=np.zeros_like(error), where=scale > 0)))
+
+
+def _ratio(error: float, floor: float) -> float:
+    return float(error / floor) if floor > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def _largest_ratio(error: np.ndarray, floor: np.ndarray) -> float:
+    impossible = (floor == 0) & (error > 0)
+    ratios = np.divide(error, floor, out=np.zeros_like(error), where=floor > 0)
+    return float("inf") if impossible.any() else float(ratios.max(initial=0.0))

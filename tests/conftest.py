@@ -1,0 +1,126 @@
+"""Tiny checkpoints with every weight random, and conversions carried out in a directory of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+TINY = {
+    "gptj": dict(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_inner=24,
+                 bos_token_id=1, eos_token_id=2),
+    "bert": dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                 max_position_embeddings=20),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command line said and left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+    output: Path
+    reports: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.reports / self.output.name / "convert.json").read_text("utf-8"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.output / "config.json").read_text("utf-8"))
+
+    @property
+    def weights(self) -> bytes:
+        return (self.output / "model.safetensors").read_bytes()
+
+
+def call(main: Any, *arguments: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a ``main``, argparse's way out included."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(*arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def _says_bert(config: str) -> bool:
+    return os.path.isfile(config) and '"model_type": "bert"' in Path(config).read_text("latin-1")
+
+
+def files_under(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory, which relative outputs and reports fall into."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+@pytest.fixture
+def torch_model():
+    """``torch_model(head, **config)``: a tiny model of transformers, every parameter random."""
+    def make(head: str, **overrides: Any) -> Any:
+        torch.manual_seed(0)
+        cls = getattr(transformers, head)
+        model = cls(cls.config_class(**{**TINY[cls.config_class.model_type], **overrides})).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        return model
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, torch_model):
+    """``checkpoint(head, **config)``: the directory that ``save_pretrained`` makes of it."""
+    def make(head: str = "GPTJForCausalLM", **overrides: Any) -> Path:
+        directory = tmp_path / f"source{len(list(tmp_path.glob('source*')))}"
+        torch_model(head, **overrides).save_pretrained(directory)
+        return directory
+    return make
+
+
+@pytest.fixture
+def convert(workdir: Path):
+    """``convert(source, *flags)``: a conversion into ``out/run`` of the current directory."""
+    def run(source: Path | str | None, *flags: str, family: str | None = None, output: str | None = "out/run") -> Run:
+        family = family or ("bert" if _says_bert(f"{source}/config.json") else "gptj")
+        arguments = ["--source", str(source)] * (source is not None) + ["--output", str(output)] * (output is not None)
+        program, main = importlib.import_module(f"convert.{family}"), importlib.import_module("convert.cli").main
+        result = call(main, program.FAMILY, [*arguments, *flags])
+        return Run(*result, workdir / (output or ""), workdir / "reports")
+    return run
+
+
+@pytest.fixture
+def refused(convert, workdir: Path):
+    """``refused(source, *flags, says=...)``: one sentence, exit code 2, and every file as it was."""
+    def check(source: Path | str | None, *flags: str, says: str | tuple[str, ...], **options: Any) -> str:
+        before = files_under(workdir)
+        run = convert(source, *flags, **options)
+        assert run.code == 2, run.stderr
+        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+        for words in (says,) if isinstance(says, str) else says:
+            assert words in run.stderr
+        assert files_under(workdir) == before
+        assert not [path for path in workdir.rglob("*") if path.name.startswith(".")]
+        return run.stderr
+    return check

@@ -1,0 +1,202 @@
+"""What cannot be aligned is refused in one sentence, with an exit code that is no verdict."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from align_fixtures import STAGES, Workshop
+
+from align import forward
+from align.candidate import Candidate
+from align.stage import Findings, main
+from align.trace import Provenance, Trace, require_comparable
+from convert.errors import BadInput
+
+PROJECT = Path(forward.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    workshop = Workshop(tmp_path_factory.mktemp("refusals"))
+    workshop.make("BertForMaskedLM", "bert", tokenizer=True)
+    return workshop
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A workshop with a run ``bert`` that a test may spoil."""
+    workshop = Workshop(tmp_path)
+    workshop.make("BertForMaskedLM", "bert")
+    return workshop
+
+
+def refused(outcome, code, *words):
+    """One sentence on stderr that says ``words``, the exit code, and no report."""
+    assert outcome.code == code, (outcome.stdout, outcome.stderr)
+    lines = outcome.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.stderr
+    for word in words:
+        assert str(word) in lines[0]
+    assert outcome.report == {}
+    return True
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_run_at_all(tmp_path, stage):
+    assert refused(Workshop(tmp_path).align(stage, None), 2, "there is no run in", "python -m convert.gptj")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unknown_run(workshop, stage):
+    assert refused(workshop.align(stage, "nosuch"), 2, "there is no run nosuch in")
+
+
+@pytest.mark.parametrize("side", ["source", "output"])
+def test_a_side_that_is_gone(fresh, side):
+    gone = fresh.output("bert") if side == "output" else fresh.root / "source-bert"
+    gone.rename(gone.with_name("elsewhere"))
+    assert refused(fresh.align("forward", "bert"), 2, f"the {side} of run bert, {gone}, is gone")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_source_that_changed_after_the_conversion(fresh, stage):
+    file = fresh.root / "source-bert" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert refused(fresh.align(stage, "bert"), 2, "is not what run bert converted", "Convert again")
+
+
+@pytest.mark.parametrize("damage, told", [
+    (lambda text: "{", "cannot be read"), (lambda text: text.replace("paddle-parity/1", "paddle-parity/0"), "schema"),
+    (lambda text: json.dumps({**json.loads(text), "family": "nosuch"}), "there is no family 'nosuch'"),
+    (lambda text: json.dumps({**json.loads(text), "head": "BertForNothing"}), "has head BertForNothing"),
+])
+def test_a_damaged_report_of_the_conversion(fresh, damage, told):
+    file = fresh.reports / "bert" / "convert.json"
+    file.write_text(damage(file.read_text()))
+    assert refused(fresh.align("forward", "bert"), 2, told)
+
+
+@pytest.mark.parametrize("flags, told", [
+    (("--target", "nosuch"), "--target nosuch is not one of models, paddlenlp"),
+    (("--device", "gpu:0"), "--device gpu:0 cannot be used by this Paddle"),
+    (("--device", "toaster"), "--device toaster cannot be used by this Paddle"),
+    (("--family", "nosuch.py"), "--family nosuch.py does not exist"),
+])
+def test_a_flag_that_cannot_be_followed(workshop, flags, told):
+    assert refused(workshop.align("forward", "bert", *flags), 2, told)
+
+
+def test_a_family_file_without_the_head_of_the_run(workshop, tmp_path):
+    (tmp_path / "mine.py").write_text("from convert.gptj import FAMILY")
+    outcome = workshop.align("forward", "bert", "--family", str(tmp_path / "mine.py"))
+    assert refused(outcome, 2, "run bert has head BertForMaskedLM, which family gptj does not have")
+
+
+@pytest.mark.parametrize("flags", [("--nosuch",), ("--limit", "0"), ("--limit", "many"), ("--batch-size", "-1")])
+def test_a_flag_that_does_not_exist_or_parse(workshop, flags):
+    outcome = workshop.align("metric", "bert", *flags)
+    assert outcome.code == 2 and "usage:" in outcome.stderr and outcome.report == {}
+
+
+@pytest.mark.parametrize("flags, told", [
+    (("--dataset", "gone.jsonl"), "the data set gone.jsonl does not exist"),
+    (("--columns", "text"), "--columns text is not of the form text=sentence,label=stars"),
+    (("--columns", "text=nosuch"), "the set has no column nosuch; it has text, label"),
+    (("--max-length", "2"), "2 tokens a row are too few"),
+])
+def test_data_that_cannot_be_had(workshop, flags, told):
+    assert refused(workshop.align("metric", "bert", *flags), 2, told)
+
+
+@pytest.mark.parametrize("framework", ["torch", "transformers", "paddle"])
+@pytest.mark.parametrize("stage", ["forward", "metric", "loss"])
+def test_a_missing_framework(workshop, monkeypatch, stage, framework):
+    monkeypatch.setitem(sys.modules, framework, None)
+    assert refused(workshop.align(stage, "bert"), 3, f"{framework} cannot be imported", f"pip install {framework}")
+
+
+def test_a_missing_paddlenlp(workshop, monkeypatch):
+    monkeypatch.setitem(sys.modules, "paddlenlp", None)
+    outcome = workshop.align("weights", "bert", "--target", "paddlenlp")
+    assert refused(outcome, 3, "paddlenlp cannot be imported", 'pip install "paddle-parity[paddlenlp]"')
+
+
+def python(cwd, *arguments):
+    """A fresh interpreter in ``cwd``, which comes first on its path; the project comes after."""
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=os.environ | {"PYTHONPATH": str(PROJECT)},
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("foreign", ["models/__init__.py", "models.py"])
+def test_another_package_named_models(workshop, tmp_path, foreign):
+    """Found before any of its code is run."""
+    file = tmp_path / foreign
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("raise SystemExit('the code of a stranger was run')")
+    done = python(tmp_path, "-m", "align.weights", "--run", "bert", "--reports", str(workshop.reports))
+    assert done.returncode == 2, done.stderr
+    assert f"another package named models, at {file}" in done.stderr.splitlines()[-1]
+
+
+def test_weights_need_no_torch_and_work_from_any_directory(workshop, tmp_path):
+    program = (f"import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--run', 'bert', '--reports', "
+               f"{str(workshop.reports)!r}]; import runpy; runpy.run_module('align.weights', run_name='__main__')")
+    done = python(tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert "weights: aligned" in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_crash_is_no_verdict_and_leaves_a_traceback_in_a_file(workshop, monkeypatch, stage):
+    def crash(*arguments, **options):
+        raise ZeroDivisionError("planted\non two lines")
+    monkeypatch.setattr(Candidate, "state" if stage == "weights" else "outputs", crash)
+    outcome = workshop.align(stage, "bert")
+    assert refused(outcome, 4, "ZeroDivisionError: planted", "fault of paddle-parity")
+    log = Path(re.search(r"traceback in (\S+\.log)", outcome.stderr).group(1))
+    assert "Traceback (most recent call last)" in log.read_text() and "in crash" in log.read_text()
+    log.unlink()
+
+
+def test_comparing_nothing_is_diverged(workshop, capsys):
+    nothing = dataclasses.replace(forward.STAGE, name="nothing", find=lambda session: Findings([], "0"))
+    assert main(nothing, ["--run", "bert", "--reports", str(workshop.reports)]) == 1
+    assert "nothing is not evidence" in capsys.readouterr().out.replace("\n", " ")
+    assert json.loads((workshop.reports / "bert" / "nothing.json").read_text())["verdict"] == "diverged"
+
+
+def test_a_tensor_that_only_one_side_recorded_fails(workshop, monkeypatch):
+    record = Candidate.record
+    monkeypatch.setattr(Candidate, "record", lambda self, *arguments, **named: {
+        name.replace("logits", "elsewhere"): array for name, array in record(self, *arguments, **named).items()})
+    outcome = workshop.align("forward", "bert")
+    assert (outcome.code, outcome.failing) == (1, ["logits", "elsewhere"])
+    assert outcome.report["failures"] == ["logits: the candidate did not record it",
+                                          "elsewhere: the reference did not record it"]
+
+
+def trace(**changed):
+    told = dict(stage="forward", framework="torch", version="2", model="M", weights_digest="w", source_digest="s",
+                inputs_digest="i")
+    return Trace(Provenance(**{**told, **changed}), {"x": np.ones(1)})
+
+
+@pytest.mark.parametrize("changed, told", [
+    (dict(framework="torch"), "both traces come from torch"), (dict(inputs_digest="j"), "different inputs"),
+    (dict(source_digest="t"), "different source checkpoints"), (dict(stage="loss"), "different stages"),
+])
+def test_traces_that_prove_nothing_are_refused(changed, told):
+    with pytest.raises(BadInput, match=told):
+        require_comparable(trace(), trace(**{"framework": "paddle", **changed}))
+
+
+def test_traces_of_two_frameworks_are_compared():
+    require_comparable(trace(), trace(framework="paddle", version="3", model="N", weights_digest="v"))

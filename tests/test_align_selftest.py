@@ -1,0 +1,149 @@
+"""The selftest itself: its list of faults, a sample of them in the real pipeline, and how an outcome is judged."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from align import faults, selftest
+from align.faults import EXPLANATIONS, FAULTS, Fault, NotPlanted, in_config, in_net
+from align.selftest import Outcome, Proof, prove
+
+SUBTLE = ("epsilon of a late block/bert/net", "bias element off by 1e-4/gptj/net-weights")
+INVISIBLE = ("key bias changed/bert/checkpoint", "MLP units permuted on both sides/gptj/checkpoint")
+SAMPLE = (*SUBTLE, *INVISIBLE, "missed transpose of q/gptj/checkpoint", "q and k swapped/bert/net-weights",
+          "mask of -10 on one row/bert/net", "wrong constant in the rotary table/gptj/net",
+          "heads of the config halved/bert/config", "NaN in one weight/gptj/net-weights",
+          "blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net")
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    found = [next(fault for fault in FAULTS if fault.name == name) for name in SAMPLE]
+    return prove(found, tmp_path_factory.mktemp("selftest"))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_planted_fault_is_caught(proof, name):
+    outcome = next(outcome for outcome in proof.outcomes if outcome.fault.name == name)
+    assert (outcome.code, outcome.verdict, outcome.caught) == (1, "diverged", True)
+    if outcome.fault.visible:
+        assert outcome.in_right_block, outcome.failing
+    else:
+        assert outcome.failing is None and outcome.named_right, outcome.named
+
+
+def test_runs_without_a_fault_are_aligned_before_the_faults_and_after_each_is_undone(proof):
+    assert len(proof.outcomes) == len(SAMPLE)
+    assert proof.false_alarms == []
+
+
+def test_none_of_the_sample_is_explained_wrongly(proof):
+    assert [(outcome.fault.name, outcome.explanation, outcome.subject) for outcome in proof.explained_wrongly] == []
+
+
+def test_the_report_is_a_table_to_read_and_one_to_compute_with_and_no_json(proof, tmp_path):
+    written = proof.save(tmp_path / "selftest")
+    assert sorted(file.name for file in written.parent.iterdir()) == ["selftest.md", "selftest.tsv"]
+    rows = list(csv.DictReader((tmp_path / "selftest" / "selftest.tsv").open(encoding="utf-8"), delimiter="\t"))
+    assert [row["kind"] for row in rows] == [outcome.fault.kind for outcome in proof.outcomes]
+    assert written.read_text("utf-8").count("\n| ") == len(SAMPLE) + 2
+
+
+def test_there_are_at_least_40_kinds_and_8_of_them_have_no_explanation():
+    assert len(faults.KINDS.all) >= 40
+    assert len(faults.KINDS.unexplained) >= 8
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    assert {(fault.family, fault.place) for fault in FAULTS} == {
+        (family, place) for family in ("gptj", "bert") for place in ("checkpoint", "config", "net")}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_says_what_would_be_right(fault):
+    assert fault.expected
+    assert bool(fault.block) == fault.visible
+    assert fault.visible or (fault.why and fault.place == "checkpoint" and fault.explanation is None)
+    assert (fault.explanation or frozenset()) | fault.also <= EXPLANATIONS.keys()
+
+
+def test_the_faults_know_nothing_of_the_explanations():
+    source = Path(faults.__file__).read_text("utf-8")
+    assert "import diagnose" not in source and "explanations import" not in source and ".diagnose" not in source
+
+
+@pytest.mark.parametrize("plant", [in_config(n_head=4), in_net(lambda net: None)], ids=["config", "net"])
+def test_a_fault_without_effect_is_an_error_and_not_a_miss(plant, tmp_path):
+    (tmp_path / "config.json").write_text('{"n_head": 4}')
+    with pytest.raises(NotPlanted), plant(tmp_path):
+        pass
+    assert (tmp_path / "config.json").read_text() == '{"n_head": 4}'
+
+
+FAULT = Fault("kind", "bert", "net", "weights held", in_net(print), "layers.1", frozenset({"layers.1.q*"}),
+              frozenset({"transposed"}), also=frozenset({"sign"}))
+
+
+def outcome(fault=FAULT, *, failing="layers.1", weights=None, code=1, diagnosis=None, named=None):
+    """What a stage might say, made up."""
+    tensors = [SimpleNamespace(name="layers.0", passed=True, share=0.3)]
+    tensors += [SimpleNamespace(name=failing, passed=False, share=7.0)] if failing else []
+    result = SimpleNamespace(tensors=tensors, verdict="diverged" if code else "aligned", weights_divergence=weights,
+                             first_divergence=weights or failing, named=named, diagnosis=diagnosis)
+    return Outcome(fault, code, result, 0.1)
+
+
+def explained(kind, subject):
+    return SimpleNamespace(kind=kind, subject=subject, sentence="")
+
+
+def test_caught_means_a_failing_output_and_not_only_a_weight():
+    assert outcome().caught
+    assert not outcome(failing=None, weights="layers.1.q.weight").caught
+    assert outcome(replace(FAULT, visible=False), failing=None, weights="layers.1.q.weight").caught
+    assert not outcome(code=0, failing=None).caught
+    assert not Outcome(FAULT, 4, None, 0.1).caught
+
+
+def test_named_is_the_weight_or_the_explanation_or_the_sublayer_or_the_block():
+    assert outcome().named == "layers.1" and not outcome().named_right
+    assert outcome(named="layers.1.q").named_right
+    assert outcome(named="layers.1.k", diagnosis=explained("transposed-weight", "layers.1.q.weight")).named_right
+    assert outcome(weights="layers.1.q.weight").named == "layers.1.q.weight"
+    assert not outcome(failing="layers.2").in_right_block
+
+
+@pytest.mark.parametrize("kind, subject, verdict", [
+    ("transposed-weight", "layers.1.q.weight", "yes"), ("transposed-weight", "layers.1.k.weight", "wrong"),
+    ("transposed-weight", None, "wrong"), ("gelu-variant", "layers.1.q.weight", "wrong"),
+    ("changed-weight", "layers.1.q.weight", "true"), ("changed-weight", "layers.1.k.weight", "wrong"),
+    ("sign", "layers.1.q.weight", "true"), (None, None, "no"), ("unexplained", None, "no"),
+])
+def test_an_explanation_is_judged_by_its_kind_and_its_subject(kind, subject, verdict):
+    assert outcome(diagnosis=explained(kind, subject)).explained == verdict
+
+
+def test_any_explanation_of_what_has_none_is_wrong():
+    fault = replace(FAULT, explanation=None, how="code", also=frozenset())
+    for kind in ("transposed-weight", "changed-weight", "sign"):
+        assert outcome(fault, diagnosis=explained(kind, "layers.1.q")).explained == "wrong"
+    assert outcome(fault).explained == "no"
+
+
+def test_the_promises_hold_only_if_all_is_caught_nothing_wrongly_explained_and_clean_runs_are_aligned():
+    good = outcome(diagnosis=explained("transposed-weight", "layers.1.q"))
+    assert Proof([good]).holds
+    assert not Proof([]).holds
+    assert not Proof([good, outcome(code=0, failing=None)]).holds
+    assert not Proof([good] * 9 + [outcome(diagnosis=explained("gelu-variant", "layers.1.q"))]).holds
+    assert not Proof([good], ["bert, models: exit code 1"]).holds
+    assert Proof([good] * 19 + [outcome()]).holds
+    assert not Proof([good] * 18 + [outcome()] * 2).holds
+    assert not Proof([good] * 79 + [outcome(named="layers.1.q")] * 21).holds
+
+
+def test_unknown_faults_are_refused_and_the_list_needs_no_model(capsys):
+    assert selftest.main(["--only", "no such fault"]) == 2
+    assert selftest.main(["--only", "*gelu*", "--list"]) == 0
+    assert "other gelu in the last block/bert/net" in capsys.readouterr().out
