@@ -13,15 +13,15 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .compare import measure
-from .inside import PROBE, SMALL, _all_sublayers, probe_norms
-from .noise import Kind, NoiseFloor
+from .inside import PROBE, SMALL, _all_sublayers
+from .noise import EPS, Kind, NoiseFloor
 from .stage import Findings, Session, Stage, main
 from .tolerance import FORWARD
 
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from .inputs import Inputs
     from .noise import Judgement
 
+# FALL: by how much an operation must bring the error down, WEIGHT_FALL: a weight, which the arrays prove as well.
+# COARSE: beyond so many times the noise nothing is judged, and of the rest only the MOST likely.
 FALL = 20.0
 WEIGHT_FALL = 2.0
 STEPS = 12
 SCREEN = 1.02
 MOST = 24
+COARSE = 40.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ class Explanation:
     """Why a place diverged. ``before`` and ``after`` are the candidate's relative L2 error against the reference as
     it is, and against the reference with the explanation put into it.
 
-    ``subject`` is a parameter, or a module and one of its operations, by Paddle's names. ``change`` puts an operation
-    into the reference (see ``explanations/surgery.py``).
+    ``subject`` is a parameter, or a module and one of its operations, by Paddle's names.
     """
 
     kind: str
@@ -54,7 +56,6 @@ class Explanation:
     sentence: str
     before: float
     after: float
-    change: Any = field(default=None, repr=False, compare=False)
 
 
 def diagnose(session: Session, inputs: Inputs, recorded: Mapping[str, np.ndarray],
@@ -68,7 +69,9 @@ def diagnose(session: Session, inputs: Inputs, recorded: Mapping[str, np.ndarray
     from .explanations.place import Place
     if PROBE in name:
         norms = session.reference.norms(_all_sublayers(session.run))
-        return next((_by_probe(session, inputs, pair) for pair in norms if pair[1] == name.replace(PROBE, "")), None)
+        pair = next((pair for pair in norms if pair[1] == name.replace(PROBE, "")), None)
+        found = pair and _by_probe(session, inputs, pair)
+        return found[0] if found else None
     wrong = list(_wrong_weights(session))
     parameter = next((weight for weight in wrong if weight.name == name), None)
     if parameter is not None:
@@ -85,7 +88,7 @@ def diagnose(session: Session, inputs: Inputs, recorded: Mapping[str, np.ndarray
     mine = [weight for weight in wrong if case.holds(weight)]
     buffers = [weight for weight in wrong if weight.path is None and weight.name.startswith(f"{name}.")]
     if not np.isfinite(case.candidate).all():
-        return next((_broken(weight) for weight in mine if weight.kind == "nonfinite-weight"), None)
+        return next((_broken(case, weight) for weight in mine if weight.kind == "nonfinite-weight"), None)
     if mine:
         found = _by_weights(case, mine, wrong, parameter)
         if found:
@@ -98,7 +101,8 @@ def diagnose(session: Session, inputs: Inputs, recorded: Mapping[str, np.ndarray
         return None
     if case.fits(case.candidate, case.unchanged):
         return None
-    return _by_operation(case, mine) or (None if mine else _by_small_inputs(case) or _by_chance(case))
+    operation = _by_operation(case, mine)
+    return operation[0] if operation else None if mine else _by_small_inputs(case) or _by_chance(case)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -198,22 +202,24 @@ def small_input(array: np.ndarray) -> np.ndarray:
     return array * np.float32(SMALL / max(float(np.sqrt(np.mean(np.square(array)))), 1e-30))
 
 
-def _by_probe(session: Session, inputs: Inputs, pair: tuple[str, str]) -> Explanation | None:
+def _by_probe(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found | None:
     """What is wrong with one layer norm, by its (torch, Paddle) path, on a small input."""
     from .explanations.place import Alone
-    name = pair[1]
+    path, name = pair
     _, entering = session.reference.record_inside(inputs, [pair])
     if name not in entering:
         return None
     small = {name: small_input(entering[name])}
-    recorded, _ = session.reference.record_inside(inputs, [pair], small)
-    outputs, _ = session.candidate.record_inside(inputs, [pair], small)
-    if name not in recorded or name not in outputs or outputs[name].shape != recorded[name].shape or not np.isfinite(outputs[name]).all():
+    plain = session.reference.record_inside(inputs, [pair], small)[0][name]
+    given = session.candidate.record_inside(inputs, [pair], small)[0].get(name)
+    if given is None or given.shape != plain.shape or not np.isfinite(given).all():
         return None
-    place = Alone(session.reference, inputs, pair[0], name, small[name])
-    case = _Case(session, inputs, place, recorded[name], outputs[name])
-    found = None if case.plainly_fits(case.candidate) else _by_operation(case, [])
-    return found and replace(found, sentence=found.sentence.replace("the error of", "on a small input the error of"))
+    case = _Case(session, inputs, Alone(session.reference, inputs, path, name, small[name]), plain, given)
+    found = None if case.plainly_fits(given) else _by_operation(case, [])
+    if found is None:
+        return None
+    told, change = found
+    return replace(told, sentence=told.sentence.replace("the error of", "on a small input the error of")), change
 
 
 def _by_weights(case: _Case, wrong: Sequence[_Wrong], everywhere: Sequence[_Wrong],
@@ -312,9 +318,20 @@ def _fused(case: _Case, wrong: Sequence[_Wrong], parts_of: Any) -> tuple[str, st
     return None
 
 
-def _broken(weight: _Wrong) -> Explanation:
-    return Explanation(weight.kind, weight.name, f"{weight.name} {weight.told}, and so does everything behind it.",
-                       math.inf, 0.0)
+def _broken(case: _Case, weight: _Wrong) -> Explanation | None:
+    """A weight that is not finite makes these very elements not finite; in the error they count as wholly wrong."""
+    from .explanations import surgery
+    found = case.run(surgery.weights({case.below(weight): case.tensor(weight.held)}))
+    finite = np.isfinite(case.candidate)
+    if not np.array_equal(np.isfinite(found), finite):
+        return None
+    before = measure(case.plain, np.where(finite, case.candidate, 0).astype(np.float32)).rel_l2
+    after = measure(np.where(finite, found, 1), np.where(finite, case.candidate, 1)).rel_l2
+    if after > FORWARD:
+        return None
+    return Explanation(
+        weight.kind, weight.name, f"{weight.name} {weight.told}, and so do {finite.size - finite.sum():,} of the "
+        f"{finite.size:,} elements of {case.name}; the rest agree within {after:.1e}.", before, after)
 
 
 # Operations -----------------------------------------------------------------------------------------------------------
@@ -328,7 +345,10 @@ class _Fit:
     freedom: int
 
 
-def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> Explanation | None:
+_Found = tuple[Explanation, Any]
+
+
+def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> _Found | None:
     """The one variant in the catalogue that reproduces the candidate."""
     from .explanations import surgery
     from .explanations.operations import CATALOGUE, Variant
@@ -350,7 +370,7 @@ def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> Explanation | None:
                     base, dial.change(value))) if wrong else found)
                 fits += [_Fit(solved, case.error_of(solved), 1)] if solved else []
     fits = sorted((fit for fit in fits if fit.after < case.before), key=lambda fit: fit.after)
-    near = [fit for fit in fits if fit.after <= max(4 * fits[0].after, 2 * case.noise)][:MOST]
+    near = [fit for fit in fits if fit.after <= COARSE * max(case.noise, EPS)][:MOST]
     least = _simplest([fit for fit in near if case.explains(fit.variant.change, fit.after)])
     if len(_stories(least)) != 1 and case.inside is not None:
         least = _simplest([fit for fit in least or near if case.explains_inside(fit.variant.change)])
@@ -359,11 +379,11 @@ def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> Explanation | None:
     return _explained(case, least[0], beside)
 
 
-def _explained(case: _Case, fit: _Fit, beside: str = "") -> Explanation:
+def _explained(case: _Case, fit: _Fit, beside: str) -> _Found:
     told = fit.variant
     return Explanation(
         told.kind, told.subject, f"{told.subject} {told.told}: with that in the reference{beside}, the error of "
-        f"{case.name} falls from {case.before:.1e} to {fit.after:.1e}.", case.before, fit.after, told.change)
+        f"{case.name} falls from {case.before:.1e} to {fit.after:.1e}.", case.before, fit.after), told.change
 
 
 def _by_small_inputs(case: _Case) -> Explanation | None:
@@ -374,13 +394,14 @@ def _by_small_inputs(case: _Case) -> Explanation | None:
         found = _by_probe(case.session, case.inputs, (full, case.place.paddle(path)))
         if found is None:
             continue
+        told, alone = found
 
-        def change(root: Any, path: str = path, found: Explanation = found) -> Any:
-            return found.change(root.get_submodule(path))
+        def change(root: Any, path: str = path, alone: Any = alone) -> Any:
+            return alone(root.get_submodule(path))
         after = measure(case.run(change), case.candidate).rel_l2
         if case.fits(case.candidate, change) and after < case.before:
-            return replace(found, before=case.before, after=after, sentence=f"{found.sentence.removesuffix('.')}; that of "
-                           f"{case.name} from {case.before:.1e} to {after:.1e}.")
+            sentence = f"{told.sentence.removesuffix('.')}; that of {case.name} from {case.before:.1e} to {after:.1e}."
+            return replace(told, sentence=sentence, before=case.before, after=after)
     return None
 
 
@@ -621,23 +642,13 @@ class _Case:
 # The stage ------------------------------------------------------------------------------------------------------------
 
 def find(session: Session) -> Findings:
-    """The forward stage once more, and why its first failing place fails."""
-    from .evidence import evidence
-    from .forward import compare_traces, first_bad
-    from .inputs import seeded
-    inputs = seeded(session.run.config, session.run.sizes)
-    recorded, entering = session.reference.record(inputs, lambda name: session.advance(f"torch {name}"))
-    candidate = session.candidate.record(inputs, on_module=lambda name: session.advance(f"paddle {name}"))
-    isolated = session.candidate.record(inputs, entering, lambda name: session.advance(f"paddle {name}, isolated"))
-    floors = session.reference.noise_floors(inputs, recorded, entering, session.advance)
-    tensors = compare_traces(recorded, candidate, isolated, floors)
-    probes = probe_norms(session, inputs)
-    bad = first_bad(tensors) or next((probe for probe in probes if not probe.passed), None)
-    failing = bad.name if bad else evidence(session)[0]
-    found = diagnose(session, inputs, recorded, entering, isolated, floors, failing) if failing else None
-    told = "Nothing to explain: every place agrees." if failing is None else (
-        f"Why: {found.sentence}" if found else f"Why: no explanation in stock accounts for {failing}.")
-    return Findings([*tensors, *probes], inputs.digest, notes=[told])
+    """The forward stage once more, told by its diagnosis."""
+    from . import forward
+    found = forward.find(session)
+    bad = session.weights_divergence or next((tensor.name for tensor in found.tensors if not tensor.passed), None)
+    told = "Nothing to explain: every place agrees." if bad is None else (
+        f"Why: {found.diagnosis.sentence}" if found.diagnosis else f"Why: no explanation in stock accounts for {bad}.")
+    return replace(found, reference={}, candidate={}, notes=[told])
 
 
 STAGE = Stage("diagnose", "Say why the first bad place of the forward stage is bad.", find)

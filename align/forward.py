@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .compare import TensorResult, compare, missing
+from .diagnose import Explanation, diagnose
 from .inputs import Inputs, seeded
-from .inside import PROBE, look_inside, probe_norms
+from .inside import PROBE, judge_sublayers, probe_norms
 from .noise import Kind, NoiseFloor
 from .runs import Run
 from .scores import log_softmax
@@ -31,21 +32,42 @@ def find(session: Session) -> Findings:
     tensors = compare_traces(reference, candidate, isolated, floors)
     session.advance("layer norms on a small input")
     probes = probe_norms(session, inputs)
-    bad = first_bad(tensors)
-    inside = look_inside(session, inputs, bad.name) if bad and bad.measures else None
-    named = (inside and inside.named) or (bad and bad.name) or next(
-        (probe.name.replace(PROBE, ": epsilon") for probe in probes if not probe.passed), None)
+    session.advance("sublayers")
+    sublayers = judge_sublayers(session, inputs)
+    bad = first_bad(tensors, session.run) or first_bad(probes, session.run)
     notes = [*inputs.notes, *_told(inputs, bool(floors)), *agreement(reference, candidate), *lint(session.run)]
-    return Findings([*tensors, *probes], inputs.digest, reference, candidate, notes, named=named,
-                    sublayers=inside.results if inside else [])
+    return Findings([*tensors, *probes], inputs.digest, reference, candidate, notes, sublayers=sublayers,
+                    named=_named(sublayers, bad), diagnosis=_diagnosis(session, inputs, reference, entering, isolated,
+                                                                       floors, bad))
 
 
-def first_bad(tensors: Sequence[TensorResult]) -> TensorResult | None:
-    """The first module that fails on the reference's own input; else the first that fails at all."""
+def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:
+    """The first module that fails on the reference's own input; else the first that fails at all.
+
+    An output of the whole model has no input of its own: its error may be its modules' wiring.
+    """
+    modules = {name for _, name in run.modules}
     failing = [tensor for tensor in tensors if not tensor.passed]
-    own = [tensor for tensor in failing
-           if any(found.kind == "isolated" and not found.passed for found in tensor.judgements)]
+    own = [tensor for tensor in failing if tensor.name.removesuffix(PROBE) in modules and (
+        not tensor.judgements or any(found.kind == "isolated" and not found.passed for found in tensor.judgements))]
     return next(iter(own or failing), None)
+
+
+def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None) -> str | None:
+    """The first failing sublayer or operation, else the first bad module, or the norm whose epsilon shows."""
+    inside = next((part.name for part in sublayers if not part.passed), None)
+    return inside or (bad and bad.name.replace(PROBE, ": epsilon"))
+
+
+def _diagnosis(session: Session, inputs: Inputs, reference: Mapping[str, np.ndarray],
+               entering: Mapping[str, np.ndarray], isolated: Mapping[str, np.ndarray],
+               floors: Mapping[str, Mapping[Kind, NoiseFloor]], bad: TensorResult | None) -> Explanation | None:
+    """Why: of the weight that differs, else of the first bad place."""
+    name = session.weights_divergence or (bad and bad.name)
+    if name is None or not floors:
+        return None
+    session.advance(f"looking for an explanation of {name}")
+    return diagnose(session, inputs, reference, entering, isolated, floors, name)
 
 
 def agreement(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray]) -> list[str]:

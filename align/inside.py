@@ -1,4 +1,4 @@
-"""Inside a bad block: its sublayers compared the same way, so that the report ends at one layer or one operation.
+"""Inside the blocks: sublayers compared the same way, so that the report ends at one layer or one operation.
 
 In one pass every sublayer is fed what entered torch's. A sublayer's output then shows that sublayer alone, and what
 arrives at it shows the operation before it alone: rotary, scale, mask and softmax before the attention's output
@@ -8,53 +8,62 @@ projection, the activation before the second linear, the residual before a norm.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from .compare import TensorResult, compare
 from .inputs import Inputs
+from .noise import NoiseFloor
 from .runs import Run
 from .stage import Session
 from .tasks import token_rows
 from .tolerance import FORWARD
 
+Module = tuple[tuple[str, str], list[tuple[str, str, str]]]
+BUDGET = 2 << 30
 SMALL = 1e-3
 PROBE = " (small input)"
 
 
-@dataclass(frozen=True)
-class Inside:
-    """What was found inside ``module``; ``named`` is the first sublayer or operation that fails, None if none does."""
+def judge_sublayers(session: Session, inputs: Inputs) -> list[TensorResult]:
+    """The sublayers of every module for which the family names them, in the order of execution.
 
-    module: str
-    results: list[TensorResult]
-    named: str | None
+    A small fault may drown in its block's noise and still stand out of its sublayer's by a factor of 50. As many
+    modules are taken together in a pass as memory allows.
+    """
+    if not session.reference.has_room_for_float64():
+        return []
+    found = [module for _, name in session.run.modules if (module := _sublayers(session.run, name))]
+    size = max(1, BUDGET // max(1, _bytes_a_module(session.run, inputs)))
+    return [result for start in range(0, len(found), size)
+            for result in _judge(session, inputs, found[start: start + size])]
 
 
-def look_inside(session: Session, inputs: Inputs, module: str) -> Inside | None:
-    """Compare the sublayers of the module at this Paddle path; None where the family does not say what they are."""
-    found = _sublayers(session.run, module)
-    if found is None or not session.reference.has_room_for_float64():
-        return None
-    block, sublayers = found
-    modules = [block, *((torch, paddle) for torch, paddle, _ in sublayers)]
+def _judge(session: Session, inputs: Inputs, found: Sequence[Module]) -> Iterator[TensorResult]:
+    modules = [pair for block, sublayers in found for pair in (block, *((torch, name) for torch, name, _ in sublayers))]
     recorded, entering = session.reference.record_inside(inputs, modules)
     outputs, arriving = session.candidate.record_inside(inputs, modules, entering)
     floors, arrival_floors = session.reference.floors_inside(inputs, modules, recorded, entering)
-    results: list[TensorResult] = []
-    for _, name, operation in sublayers:
-        if name in entering and name in arriving:
-            told = f"{module}: {operation}"
-            results.append(compare(told, token_rows(name, entering[name], inputs.mask), arriving[name], FORWARD,
-                                   arriving[name], {"isolated": arrival_floors[name]}))
-        if name in recorded and name in outputs:
-            results.append(compare(name, recorded[name], outputs[name], FORWARD, outputs[name],
-                                   {"isolated": floors[name]}))
-    last = compare(f"{module}: output", recorded[module], outputs[module], FORWARD, outputs[module],
-                   {"isolated": floors[module]})
-    results.append(last)
-    return Inside(module, results, next((result.name for result in results if not result.passed), None))
+    for (_, module), sublayers in found:
+        for _, name, operation in sublayers:
+            if name in entering and name in arriving:
+                expected = token_rows(name, entering[name], inputs.mask)
+                yield _isolated(f"{module}: {operation}", expected, arriving[name], arrival_floors[name])
+            if name in recorded and name in outputs:
+                yield _isolated(name, recorded[name], outputs[name], floors[name])
+        if module in recorded and module in outputs:
+            yield _isolated(f"{module}: output", recorded[module], outputs[module], floors[module])
+
+
+def _isolated(name: str, reference: np.ndarray, candidate: np.ndarray, floor: NoiseFloor) -> TensorResult:
+    return compare(name, reference, candidate, FORWARD, candidate, {"isolated": floor})
+
+
+def _bytes_a_module(run: Run, inputs: Inputs) -> int:
+    """About what one block's sublayers take: inputs and outputs of each, in some float64 copies."""
+    width = 10 * run.sizes["hidden"] + 4 * run.sizes["inner"]
+    return inputs.mask.size * width * 8 * 6
 
 
 def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
@@ -72,8 +81,8 @@ def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
     recorded, _ = session.reference.record_inside(inputs, norms, small)
     outputs, _ = session.candidate.record_inside(inputs, norms, small)
     floors, _ = session.reference.floors_inside(inputs, norms, recorded, small)
-    return [compare(f"{name}{PROBE}", recorded[name], outputs[name], FORWARD, outputs[name],
-                    {"isolated": floors[name]}) for _, name in norms if name in outputs]
+    return [_isolated(f"{name}{PROBE}", recorded[name], outputs[name], floors[name])
+            for _, name in norms if name in outputs]
 
 
 def _all_sublayers(run: Run) -> list[tuple[str, str]]:
@@ -85,7 +94,7 @@ def _all_sublayers(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _sublayers(run: Run, module: str) -> tuple[tuple[str, str], list[tuple[str, str, str]]] | None:
+def _sublayers(run: Run, module: str) -> Module | None:
     """((torch, Paddle) path of the module, the same and the operation before it for each of its sublayers)."""
     torch_path = {paddle: torch for torch, paddle in run.modules}.get(module)
     prefix = run.family.prefix if run.head.base else ""

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.report import SCHEMA
 
 from .compare import Measures, TensorResult
+
+if TYPE_CHECKING:
+    from .diagnose import Explanation
 
 ALIGNED, DIVERGED = "aligned", "diverged"
 
@@ -37,23 +40,26 @@ class StageResult:
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     named: str | None = None
     sublayers: Sequence[TensorResult] = ()
+    diagnosis: Explanation | None = None
 
     @property
     def verdict(self) -> str:
         """Aligned needs evidence: something was compared, all of it passed, and the weights are the source's."""
-        sound = self.tensors and all(tensor.passed for tensor in self.tensors) and self.weights_divergence is None
+        judged = [*self.tensors, *self.sublayers]
+        sound = self.tensors and all(tensor.passed for tensor in judged) and self.weights_divergence is None
         return ALIGNED if sound else DIVERGED
 
     @property
     def first_divergence(self) -> str | None:
-        """The parameter whose weight differs, else the first failing tensor in the order of execution."""
-        failing = (tensor.name.partition(" ")[0] for tensor in self.tensors if not tensor.passed)
+        """The parameter whose weight differs, else the path of the first failing module in the order of execution."""
+        failing = (tensor.name.partition(" ")[0].rstrip(":") for tensor in [*self.tensors, *self.sublayers]
+                   if not tensor.passed)
         return self.weights_divergence or next(failing, None)
 
     @property
     def failures(self) -> list[str]:
         """One sentence for each failing tensor."""
-        return [tensor.failure for tensor in self.tensors if tensor.failure]
+        return [tensor.failure for tensor in [*self.tensors, *self.sublayers] if tensor.failure]
 
     def save(self, reports: Path) -> Path:
         """Write ``<stage>.json`` and ``<stage>.md``; returns the Markdown's path."""
@@ -71,7 +77,9 @@ class StageResult:
             "values": {name: {"reference": _finite(left), "candidate": _finite(right)}
                        for name, (left, right) in self.values.items()},
             "reference": dict(self.reference), "candidate": dict(self.candidate), "inputs_digest": self.inputs_digest,
-            "named": self.named, "sublayers": [_tensor_json(tensor) for tensor in self.sublayers],
+            "named": self.named, "diagnosis": self.diagnosis and {
+                name: getattr(self.diagnosis, name) for name in ("kind", "subject", "sentence", "before", "after")},
+            "sublayers": [_tensor_json(tensor) for tensor in self.sublayers],
             "failures": self.failures, "notes": list(self.notes),
             "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
         }
@@ -79,17 +87,18 @@ class StageResult:
     def markdown(self) -> str:
         """The report to paste into a pull request: verdict first, worst tensor next, everything after."""
         lines = [f"# {self.run}: {self.stage} **{self.verdict}**", "", self.summary(), ""]
+        lines += [f"**Why:** {self.diagnosis.sentence}", ""] if self.diagnosis else []
         lines += [f"- {failure}" for failure in self.failures[:20]]
         lines += [f"- … and {len(self.failures) - 20} more"] if len(self.failures) > 20 else []
         lines += [f"\n> {note}" for note in self.notes]
         if self.values:
             lines += ["", "| value | torch | paddle |", "| --- | --- | --- |"]
             lines += [f"| {name} | {left:.9g} | {right:.9g} |" for name, (left, right) in self.values.items()]
-        if self.sublayers:
-            lines += ["", "Inside it, each part fed what torch's was fed:", "", "| part | rel-L2 | allowed | |",
-                      "| --- | --- | --- | --- |"]
-            lines += [f"| `{part.name}` | {_number(part.measures, 'rel_l2')} | {_allowed(part)} "
-                      f"| {'ok' if part.passed else '**FAIL**'} |" for part in self.sublayers]
+        if any(not part.passed for part in self.sublayers):
+            lines += ["", "Inside the blocks, each part fed what torch's was fed:", "", "| part | rel-L2 | allowed |",
+                      "| --- | --- | --- |"]
+            lines += [f"| `{part.name}` | {_number(part.measures, 'rel_l2')} | {_allowed(part)} |"
+                      for part in self.sublayers if not part.passed]
         lines += ["", "| tensor | shape | rel-L2 | isolated | torch's noise | limit used | max abs | mean abs | cosine "
                   "| allowed | |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [f"| `{tensor.name}` | {list(tensor.shape)} | {_number(tensor.measures, 'rel_l2')} "
@@ -114,8 +123,9 @@ class StageResult:
             return (f"First divergence: `{self.first_divergence}`{inside}; {good} of {len(self.tensors)} compared "
                     "tensors agree.")
         worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures), default=0.0)
+        parts = f", and so do {len(self.sublayers)} parts of blocks" if self.sublayers else ""
         return (f"All {len(self.tensors)} tensors are equal, bit for bit." if self.stage == "weights" else
-                f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}.")
+                f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}{parts}.")
 
     def print(self) -> None:
         """The table in the terminal."""
@@ -142,6 +152,8 @@ class StageResult:
             console.print(f"FAIL {failure}", markup=False)
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
+        if self.diagnosis:
+            console.print(f"why: {self.diagnosis.sentence}", markup=False)
         color = "green" if self.verdict == ALIGNED else "red"
         console.print(f"[bold {color}]{self.stage}: {self.verdict}[/]. ", end="")
         console.print(self.summary().replace("`", ""), markup=False)

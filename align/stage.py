@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .candidate import Candidate
     from .compare import TensorResult
+    from .diagnose import Explanation
     from .reference import Reference
     from .report import StageResult
     from .runs import Run
@@ -40,6 +41,7 @@ class Findings:
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     named: str | None = None
     sublayers: Sequence[TensorResult] = ()
+    diagnosis: Explanation | None = None
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Session:
     run: Run
     options: argparse.Namespace
     advance: Callable[[str], None]
+    weights_divergence: str | None = None
 
     @cached_property
     def reference(self) -> Reference:
@@ -118,6 +121,7 @@ def run_stage(stage: Stage, options: argparse.Namespace) -> StageResult:
     with _progress(stage.name) as advance:
         session = _session(options, advance)
         divergence, told = (None, []) if stage.name == "weights" else evidence(session)
+        session.weights_divergence = divergence
         findings = stage.find(session)
         _save_traces(stage, session, findings)
         return StageResult(
@@ -127,7 +131,7 @@ def run_stage(stage: Stage, options: argparse.Namespace) -> StageResult:
             candidate={"framework": session.candidate.framework, "version": session.candidate.version,
                        "weights_digest": session.candidate.weights_digest},
             inputs_digest=findings.inputs_digest, notes=[*told, *findings.notes], values=findings.values,
-            named=findings.named, sublayers=findings.sublayers,
+            named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )

@@ -83,12 +83,12 @@ FAMILY = Family(
         ("bert.embeddings", "bert.embeddings"),
         ("bert.encoder.layer.{i}", "bert.encoder.layers.{i}"),
         ("bert.pooler", "bert.pooler"),
+        ("cls.predictions", "cls.predictions"),
     ),
     inside={
         "bert.embeddings": (
             ("word_embeddings", "word_embeddings", "ids"),
             ("token_type_embeddings", "token_type_embeddings", "token types"),
-            ("position_embeddings", "position_embeddings", "positions"),
             ("LayerNorm", "layer_norm", "sum of the embeddings"),
         ),
         "bert.encoder.layers.{i}": (
@@ -102,6 +102,11 @@ FAMILY = Family(
             ("output.LayerNorm", "norm2", "residual"),
         ),
         "bert.pooler": (("dense", "dense", "first token"),),
+        "cls.predictions": (
+            ("transform.dense", "transform", "input"),
+            ("transform.LayerNorm", "layer_norm", "activation"),
+            ("decoder", "decoder", "wiring of the norm"),
+        ),
     },
     demo={
         "model_type": "bert", "architectures": ["BertForPreTraining"], "vocab_size": 512, "hidden_size": 64,

@@ -15,8 +15,8 @@ BLOCKS = {"bert": ["bert.embeddings", *(f"bert.encoder.layers.{i}" for i in rang
 OUTPUTS = {
     "GPTJForCausalLM": ["logits"], "GPTJForSequenceClassification": ["logits"],
     "GPTJForQuestionAnswering": ["start_logits", "end_logits"], "GPTJModel": ["last_hidden_state"],
-    "BertForPreTraining": ["bert.pooler", "prediction_logits", "seq_relationship_logits"],
-    "BertForMaskedLM": ["logits"], "BertForSequenceClassification": ["bert.pooler", "logits"],
+    "BertForPreTraining": ["bert.pooler", "cls.predictions", "prediction_logits", "seq_relationship_logits"],
+    "BertForMaskedLM": ["cls.predictions", "logits"], "BertForSequenceClassification": ["bert.pooler", "logits"],
     "BertForTokenClassification": ["logits"], "BertForQuestionAnswering": ["start_logits", "end_logits"],
     "BertModel": ["pooler", "last_hidden_state", "pooler_output"],
 }
