@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 export GLOG_minloglevel := 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo real test test-full lint clean
+.PHONY: install demo real test selftest test-full lint clean
 
 install: $(VENV)/.installed
 
@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python -m align.metric --run demo-bert
 	$(BIN)/python -m align.loss --run demo-bert
 	@echo
-	@echo "The reports: reports/demo-gptj and reports/demo-bert (convert.md, weights.md, forward.md, metric.md, loss.md)"
+	@echo "The reports: reports/demo-gptj/index.html and reports/demo-bert/index.html (the same as Markdown and JSON beside them)"
 
 real: install
 	$(BIN)/python -m convert.bert --overwrite --output out/minilm \
@@ -39,6 +39,9 @@ real: install
 test: install lint
 	$(BIN)/python -m pytest
 
+selftest: install
+	$(BIN)/python -m align.selftest
+
 test-full: install
 	$(BIN)/python -m pytest -m full
 
@@ -46,4 +49,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf out reports/demo-* reports/minilm .pytest_cache .ruff_cache .hypothesis
+	rm -rf out reports/demo-* reports/minilm reports/selftest .pytest_cache .ruff_cache .hypothesis

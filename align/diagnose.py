@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compare import measure
-from .inside import PROBE, SMALL, _all_sublayers
+from .inside import PROBE, SMALL, all_sublayers
 from .noise import EPS, Kind, NoiseFloor
 from .stage import Findings, Session, Stage, main
 from .tolerance import FORWARD
@@ -68,7 +68,7 @@ def diagnose(session: Session, inputs: Inputs, recorded: Mapping[str, np.ndarray
     """
     from .explanations.place import Place
     if PROBE in name:
-        norms = session.reference.norms(_all_sublayers(session.run))
+        norms = session.reference.norms(all_sublayers(session.run))
         pair = next((pair for pair in norms if pair[1] == name.replace(PROBE, "")), None)
         found = pair and _by_probe(session, inputs, pair)
         return found[0] if found else None
@@ -120,7 +120,7 @@ class _Wrong:
 
 
 def _wrong_weights(session: Session) -> Iterator[_Wrong]:
-    from .evidence import _bits, _expected, evidence
+    from .evidence import bits_of, evidence, expected_of
     from .explanations.weights import difference
     if evidence(session)[0] is None:
         return
@@ -138,15 +138,15 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
     for name, move in moves.items():
         if name not in held:
             continue
-        expected, array = _expected(move, run.checkpoint), inverted(move)
-        if expected.shape != array.shape or np.array_equal(_bits(expected), _bits(array)):
+        expected, array = expected_of(move, run.checkpoint), inverted(move)
+        if expected.shape != array.shape or np.array_equal(bits_of(expected), bits_of(array)):
             continue
 
         def peers(name: str = name, shape: tuple[int, ...] = expected.shape) -> Iterator[tuple[str, np.ndarray]]:
             for other in sorted(moves, key=lambda other: other.rpartition(".")[0] != name.rpartition(".")[0]):
                 peer = moves[other]
                 if other != name and peer.source is not None and sorted(peer.source_shape) == sorted(shape):
-                    yield other, _expected(peer, run.checkpoint)
+                    yield other, expected_of(peer, run.checkpoint)
         found = difference(expected, array, peers, _heads(session))
         path = paths.get(name)
         kind = found.kind
@@ -627,7 +627,7 @@ class _Case:
         """Whether a weight belongs to this place."""
         inside = [path for path, _ in self.session.run.modules if weight.path and weight.path.startswith(path + ".")]
         if self.place.whole:
-            return weight.path is not None and not inside
+            return weight.path is not None and not inside and self.place.looks_up(weight.path) == bool(self.place.start)
         return weight.path is not None and self.place.path in inside
 
     def below(self, weight: _Wrong) -> str:
@@ -642,13 +642,15 @@ class _Case:
 # The stage ------------------------------------------------------------------------------------------------------------
 
 def find(session: Session) -> Findings:
-    """The forward stage once more, told by its diagnosis."""
-    from . import forward
-    found = forward.find(session)
-    bad = session.weights_divergence or next((tensor.name for tensor in found.tensors if not tensor.passed), None)
-    told = "Nothing to explain: every place agrees." if bad is None else (
-        f"Why: {found.diagnosis.sentence}" if found.diagnosis else f"Why: no explanation in stock accounts for {bad}.")
-    return replace(found, reference={}, candidate={}, notes=[told])
+    """The forward stage once more, and a sentence on why it is diverged; its traces are not saved again."""
+    from .forward import find as forward
+    findings = forward(session)
+    if findings.diagnosis:
+        told = f"Why: {findings.diagnosis.sentence}"
+    else:
+        bad = session.weights_divergence or findings.named
+        told = f"Why: no explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."
+    return replace(findings, reference={}, candidate={}, notes=[told])
 
 
 STAGE = Stage("diagnose", "Say why the first bad place of the forward stage is bad.", find)

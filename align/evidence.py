@@ -78,11 +78,11 @@ def _compared(plan: Plan, source: Checkpoint, held: Mapping[str, np.ndarray]) ->
 
 def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
     """``array`` as the net holds it, in float32, against the source cast the way the conversion cast it."""
-    expected = _expected(move, source)
+    expected = expected_of(move, source)
     scalar = expected.size == array.size == 1
     inverted = array.reshape(expected.shape) if scalar or move.filling else move.rule.invert(array)
     result = compare(move.target, expected, np.array(inverted, order="C"), EXACT)
-    if result.passed and not np.array_equal(_bits(expected), _bits(inverted)):
+    if result.passed and not np.array_equal(bits_of(expected), bits_of(inverted)):
         return replace(result, passed=False,
                        failure=f"{move.target}: equal in value, but not in its bits (-0.0 and 0.0)")
     if result.passed or move.filling:
@@ -90,12 +90,12 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
     return replace(result, failure=f"{result.failure}{_transposed_hint(expected, inverted)}")
 
 
-def _expected(move: Move, source: Checkpoint) -> np.ndarray:
+def expected_of(move: Move, source: Checkpoint) -> np.ndarray:
     array = move.filling.make(move.shape) if move.source is None else source.read(move.source)
     return cast(cast(array, move.source_dtype, move.dtype), move.dtype, FLOAT32)
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits_of(array: np.ndarray) -> np.ndarray:
     return np.array(array, np.float32, order="C").view(np.uint32)
 
 

@@ -34,7 +34,7 @@ def judge_sublayers(session: Session, inputs: Inputs) -> list[TensorResult]:
     """
     if not session.reference.has_room_for_float64():
         return []
-    found = [module for _, name in session.run.modules if (module := _sublayers(session.run, name))]
+    found = [module for _, name in session.run.modules if (module := sublayers_of(session.run, name))]
     size = max(1, BUDGET // max(1, _bytes_a_module(session.run, inputs)))
     return [result for start in range(0, len(found), size)
             for result in _judge(session, inputs, found[start: start + size])]
@@ -72,7 +72,7 @@ def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
     On the activations of a late block the variance is so much larger that a wrong epsilon hides in the last bits;
     scaled to an rms of 1e-3, a variance of 1e-6, even 1e-7 for 1e-12 moves the output by a twentieth.
     """
-    norms = session.reference.norms(_all_sublayers(session.run))
+    norms = session.reference.norms(all_sublayers(session.run))
     if not norms or not session.reference.has_room_for_float64():
         return []
     _, entering = session.reference.record_inside(inputs, norms)
@@ -85,16 +85,16 @@ def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
             for _, name in norms if name in outputs]
 
 
-def _all_sublayers(run: Run) -> list[tuple[str, str]]:
+def all_sublayers(run: Run) -> list[tuple[str, str]]:
     """(torch, Paddle) path of every recorded module and of every sublayer that the family names."""
     found = []
     for torch_path, name in run.modules:
-        inside = _sublayers(run, name)
+        inside = sublayers_of(run, name)
         found += [(torch_path, name), *((torch, paddle) for torch, paddle, _ in (inside[1] if inside else []))]
     return found
 
 
-def _sublayers(run: Run, module: str) -> Module | None:
+def sublayers_of(run: Run, module: str) -> Module | None:
     """((torch, Paddle) path of the module, the same and the operation before it for each of its sublayers)."""
     torch_path = {paddle: torch for torch, paddle in run.modules}.get(module)
     prefix = run.family.prefix if run.head.base else ""

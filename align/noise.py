@@ -11,7 +11,8 @@ and of K reordered ones are pooled, and Paddle's error is judged against the poo
     channel  largest over channels of rms_r(e)               max(rms_r(s), u rms_r(x)), each channel its own
     row      largest over rows of rms_c(e)                   max(hypot(rms_c(s), typical(s) rms_c(x)), u rms_c(x))
 
-with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that. The last
+with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that, nor, in a channel
+or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms. The last
 three speak of distributions, and are asked only where there are enough rows or channels to have one. Where torch
 makes no error at all (a lookup), equality is asked.
 """
@@ -74,7 +75,7 @@ class NoiseFloor:
         """All tests that apply, for a finite ``candidate`` of as many elements as the oracle has."""
         x, s = self.oracle, self.spread
         e = np.abs(candidate.astype(np.float64).reshape(x.shape) - x)
-        unit = 0.0 if self.exact else FLOOR_UNITS * EPS
+        unit, least = (0.0, 0.0) if self.exact else (FLOOR_UNITS * EPS, EPS**2 * _rms(x))
         ratios = {
             "total": _ratio(_rms(e), max(_rms(s), unit * _rms(x))),
             "peak": _ratio(e.max(), max(self.largest, unit * np.abs(x).max())),
@@ -84,10 +85,10 @@ class NoiseFloor:
         if x.shape[1] >= ENOUGH:
             typical = _typical(rows[1], rows[0])
             ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
-            floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * rows[0])
+            floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * rows[0] + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
         if x.shape[0] >= ENOUGH:
-            ratios["channel"] = _largest_ratio(columns[2], np.maximum(columns[1], unit * columns[0]))
+            ratios["channel"] = _largest_ratio(columns[2], np.maximum(columns[1], unit * columns[0] + least))
         return [Judgement(kind, test, ratio, LIMITS[kind][test]) for test, ratio in ratios.items()]
 
 

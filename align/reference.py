@@ -86,7 +86,7 @@ class Reference:
 
     def has_room_for_float64(self) -> bool:
         """Whether this model fits into the free memory once more, in float64."""
-        return 3 * _bytes_of(self.model) < _available_memory()
+        return 3 * bytes_of(self.model) < available_memory()
 
     @cached_property
     def _double(self) -> Any:
@@ -139,13 +139,13 @@ class Reference:
                         lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
                     hooks.callback(found[torch_path].register_forward_hook(
                         lambda _, arguments, output, name=name: after(name, output)).remove)
-            outputs = _outputs(model, inputs.arrays)
+            outputs = outputs_of(model, inputs.arrays)
         recorded |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
         return recorded, entering
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
-        return _outputs(self.model, arrays)
+        return outputs_of(self.model, arrays)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Cross entropy without reduction, 0 where the label is -100. logits [n, classes], labels [n]."""
@@ -162,7 +162,7 @@ class Reference:
         return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
 
 
-def _outputs(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
+def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     import torch
     try:
         with torch.no_grad():
@@ -174,11 +174,11 @@ def _outputs(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
             if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
 
 
-def _bytes_of(model: Any) -> int:
+def bytes_of(model: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that a new process could use without swapping, as Linux estimates it."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -15,10 +15,10 @@ import torch
 from convert.plan import name_in
 
 from ..inputs import Inputs
-from ..inside import _sublayers
+from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
 from ..oracle import Float64, Reordered
-from ..reference import Reference, _available_memory, _bytes_of, _outputs
+from ..reference import Reference, available_memory, bytes_of, outputs_of
 from ..tasks import token_rows
 from ..tolerance import REORDERED_RUNS
 from . import surgery
@@ -69,7 +69,7 @@ class Place:
                 for path in self.listed:
                     stubs.enter_context(surgery.forward(
                         path, lambda module, run, path=path: lambda *_, **__: _as(self._answers[path], dtype))(root))
-                return token_rows(self.name, _outputs(root, self.inputs.arrays)[self.name], self.mask)
+                return token_rows(self.name, outputs_of(root, self.inputs.arrays)[self.name], self.mask)
 
     def with_change(self, change: Change) -> np.ndarray:
         """:meth:`run` with ``change`` in force."""
@@ -86,7 +86,7 @@ class Place:
         return self._floors(change, lambda root, dtype: self.run_inside(entering, root, dtype))
 
     def _floors(self, change: Change, run: Callable[[Any, Any], dict[str, np.ndarray]]) -> dict[str, NoiseFloor] | None:
-        if 3 * _bytes_of(self.root) > _available_memory():
+        if 3 * bytes_of(self.root) > available_memory():
             return None
         double = copy.deepcopy(self.root).double()
         with Float64(), change(double):
@@ -100,7 +100,7 @@ class Place:
     @cached_property
     def sublayers(self) -> list[tuple[str, str]]:
         """(path below the root, Paddle path) of the sublayers that the family names for this module."""
-        found = None if self.whole else _sublayers(self.reference.run, self.name)
+        found = None if self.whole else sublayers_of(self.reference.run, self.name)
         return [(path.removeprefix(self.path + "."), name) for path, name, _ in found[1]] if found else []
 
     def run_inside(self, entering: Mapping[str, np.ndarray], root: Any = None, dtype: Any = torch.float32,
@@ -190,6 +190,10 @@ class Place:
                     terms.setdefault(name, []).append(term)
         return terms
 
+    def looks_up(self, parameter: str) -> bool:
+        """Whether a parameter, by its path in the model, is the table of an embedding."""
+        return isinstance(self.model.get_submodule(parameter.rpartition(".")[0]), torch.nn.Embedding)
+
     def holds(self, path: str) -> bool:
         """Whether the path below the root is run here and not played back."""
         return not self.whole or not any((path + ".").startswith(listed + ".") for listed in self.listed)
@@ -207,7 +211,7 @@ class Place:
         hook = root.get_submodule(self.start).register_forward_hook(reached)
         try:
             with suppress(_Reached):
-                _outputs(root, self.inputs.arrays)
+                outputs_of(root, self.inputs.arrays)
         finally:
             hook.remove()
         return found[0]
@@ -230,7 +234,7 @@ class Place:
                 hooks.callback(self.model.get_submodule(path).register_forward_hook(
                     lambda _, arguments, named, output, path=path: heard(path, arguments, named, output),
                     with_kwargs=True).remove)
-            _outputs(self.model, self.inputs.arrays)
+            outputs_of(self.model, self.inputs.arrays)
         return calls, answers
 
 
