@@ -128,9 +128,12 @@ def _not_comparable(reference: np.ndarray, candidate: np.ndarray) -> str | None:
 
 def _sentence(name: str, found: Measures, allowed: float, failed: Judgement | None) -> str:
     ours, theirs = found.worst_values[1], found.worst_values[0]
-    told = f"allowed {allowed:.1e}" if failed is None else (
-        f"{_times(failed.ratio)} torch's own noise ({failed.test}, {failed.kind}; allowed {failed.limit:g}x)")
-    return (f"{name}: rel-L2 {found.rel_l2:.1e}, {told}; worst at {list(found.worst)}: {ours:.6g} vs {theirs:.6g}")
+    if failed is not None:
+        told = f"{_times(failed.ratio)} torch's own noise ({failed.test}, {failed.kind}; allowed {failed.limit:g}x)"
+    else:
+        told = f"allowed {allowed:.1e}" if allowed else "equality is asked"
+    where = f"worst at {list(found.worst)}: " if found.worst else ""
+    return f"{name}: rel-L2 {found.rel_l2:.1e}, {told}; {where}{ours:.6g} vs {theirs:.6g}"
 
 
 def _times(ratio: float) -> str:

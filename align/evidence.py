@@ -55,8 +55,9 @@ def evidence(session: Session) -> tuple[str | None, list[str]]:
     wrong = [result for result in results if not result.passed]
     if not wrong:
         return None, [f"Weights: {len(results)} tensors compared with the source, equal bit by bit."]
-    return wrong[0].name, [f"Weights differ from the source in {len(wrong)} tensors, so this stage is diverged "
-                           f"whatever its outputs say. The first: {wrong[0].failure}."]
+    many = f"{len(wrong)} tensors" if len(wrong) > 1 else "one tensor"
+    return wrong[0].name, [f"Weights differ from the source in {many}, so this stage is diverged whatever its outputs "
+                           f"say. The first: {wrong[0].failure}."]
 
 
 def _verified(file: Path) -> tuple[Any, Any] | None:

@@ -159,16 +159,28 @@ class StageView:
         found = self.content.get("named")
         return str(found) if found and found != self.first_divergence else None
 
+    def _layers_of_first_bad_block(self, layers: list[Tensor]) -> list[Tensor]:
+        """Those of the module in which the first failing one lies, and all others that fail; none where none does."""
+        bad = next((layer.name for layer in layers if not layer.passed), None)
+        if bad is None:
+            return []
+        block = max((tensor.name for tensor in self.tensors if _within(bad, tensor.name)), key=len, default=bad)
+        return [layer for layer in layers if not layer.passed or _within(layer.name, block)]
+
     @property
     def diagnosis(self) -> Json | None:
         """``diagnosis`` and ``sublayers`` of the JSON, with numbers where numbers belong; None without either."""
         found = _dict(self.content.get("diagnosis"))
-        layers = _tensors(found.get("sublayers") or self.content.get("sublayers"))
+        layers = self._layers_of_first_bad_block(_tensors(found.get("sublayers") or self.content.get("sublayers")))
         if not found and not layers:
             return None
         texts = {key: str(found[key]) if found.get(key) else None for key in ("sentence", "kind", "subject")}
         return {**texts, "asked": bool(found), "before": _number(found.get("before")),
                 "after": _number(found.get("after")), "sublayers": layers}
+
+
+def _within(name: str, module: str) -> bool:
+    return name.startswith((f"{module}.", f"{module}:"))
 
 
 def write_page(directory: Path) -> Path:

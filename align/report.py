@@ -119,7 +119,8 @@ class StageResult:
             return "Nothing was compared, and nothing is not evidence."
         if self.first_divergence:
             good = sum(tensor.passed for tensor in self.tensors)
-            inside = f", inside it `{self.named}`" if self.named and self.named != self.first_divergence else ""
+            within = self.named and self.named != self.first_divergence and self.named.startswith(self.first_divergence)
+            inside = f", inside it `{self.named}`" if within else ""
             return (f"First divergence: `{self.first_divergence}`{inside}; {good} of {len(self.tensors)} compared "
                     "tensors agree.")
         worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures), default=0.0)

@@ -108,6 +108,7 @@ FAMILY = Family(
             ("decoder", "decoder", "wiring of the norm"),
         ),
     },
+    tokenizer="wordpiece",
     demo={
         "model_type": "bert", "architectures": ["BertForPreTraining"], "vocab_size": 512, "hidden_size": 64,
         "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256, "hidden_act": "gelu",

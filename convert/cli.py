@@ -144,6 +144,8 @@ def _source(family: Family, options: argparse.Namespace) -> Iterator[tuple[str, 
         from .hub import resolve
         yield options.source, *resolve(options.source, options.revision)
         return
+    if not family.demo:
+        raise BadInput(f"family {family.name} has no built-in demo; give --source.")
     from .demo import build_demo
     print(f"No --source: converting the built-in demo checkpoint, a small random {family.name} with a tokenizer.\n"
           f"A real one: python -m convert.{family.name} --source DIRECTORY-OR-HUB-ID --output out/NAME",

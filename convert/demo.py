@@ -62,7 +62,7 @@ def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
 
 def _companions(family: Family) -> dict[str, str]:
     files = {"config.json": json.dumps(family.demo, indent=2), MARKER: json.dumps({"demo": family.name})}
-    return files | (_wordpiece(family.demo["vocab_size"]) if family.name == "bert" else _byte_level())
+    return files | TOKENIZERS[family.tokenizer](family.demo["vocab_size"])
 
 
 def _wordpiece(vocab_size: int) -> dict[str, str]:
@@ -75,7 +75,7 @@ def _wordpiece(vocab_size: int) -> dict[str, str]:
             "tokenizer_config.json": json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})}
 
 
-def _byte_level() -> dict[str, str]:
+def _byte_level(vocab_size: int) -> dict[str, str]:
     """GPT-2's byte-level vocabulary without merges: a token is a byte (byte-to-letter table of Radford et al.)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -83,3 +83,6 @@ def _byte_level() -> dict[str, str]:
     vocabulary = {letter: number for number, letter in enumerate([*letters, "<|endoftext|>"])}
     return {"vocab.json": json.dumps(vocabulary), "merges.txt": "#version: 0.2\n",
             "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": "<|endoftext|>"})}
+
+
+TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "none": lambda vocab_size: {}}

@@ -170,6 +170,7 @@ class Head:
 class Family:
     """One architecture. For align: ``modules`` pairs torch's and Paddle's module paths in the order of execution, and
     ``inside`` says, for a module's Paddle path, which sublayers it has: (torch, Paddle, the operation before it).
+    ``demo`` is the config of the built-in checkpoint, ``tokenizer`` its kind: wordpiece, byte-level or none.
     """
 
     name: str
@@ -179,7 +180,8 @@ class Family:
     rules: tuple[Rule, ...]
     heads: tuple[Head, ...]
     modules: tuple[tuple[str, str], ...]
-    demo: Config
+    demo: Config = field(default_factory=dict)
+    tokenizer: str = "none"
     unsupported: Callable[[Config], str | None] = lambda config: None
     additions: Config = field(default_factory=dict)
     inside: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)

@@ -304,14 +304,16 @@ def test_an_error_that_comes_from_before_is_told_from_ones_own(page):
 
 def test_the_diagnosis_and_its_figures(page):
     found = {"sentence": "q is transposed.", "kind": "transposed", "subject": "q.weight", "before": 3.14e-2,
-             "after": 4.2e-7, "sublayers": [{"name": "q", "rel_l2": 3.14e-2, "allowed": 2e-6, "passed": False},
-                                            {"name": "k", "rel_l2": 1e-7, "allowed": 2e-6, "passed": True}]}
+             "after": 4.2e-7, "sublayers": [{"name": "logits.q", "rel_l2": 3.14e-2, "allowed": 2e-6, "passed": False},
+                                            {"name": "logits.k", "rel_l2": 1e-7, "allowed": 2e-6, "passed": True},
+                                            {"name": "bert.k", "rel_l2": 1e-7, "allowed": 2e-6, "passed": True}]}
     made = page({"forward": {**forward("logits"), "diagnosis": found}})
     head = Page(made.source[: made.first("table")]).text
     assert "q is transposed." in head
     assert "error as it is 3.1e-2" in made.text and "error once undone 4.2e-7" in made.text
-    assert ["q", "3.1e-2", "–", "2.0e-6", "fails"] in made.rows()
-    assert ["k", "1.0e-7", "–", "2.0e-6", "ok"] in made.rows()
+    assert ["logits.q", "3.1e-2", "–", "2.0e-6", "fails"] in made.rows()
+    assert ["logits.k", "1.0e-7", "–", "2.0e-6", "ok"] in made.rows()
+    assert "bert.k" not in made.text
 
 
 @pytest.mark.parametrize("found", [{"sentence": "No explanation fits."}, {"kind": "scale", "sublayers": []},
@@ -322,13 +324,15 @@ def test_a_diagnosis_may_lack_any_of_its_parts(page, found):
 
 
 def test_sublayers_and_the_named_one_without_a_diagnosis(page):
-    made = page({"forward": {**forward("logits"), "named": "logits.decoder", "sublayers": [judged("q"), judged("k")]}})
+    layers = [judged("logits.q"), judged("logits.k", 1e-2, False)]
+    made = page({"forward": {**forward("logits"), "named": "logits.decoder", "sublayers": layers}})
     assert "logits.decoder" in Page(made.source[: made.first("table")]).text
-    assert ["q", "2.0e-7", "1.5e-7", "1.0e-6", "ok"] in made.rows()
+    assert ["logits.q", "2.0e-7", "1.5e-7", "1.0e-6", "ok"] in made.rows()
 
 
-def test_without_a_divergence_there_is_nothing_to_explain(page):
-    made = page({**complete(), "forward": {**forward(), "named": None, "sublayers": []}})
+@pytest.mark.parametrize("layers", [[], [judged("logits.q")]])
+def test_without_a_divergence_there_is_nothing_to_explain(page, layers):
+    made = page({**complete(), "forward": {**forward(), "named": None, "sublayers": layers}})
     assert "Why it diverged" not in made.text
 
 
