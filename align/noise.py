@@ -14,7 +14,8 @@ and of K reordered ones are pooled, and Paddle's error is judged against the poo
 with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that, nor, in a channel
 or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms. The last
 three speak of distributions, and are asked only where there are enough rows or channels to have one. Where torch
-makes no error at all (a lookup), equality is asked.
+makes no error at all (a lookup), equality is asked. Where its own propagated error is above FORWARD the model is
+chaotic: single rows and channels then grow their errors at will, in torch too, and only total and typical are asked.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Literal
 
 import numpy as np
 
-from .tolerance import FLOOR_UNITS, LIMITS
+from .tolerance import FLOOR_UNITS, FORWARD, LIMITS
 
 EPS = 2.0**-23
 ENOUGH = 16
+ROBUST = {"total", "typical"}
 
 
 Kind = Literal["isolated", "propagated"]
@@ -89,7 +91,8 @@ class NoiseFloor:
             ratios["row"] = _largest_ratio(rows[2], floor)
         if x.shape[0] >= ENOUGH:
             ratios["channel"] = _largest_ratio(columns[2], np.maximum(columns[1], unit * columns[0] + least))
-        return [Judgement(kind, test, ratio, LIMITS[kind][test]) for test, ratio in ratios.items()]
+        asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
+        return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
 
 
 class Pool:
