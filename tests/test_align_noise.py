@@ -1,0 +1,155 @@
+"""The yardstick: torch in other arithmetic, the pooled floor and its five tests, agreement of class scores."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
+
+from align.compare import compare
+from align.forward import agreement, top_agreement
+from align.noise import EPS, Pool
+from align.oracle import Float64, Reordered
+from align.tolerance import FORWARD
+
+IDS = torch.arange(24).reshape(2, 12) % 40
+
+
+@pytest.fixture(scope="module", params=["gptj", "bert"])
+def model(request):
+    torch.manual_seed(0)
+    made = GPTJForCausalLM(GPTJConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32)) if (
+        request.param == "gptj") else BertModel(BertConfig(
+            vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=32, attn_implementation="eager"))
+    return made.eval()
+
+
+def first(model):
+    with torch.no_grad():
+        return model(IDS)[0]
+
+
+def test_reordered_sums_change_only_the_rounding(model):
+    plain = first(model)
+    with Reordered(1):
+        other = first(model)
+    assert not torch.equal(plain, other)
+    assert torch.allclose(plain, other, rtol=1e-4, atol=1e-5)
+
+
+def test_in_float64_reordering_changes_nothing_to_speak_of(model):
+    double = __import__("copy").deepcopy(model).double()
+    with Float64():
+        plain = first(double)
+        with Reordered(1):
+            other = first(double)
+    assert plain.dtype == torch.float64
+    assert (plain - other).abs().max() < 1e-12 * plain.abs().max()
+
+
+def test_without_the_mode_gptj_in_double_still_computes_in_float32():
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32))
+    double = model.eval().double()
+    assert first(double).dtype == torch.float32
+    with Float64():
+        assert first(double).dtype == torch.float64
+
+
+def floor_of(oracle, *runs):
+    pool = Pool(oracle)
+    for run in runs:
+        pool.add(run)
+    return pool.floor()
+
+
+def ratios(floor, candidate, kind="isolated"):
+    return {found.test: found.ratio for found in floor.judge(candidate, kind)}
+
+
+def test_the_five_ratios_of_an_error_that_is_everywhere_twice_the_noise():
+    oracle = np.ones((32, 32))
+    floor = floor_of(oracle, oracle + 1e-5, oracle - 1e-5)
+    found = ratios(floor, oracle + 2e-5)
+    assert found == pytest.approx({"total": 2, "peak": 2, "typical": 2, "channel": 2, "row": 2 / np.sqrt(2)})
+    assert floor.relative == pytest.approx(1e-5)
+
+
+def test_one_bad_row_and_one_bad_channel_show_in_their_own_tests():
+    oracle = np.ones((100, 64))
+    floor = floor_of(oracle, oracle + 1e-6)
+    row, channel = oracle + 1e-6, oracle + 1e-6
+    row[7] += 19e-6
+    channel[:, 5] += 19e-6
+    assert ratios(floor, row)["row"] == pytest.approx(20 / np.sqrt(2))
+    assert ratios(floor, row)["typical"] == pytest.approx(1)
+    assert ratios(floor, channel)["channel"] == pytest.approx(20)
+    assert ratios(floor, channel)["total"] < 4
+
+
+def test_nobody_is_asked_for_less_than_half_a_unit_in_the_last_place():
+    oracle = np.full((32, 32), 3.0)
+    floor = floor_of(oracle, oracle + 1e-12)
+    assert ratios(floor, oracle * (1 + EPS / 2))["total"] == pytest.approx(1)
+
+
+def test_where_torch_makes_no_error_equality_is_asked():
+    table = np.arange(1024, dtype="float32").reshape(32, 32)
+    floor = floor_of(table.astype("float64"), table, table)
+    assert all(found.passed for found in floor.judge(table, "isolated"))
+    off = table.copy()
+    off[3, 4] = np.nextafter(off[3, 4], np.float32(1e9))
+    assert not all(found.passed for found in floor.judge(off, "isolated"))
+
+
+def test_a_channel_that_torch_rounds_to_zero_forgives_what_is_far_below_its_tensor():
+    generator = np.random.default_rng(0)
+    oracle = generator.standard_normal((40, 20))
+    oracle[:, 3] = 0.0
+    noisy = oracle * (1 + 1e-7)
+    candidate = noisy.copy()
+    candidate[:, 3] = -1e-17
+    floor = floor_of(oracle, noisy)
+    assert all(found.passed for found in floor.judge(candidate, "isolated"))
+    candidate[:, 3] = -1e-9
+    assert not all(found.passed for found in floor.judge(candidate, "isolated"))
+
+
+def test_in_a_chaotic_model_only_the_robust_tests_of_the_propagated_error_are_asked():
+    oracle = np.ones((32, 32))
+    noisy = floor_of(oracle, oracle + 2 * FORWARD)
+    assert set(ratios(noisy, oracle, "propagated")) == {"total", "typical"}
+    assert set(ratios(noisy, oracle, "isolated")) == {"total", "peak", "typical", "channel", "row"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(17, 60), st.integers(17, 60))
+def test_one_more_run_with_the_same_noise_passes(seed, rows, channels):
+    generator = np.random.default_rng(seed)
+    oracle = generator.standard_normal((rows, channels))
+    runs = [oracle + 1e-7 * generator.standard_normal(oracle.shape) for _ in range(6)]
+    floor = floor_of(oracle, *runs[:5])
+    assert all(found.passed for found in floor.judge(runs[5], "isolated"))
+
+
+def test_a_noisy_reference_does_not_lift_the_ceiling_of_the_isolated_error():
+    oracle = np.ones((32, 32), "float32")
+    floor = floor_of(oracle.astype("float64"), oracle * 1.001)
+    off = oracle * np.float32(1 + 5 * FORWARD)
+    assert not compare("block", oracle, off, FORWARD, off, {"isolated": floor, "propagated": floor}).passed
+    assert compare("block", oracle, off, FORWARD, oracle, {"isolated": floor, "propagated": floor}).passed
+
+
+def test_kl_divergence_and_top_agreement_by_hand():
+    expected = np.log(np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    found = np.log(np.array([[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]))
+    told, = agreement({"logits": expected}, {"logits": found})
+    assert f"{0.5 * (0.25 * np.log(2)):.1e}" in told
+    assert top_agreement(expected, found, 1) == (1, 1, 2)
+
+
+def test_rows_whose_best_classes_tie_are_not_counted():
+    scores = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    assert top_agreement(scores, scores[:, [1, 0, 2]], 1) == (1, 0, 1)
