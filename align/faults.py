@@ -129,7 +129,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
 }
 """The words of this file, and the kinds of explanation that say the same."""
 
-GENERIC = ("changed-weight", "changed-elements", "several-weights", "unrelated-weight")
+GENERIC = ("changed-weight", "changed-elements", "changed-rows", "several-weights", "unrelated-weight")
 """Kinds that only say that a weight is another one: true of every wrong weight, and not asked for of any."""
 
 
@@ -1053,7 +1053,7 @@ def _bert() -> Iterator[list[Fault]]:
     pooler, dense = ("bert.pooler", "bert.pooler.*", "bert.pooler: *", "bert.pooler *"), ("bert.pooler.dense*",)
     yield weights(n, "missed transpose of the pooler", transpose("bert.pooler.dense.weight"), "bert.pooler", dense,
                   "transposed")
-    yield weights(n, "missed transpose of the head", transpose("cls.predictions.transform.weight"), "prediction_logits",
+    yield weights(n, "missed transpose of the head", transpose("cls.predictions.transform.weight"), "cls.predictions",
                   ("cls.predictions.transform*",), "transposed")
     yield weights(n, "bias missing in q", change(n.bias("q", MID), np.zeros_like), middle, n.named(MID, "q"),
                   "bias missing")
@@ -1061,7 +1061,7 @@ def _bert() -> Iterator[list[Fault]]:
                   n.at(LAST), n.named(LAST, "q"), why="lost behind the softmax, 66 x the limit at the linear's output")
     yield weights(n, "wrong layer norm placed", exchange((n("norm", MID), n("norm2", MID))), middle,
                   n.named(MID, "norm", "norm2"), "swapped|norm placed")
-    yield weights(n, "decoder bias missing", change("cls.predictions.decoder_bias", np.zeros_like), "prediction_logits",
+    yield weights(n, "decoder bias missing", change("cls.predictions.decoder_bias", np.zeros_like), "cls.predictions",
                   decoder, "bias missing")
     yield weights(n, "positions shifted in the table", change(f"{embeddings}.position_embeddings.weight",
                                                              lambda array: np.roll(array, 1, axis=0)), embeddings,
@@ -1071,8 +1071,8 @@ def _bert() -> Iterator[list[Fault]]:
     older = change("cls.predictions.decoder.weight", noise(1e-3))
     stale = together(in_config(tie_word_embeddings=False), in_checkpoint(older, n))
     yield [Fault("decoder is an older copy", "bert", "checkpoint", "file, tie_word_embeddings=False", stale,
-                 "prediction_logits", frozenset(decoder), _words("untied"))]
-    yield code(n, "decoder is random", random_decoder, "prediction_logits", decoder, also="untied")
+                 "cls.predictions", frozenset(decoder), _words("untied"))]
+    yield code(n, "decoder is random", random_decoder, "cls.predictions", decoder, also="untied")
     yield code(n, "last position off by one", at_positions(last_is_next), embeddings, positions, "position")
     yield code(n, "all positions off by one", at_positions(lambda found, mask: found + 1), embeddings, positions,
                "position")
@@ -1080,7 +1080,7 @@ def _bert() -> Iterator[list[Fault]]:
                "position")
     yield code(n, "token types ignored", without_types, embeddings, types, "token types")
     yield code(n, "MLP beside the attention", side_by_side, middle, n.wiring(MID))
-    yield code(n, "norm of the head missing", without_final_norm, "prediction_logits", ("cls.predictions.layer_norm*",),
+    yield code(n, "norm of the head missing", without_final_norm, "cls.predictions", ("cls.predictions.layer_norm*",),
                "norm missing")
     yield code(n, "pooler takes the last token", pool(lambda layer, hidden: paddle.tanh(layer(hidden[:, -1]))),
                "bert.pooler", pooler, "pooling")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.plan import name_in
+from convert.plan import expand, layers_of, name_in
 
 from ..inputs import Inputs
 from ..inside import sublayers_of
@@ -133,14 +133,9 @@ class Place:
     def paddle_names(self) -> dict[str, str]:
         """The Paddle name of every parameter of the model, by its torch path."""
         run = self.reference.run
-        layers = {path.split(".")[number] for path in self.listed for number in range(path.count(".") + 1)
-                  if path.split(".")[number].isdigit()}
-        names = {}
-        for rule in run.family.rules_of(run.head):
-            if rule.source and rule.target:
-                for layer in sorted(int(layer) for layer in layers) if rule.per_layer else [0]:
-                    names[name_in(rule.source, layer)] = name_in(rule.target, layer)
-        return names
+        rules = [rule for rule in run.family.rules_of(run.head) if rule.source and rule.target]
+        return {name_in(rule.source, layer): name_in(rule.target, layer)
+                for rule, layer in expand(rules, layers_of(run.family, run.config))}
 
     def paddle(self, path: str) -> str:
         """The Paddle name of a parameter or module below the root; for a module without parameters, its parent's."""
