@@ -10,9 +10,10 @@ import importlib.util
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,18 +188,30 @@ class UserNet(Candidate):
             raise BadInput(f"--target {self._module}:{self._function} cannot be imported ({error}).") from error
         finally:
             sys.path.remove("")
-        net = build(dict(self.run.target_config), self.run.output)
+        with self._blamed_on_it():
+            net = build(dict(self.run.target_config), self.run.output)
         if not isinstance(net, paddle.nn.Layer):
             raise BadInput(f"{self._module}:{self._function} returned a {type(net).__name__}; a paddle.nn.Layer is "
                            "needed.")
         return net
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        result = self.model(**tensors)
+        with self._blamed_on_it():
+            result = self.model(**tensors)
         if not hasattr(result, "items"):
             raise BadInput(f"{self._module}:{self._function}: the net returned a {type(result).__name__}; a mapping "
                            "with transformers' output names is needed, as {'logits': …}.")
         return result
+
+    @contextmanager
+    def _blamed_on_it(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            first = next(iter(str(error).splitlines()), "")
+            raise BadInput(f"your net {self._module}:{self._function} failed at {Path(last.filename).name}:"
+                           f"{last.lineno}: {type(error).__name__}: {first}") from error
 
     token_loss = PaddleNLPNet.token_loss
 

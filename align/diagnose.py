@@ -645,12 +645,9 @@ def find(session: Session) -> Findings:
     """The forward stage once more, and a sentence on why it is diverged; its traces are not saved again."""
     from .forward import find as forward
     findings = forward(session)
-    if findings.diagnosis:
-        told = f"Why: {findings.diagnosis.sentence}"
-    else:
-        bad = session.weights_divergence or findings.named
-        told = f"Why: no explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."
-    return replace(findings, reference={}, candidate={}, notes=[told])
+    bad = session.weights_divergence or findings.named
+    told = f"No explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."
+    return replace(findings, reference={}, candidate={}, notes=[] if findings.diagnosis else [told])
 
 
 STAGE = Stage("diagnose", "Say why the first bad place of the forward stage is bad.", find)

@@ -81,7 +81,7 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
     """``array`` as the net holds it, in float32, against the source cast the way the conversion cast it."""
     expected = expected_of(move, source)
     scalar = expected.size == array.size == 1
-    inverted = array.reshape(expected.shape) if scalar or move.filling else move.rule.invert(array)
+    inverted = array.reshape(expected.shape) if scalar else array if move.filling else move.rule.invert(array)
     result = compare(move.target, expected, np.array(inverted, order="C"), EXACT)
     if result.passed and not np.array_equal(bits_of(expected), bits_of(inverted)):
         return replace(result, passed=False,

@@ -10,7 +10,7 @@ import numpy as np
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
 from .inputs import Inputs, seeded
-from .inside import PROBE, judge_sublayers, probe_norms
+from .inside import PROBE, all_sublayers, judge_sublayers, probe_norms
 from .noise import Kind, NoiseFloor
 from .runs import Run
 from .scores import log_softmax
@@ -21,8 +21,8 @@ from .tolerance import FORWARD, REORDERED_RUNS, margin_noise
 def find(session: Session) -> Findings:
     """Each module twice: in one pass of its own (propagated), and fed the reference's input (isolated).
 
-    The layer norms once more on a small input, and the sublayers. A module that torch's class does not have, such as
-    the pooler of PaddleNLP's masked LM, is not compared.
+    The layer norms once more on a small input, and the sublayers, all in the order of execution. A module that torch's
+    class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
     """
     inputs = seeded(session.run.config, session.run.sizes)
     inputs.save(session.reports / "traces" / "forward_inputs.npz")
@@ -38,11 +38,16 @@ def find(session: Session) -> Findings:
     probes = probe_norms(session, inputs)
     session.advance("sublayers")
     sublayers = judge_sublayers(session, inputs)
-    bad = first_bad(tensors, session.run) or first_bad(probes, session.run)
-    notes = [*inputs.notes, *_told(inputs, bool(floors)), *agreement(reference, candidate), *lint(session.run)]
-    return Findings([*tensors, *probes], inputs.digest, reference, candidate, notes, sublayers=sublayers,
-                    named=_named(sublayers, bad), diagnosis=_diagnosis(session, inputs, reference, entering, isolated,
-                                                                       floors, bad))
+    tensors = sorted([*tensors, *probes], key=lambda tensor: position(tensor.name, session.run))
+    bad = first_bad(tensors, session.run)
+    named = _named(sublayers, bad, session.run)
+    diagnosis = _diagnosis(session, inputs, reference, entering, isolated, floors, bad)
+    present = [name for _, name in session.run.modules if name in reference]
+    notes = [*inputs.notes, *_told(inputs, bool(floors)),
+             *unjudged(session.run, present, [*probes, *sublayers], bool(floors)),
+             *agreement(reference, candidate), *lint(session.run)]
+    return Findings(tensors, inputs.digest, reference, candidate, notes, sublayers=sublayers, named=named,
+                    diagnosis=diagnosis)
 
 
 def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:
@@ -57,10 +62,33 @@ def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:
     return next(iter(own or failing), None)
 
 
-def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None) -> str | None:
-    """The first failing sublayer or operation, else the first bad module, or the norm whose epsilon shows."""
+def position(name: str, run: Run) -> int:
+    """Where in the order of execution the module lies that ``name`` is, or is a part of; outputs come last."""
+    paths = [path for _, path in run.modules]
+    holding = [number for number, path in enumerate(paths) if name == path or name.startswith((f"{path}.", f"{path}:",
+                                                                                              f"{path} "))]
+    return max(holding, key=lambda number: len(paths[number]), default=len(paths))
+
+
+def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult], floored: bool) -> list[str]:
+    """What was not judged on its own: sublayers of the modules ``present`` that this net has no module for."""
+    if not floored:
+        return ["Sublayers, and layer norms on a small input, were not judged: they need torch in float64."]
+    judged = {part.name.removesuffix(PROBE) for part in parts}
+    absent = [name for _, name in all_sublayers(run)
+              if name not in judged and any(name.startswith(f"{module}.") for module in present)]
+    more = f" (+{len(absent) - 6} more)" if len(absent) > 6 else ""
+    return [f"Not judged on their own, because this net has no such module or does not call it: {', '.join(absent[:6])}"
+            f"{more}. A wrong epsilon there may not show."] if absent else []
+
+
+def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run) -> str | None:
+    """The first failing sublayer or operation, unless a module or a norm's epsilon fails in an earlier module."""
     inside = next((part.name for part in sublayers if not part.passed), None)
-    return inside or (bad and bad.name.replace(PROBE, ": epsilon"))
+    place = bad and bad.name.replace(PROBE, ": epsilon")
+    if inside is None or place is None:
+        return inside or place
+    return place if position(place, run) < position(inside, run) else inside
 
 
 def _diagnosis(session: Session, inputs: Inputs, reference: Mapping[str, np.ndarray],
@@ -103,10 +131,10 @@ def top_agreement(expected: np.ndarray, found: np.ndarray, count: int) -> tuple[
 
 
 def lint(run: Run) -> list[str]:
-    """What the two configs say differently, beyond what the conversion changed by intent."""
-    ours = {*run.family.additions, "dtype", "torch_dtype", "architectures", "transformers_version"}
-    return [f"config.json: {key} is {run.target_config.get(key)!r} in the output and {value!r} in the source."
-            for key, value in run.config.items() if key not in ours and run.target_config.get(key) != value]
+    """What the output's config says differently from what the conversion of this source writes."""
+    held, intended = run.target_config, run.intended_config
+    return [f"config.json: {key} is {held.get(key)!r} in the output; the conversion wrote {intended.get(key)!r}."
+            for key in sorted(held.keys() | intended.keys()) if held.get(key) != intended.get(key)]
 
 
 def _told(inputs: Inputs, floored: bool) -> list[str]:

@@ -32,7 +32,7 @@ def judge_sublayers(session: Session, inputs: Inputs) -> list[TensorResult]:
     A small fault may drown in its block's noise and still stand out of its sublayer's by a factor of 50. As many
     modules are taken together in a pass as memory allows.
     """
-    if not session.reference.has_room_for_float64():
+    if not session.reference.has_room_for_float64:
         return []
     found = [module for _, name in session.run.modules if (module := sublayers_of(session.run, name))]
     size = max(1, BUDGET // max(1, _bytes_a_module(session.run, inputs)))
@@ -73,7 +73,7 @@ def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
     scaled to an rms of 1e-3, a variance of 1e-6, even 1e-7 for 1e-12 moves the output by a twentieth.
     """
     norms = session.reference.norms(all_sublayers(session.run))
-    if not norms or not session.reference.has_room_for_float64():
+    if not norms or not session.reference.has_room_for_float64:
         return []
     _, entering = session.reference.record_inside(inputs, norms)
     small = {name: array * np.float32(SMALL / max(float(np.sqrt(np.mean(np.square(array)))), 1e-30))

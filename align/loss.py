@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from convert.errors import BadInput
+
 from .candidate import Candidate
 from .compare import compare
 from .inputs import SEED, Inputs, batches, seeded
@@ -52,6 +54,9 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
     """(name, value): the mean loss as a scalar, then each unreduced one as a vector."""
     name, inputs, labels = case
     outputs = side.outputs({**inputs.arrays, **labels})
+    if "loss" not in outputs:
+        raise BadInput(f"the {side.framework} net returned no loss for the labels {', '.join(labels)}; it returned "
+                       f"{', '.join(outputs)}.")
     yield f"loss.{name}", outputs["loss"].reshape(())
     for kind, (logits, flat) in TASKS[session.run.head.task].token_losses(outputs, labels).items():
         yield f"loss.{name}.{kind}", side.token_loss(logits, flat)

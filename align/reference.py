@@ -57,7 +57,7 @@ class Reference:
 
         The oracle is this very model in float64; the pool is the recorded run and K runs with sums reordered.
         """
-        if not self.has_room_for_float64():
+        if not self.has_room_for_float64:
             return {}
         tell("torch in float64")
         floors: dict[str, dict[Kind, NoiseFloor]] = {name: {} for name in recorded}
@@ -84,8 +84,9 @@ class Reference:
         outputs, arrivals = self._pooled(inputs, modules, entering, (recorded, entering))
         return tuple({name: pool.floor() for name, pool in pools.items()} for pools in (outputs, arrivals))
 
+    @cached_property
     def has_room_for_float64(self) -> bool:
-        """Whether this model fits into the free memory once more, in float64."""
+        """Whether this model fits into the free memory once more, in float64; decided once."""
         return 3 * bytes_of(self.model) < available_memory()
 
     @cached_property
@@ -191,7 +192,7 @@ def _load(run: Run) -> Any:
     transformers.logging.disable_progress_bar()
     cls = getattr(transformers, run.head.architecture)
     config = cls.config_class.from_dict(dict(run.config))
-    config.pad_token_id = run.target_config.get("pad_token_id")
+    config.pad_token_id = run.intended_config.get("pad_token_id")
     with _as_directory(run) as directory:
         model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
                                           attn_implementation="eager", output_loading_info=True)

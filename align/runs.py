@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convert.__main__ import family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
+from convert.cli import target_config
 from convert.errors import BadInput
 from convert.plan import Plan, layers_of, make_plan, name_in
 from convert.report import Conversion, latest_run, load_conversion
@@ -48,6 +49,11 @@ class Run:
     def target_config(self) -> Config:
         """The config that came out."""
         return read_config(self.output)
+
+    @cached_property
+    def intended_config(self) -> Config:
+        """The config that the conversion of this source writes, worked out anew from the source."""
+        return target_config(self.plan)[0]
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -92,7 +98,9 @@ def load_run(name: str | None, reports: Path, family: Path | None = None) -> Run
     """The run ``name`` of ``reports``, or the latest; :class:`BadInput` when it, its source or its output is gone."""
     name = name or latest_run(reports)
     if not (reports / name / "convert.json").is_file():
-        raise BadInput(f"there is no run {name} in {reports}. Convert a model first: python -m convert.gptj")
+        runs = sorted(file.parent.name for file in reports.glob("*/convert.json"))
+        there = f"The runs there: {', '.join(runs)}." if runs else "Convert a model first: python -m convert.gptj"
+        raise BadInput(f"there is no run {name} in {reports}. {there}")
     conversion = load_conversion(reports / name)
     run = Run(conversion, load_family(family) if family else family_named(conversion.family), reports / name)
     if conversion.head not in {head.architecture for head in run.family.heads}:

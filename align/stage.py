@@ -185,6 +185,13 @@ def _progress(stage: str) -> Iterator[Callable[[str], None]]:
 
 def _parser(stage: Stage) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m align.{stage.name}", description=stage.purpose)
+    add_flags(parser)
+    stage.flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every stage takes."""
     add = parser.add_argument
     add("--run", help="the run's name; default the latest conversion")
     add("--target", default="models", metavar="models|paddlenlp|MODULE:BUILD",
@@ -192,5 +199,3 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu (default) or gpu:0, for the Paddle side")
     add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own")
     add("--reports", metavar="DIR", default="reports", help="where the runs are; default reports")
-    stage.flags(parser)
-    return parser

@@ -147,7 +147,7 @@ def plain_texts(rows: Sequence[Row], encoder: Encoder, **targets: type) -> list[
 
 
 def labelled_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
-    return plain_texts(rows, encoder, label=float if encoder.sizes["labels"] == 1 else int)
+    return plain_texts(rows, encoder, label=float if encoder.sizes.get("labels") == 1 else int)
 
 
 def masked_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:

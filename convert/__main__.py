@@ -15,7 +15,7 @@ from .rules import Family
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of a conversion whose family is found rather than named."""
-    parser = _parser("python -m convert", "a family that its config names")
+    parser = _parser("python -m convert", "a family that its config names", "--source is needed.")
     parser.add_argument("--family", metavar="FILE", help="a family file of your own; its code is run")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(_family_of(options.family, options.source, options.revision), options))
@@ -49,10 +49,10 @@ def family_named(name: object) -> Family:
 
 
 def _family_of(file: str | None, source: str | None, revision: str | None) -> Family:
+    if source is None:
+        raise BadInput("give --source, or run the demo of a built-in family: python -m convert.gptj")
     if file is not None:
         return load_family(Path(file))
-    if source is None:
-        raise BadInput("give --source, or run a family's own demo: python -m convert.gptj")
     from .checkpoint import read_config
     from .hub import resolve
     return family_named(read_config(resolve(source, revision)[0]).get("model_type"))

@@ -64,7 +64,8 @@ def conversion_of(family: Family, options: argparse.Namespace, source: str, path
     """Header, plan, stream, verify, report. Nothing is written before the plan is total."""
     from .checkpoint import opened, read_config
     from .plan import make_plan
-    from .writer import make_layout
+    from .writer import make_layout, refuse_overlap
+    refuse_overlap(path, output)
     config = read_config(path)
     with opened(path) as checkpoint:
         plan = make_plan(family, config, checkpoint.tensors, options.dtype)
@@ -115,7 +116,7 @@ def _convert(plan: Plan, layout: Layout, checkpoint: Any, options: argparse.Name
         _bring_along(path, staging.path)
         staging.publish()
     reports = conversion.save(Path(options.reports))
-    _tell(conversion, reports)
+    _tell(conversion, reports, getattr(options, "family", None))
 
 
 def target_config(plan: Plan) -> tuple[Config, list[str]]:
@@ -186,21 +187,22 @@ def _progress(task: str, total: int) -> Iterator[Any]:
         yield lambda nbytes: progress.advance(bar, nbytes)
 
 
-def _tell(conversion: Any, reports: Path) -> None:
+def _tell(conversion: Any, reports: Path, family_file: str | None) -> None:
     made = sum(tensor["rule"] == "buffer" for tensor in conversion.tensors)
     proof = "bit-exact, read back and compared" if conversion.verified else "NOT verified (--no-verify)"
     print(f"{conversion.output}: {len(conversion.tensors)} tensors ({made} of them made here), {conversion.bytes:,} "
           f"bytes, {proof}, in {conversion.seconds:.1f} s.")
     for note in conversion.notes:
         print(f"note: {note}")
-    print(f"report: {reports / 'convert.md'}\nnext: python -m align.weights --run {conversion.run}")
+    print(f"report: {reports / 'convert.md'}\nnext: python -m align.weights --run {conversion.run}"
+          f"{f' --family {family_file}' if family_file else ''}")
 
 
-def _parser(program: str, family: str) -> argparse.ArgumentParser:
+def _parser(program: str, family: str,
+            without: str = "Without arguments: the built-in demo checkpoint.") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Convert a torch checkpoint of {family} to PaddlePaddle, bit-exactly.\n"
-                    "Without arguments: the built-in demo checkpoint.")
+        description=f"Convert a torch checkpoint of {family} to PaddlePaddle, bit-exactly.\n{without}")
     add = parser.add_argument
     add("--source", metavar="PATH-OR-ID", help="a checkpoint directory, one file, or a hub id (EleutherAI/gpt-j-6b)")
     add("--revision", help="branch, tag or commit of a hub id")

@@ -24,7 +24,9 @@ SEED = 20260601
 
 def build_demo(family: Family, directory: Path) -> Path:
     """Write the demo checkpoint of ``family`` into ``directory``, in the place of an earlier one."""
-    refuse_existing(directory, overwrite=True)
+    marker = directory / MARKER
+    ours = marker.is_file() and json.loads(marker.read_text("utf-8")).get("demo") == family.name
+    refuse_existing(directory, overwrite=ours)
     head = family.head(family.demo["architectures"][0])
     rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.kind in ("linear", "keep")]
     sizes, layers = family.sizes(family.demo), layers_of(family, family.demo)

@@ -53,7 +53,7 @@ def guarded(command: Callable[[], int]) -> int:
         sys.stderr.close()
         return BAD_INPUT
     except KeyboardInterrupt:
-        return _say("interrupted; nothing was written", INTERRUPTED)
+        return _say("interrupted. What was not finished was not written.", INTERRUPTED)
     except Exception as error:  # a crash must never look like a verdict
         if isinstance(error, OSError) and error.errno in THE_DISKS_FAULT:
             return _say(f"{error.strerror}: {str(error.filename)[:200]}", BAD_INPUT)

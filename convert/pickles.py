@@ -148,8 +148,23 @@ def _refuse(file: str, module: str, name: str) -> None:
                    "Get the weights as safetensors instead.")
 
 
-class _TorchUnpickler(pickle._Unpickler):
-    """The pure-Python unpickler: a damaged length cannot make it allocate what the file does not hold."""
+class _DataUnpickler(pickle._Unpickler):
+    """The pure-Python unpickler: a damaged length cannot make it allocate what the file does not hold.
+
+    A pickle may set the state of what it made itself, and of nothing else: BUILD would write into any object, also
+    into one of ours.
+    """
+
+    def _build(self) -> None:
+        if type(self.stack[-2]) not in (OrderedDict, _Array, _ArrayDtype):
+            raise ValueError(f"it sets the state of a {type(self.stack[-2]).__name__}")
+        self.load_build()
+
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {pickle.BUILD[0]: _build}
+
+
+class _TorchUnpickler(_DataUnpickler):
+    """What torch.save writes: tensors described by their storage."""
 
     def __init__(self, file: io.BufferedIOBase, name: str, storage: Any = None) -> None:
         super().__init__(file, encoding="utf-8")
@@ -244,8 +259,8 @@ _NUMPY_CODES = {"f8": "float64", "f4": "float32", "f2": "float16", "u2": "bfloat
                 "i2": "int16", "i1": "int8", "u1": "uint8", "b1": "bool"}
 
 
-class _PaddleUnpickler(pickle._Unpickler):
-    """The pure-Python unpickler, because its byte opcodes can be made to step over the bytes."""
+class _PaddleUnpickler(_DataUnpickler):
+    """What paddle.save writes: numpy arrays, over whose bytes it steps."""
 
     def __init__(self, file: io.BufferedReader, name: str) -> None:
         super().__init__(file, encoding="latin1")
@@ -282,7 +297,7 @@ class _PaddleUnpickler(pickle._Unpickler):
     def _load_very_long(self) -> None:
         self._push_region(struct.unpack("<Q", self.read(8))[0])
 
-    dispatch: ClassVar = pickle._Unpickler.dispatch | {
+    dispatch: ClassVar = _DataUnpickler.dispatch | {
         pickle.SHORT_BINBYTES[0]: _load_short,
         pickle.BINBYTES[0]: _load_long,
         pickle.BINBYTES8[0]: _load_very_long,

@@ -17,6 +17,7 @@ from .rules import Config, Family, Filling, Head, Rule, Sizes
 
 Header = Mapping[str, Any]
 MAX_LAYERS = 100_000
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,13 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
     candidates = sorted(family.heads, key=lambda head: head.architecture != declared)
     attempts = [_attempt(family, head, config, header, dtype) for head in candidates]
     total = [attempt for attempt in attempts if isinstance(attempt, _Total)]
-    if isinstance(attempts[0], _Total):
+    if isinstance(attempts[0], _Total) and candidates[0].architecture == declared:
         return attempts[0].plan(declared)
     if len(total) == 1:
         return total[0].plan(declared)
+    if len(total) > 1:
+        fitting = " and ".join(attempt.head.architecture for attempt in total)
+        raise BadInput(f"{family.name}: the tensors fit {fitting}. Say which in config.json: architectures.")
     closest = attempts[0] if declared in {head.architecture for head in family.heads} else min(
         (attempt for attempt in attempts if isinstance(attempt, _Faulty)), key=lambda attempt: len(attempt.faults))
     raise BadInput(f"{closest.describe()} Nothing was written.")
@@ -133,7 +137,8 @@ class _Faulty:
     faults: list[str]
 
     def describe(self) -> str:
-        return f"{self.family.name} ({self.head.architecture}): " + " ".join(self.faults)
+        more = f" (+{len(self.faults) - SHOWN} more such faults)" if len(self.faults) > SHOWN else ""
+        return f"{self.family.name} ({self.head.architecture}): {' '.join(self.faults[:SHOWN])}{more}"
 
 
 @dataclass

@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,10 +95,12 @@ class Staging:
         self._retired = output.parent / f".{output.name}.replaced"
         self._lock_path = output.parent / f".{output.name}.lock"
         self._lock: int | None = None
+        self._made: list[Path] = []
         self._handles: dict[str, int] = {}
 
     def __enter__(self) -> Staging:
         try:
+            self._made = [folder for folder in self.output.parents if not folder.exists()]
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self._lock_path, os.O_CREAT | os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,6 +121,9 @@ class Staging:
         if self._lock is not None:
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
+        for folder in self._made:
+            with suppress(OSError):  # it is not empty: the result is in it
+                folder.rmdir()
 
     def allocate(self, layout: Layout) -> None:
         """Create every file at its full size with its pieces; :class:`BadInput` when the disk has no room."""
@@ -157,6 +163,13 @@ class Staging:
     def _close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+
+def refuse_overlap(source: Path, output: Path) -> None:
+    """The output must not be the source's directory, nor hold it: it would be replaced."""
+    replaced, held = output.resolve(), (source if source.is_dir() else source.parent).resolve()
+    if replaced == held or replaced in held.parents:
+        raise BadInput(f"--output {output} would replace the source {source}. Give another --output.")
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:

@@ -181,7 +181,7 @@ def test_a_changed_weight_is_named_and_said_how(workshop, why, edit, run, kind, 
         outcome, found = why(run, untouched)
     assert outcome.code == 1
     assert (found.kind, found.subject) == (kind, subject)
-    assert told in found.sentence and found.sentence in " ".join(outcome.report["notes"])
+    assert told in found.sentence and found.sentence == outcome.report["diagnosis"]["sentence"]
     assert found.after < 1e-6
 
 
@@ -361,7 +361,7 @@ NOT_IN_STOCK = [
 def test_a_fault_that_is_not_in_stock_is_not_explained(why, run, fault):
     outcome, found = why(run, fault)
     assert (outcome.code, found) == (1, None)
-    assert "no explanation in stock accounts for" in outcome.stdout
+    assert "No explanation in stock accounts for" in outcome.stdout
 
 
 def test_a_mask_of_minus_ten_thousand_is_no_fault_and_is_not_blamed(why):

@@ -1,0 +1,26 @@
+"""``python -m align``: every stage in order, on one run; stops at the first that is not aligned."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import forward, loss, metric, weights
+from .stage import add_flags, main
+
+STAGES = (weights.STAGE, forward.STAGE, metric.STAGE, loss.STAGE)
+
+
+def run_all(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the first stage that is not aligned, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m align",
+                                     description="Every stage in order; stops at the first that is not aligned.")
+    add_flags(parser)
+    parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return next((code for stage in STAGES if (code := main(stage, given))), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_all())
