@@ -2,10 +2,25 @@
 
 import sys
 
-from convert.rules import Family, Head, buffer, copy_of, drop, keep, labels_of, linear, norm, rules, size_of, zeros
+from convert.rules import (
+    Config,
+    Family,
+    Head,
+    Sizes,
+    buffer,
+    copy_of,
+    drop,
+    keep,
+    labels_of,
+    linear,
+    norm,
+    rules,
+    size_of,
+    zeros,
+)
 
 
-def sizes(config):
+def sizes(config: Config) -> Sizes:
     return {
         "hidden": size_of(config, "hidden_size"),
         "inner": size_of(config, "intermediate_size"),
@@ -16,7 +31,7 @@ def sizes(config):
     }
 
 
-def unsupported(config):
+def unsupported(config: Config) -> str | None:
     kind = config.get("position_embedding_type", "absolute")
     if kind != "absolute":
         return f"position_embedding_type is {kind!r}; PaddleNLP's BERT and models/ know absolute positions only"
@@ -25,15 +40,15 @@ def unsupported(config):
     return None
 
 
-def tied(config):
+def tied(config: Config) -> bool:
     return config.get("tie_word_embeddings", True)
 
 
-def untied(config):
+def untied(config: Config) -> bool:
     return not tied(config)
 
 
-def prelu(config):
+def prelu(config: Config) -> bool:
     return config.get("hidden_act") == "prelu"
 
 

@@ -2,10 +2,24 @@
 
 import sys
 
-from convert.rules import Family, Head, buffer, causal_mask, constant, keep, labels_of, linear, norm, rules, size_of
+from convert.rules import (
+    Config,
+    Family,
+    Head,
+    Sizes,
+    buffer,
+    causal_mask,
+    constant,
+    keep,
+    labels_of,
+    linear,
+    norm,
+    rules,
+    size_of,
+)
 
 
-def sizes(config):
+def sizes(config: Config) -> Sizes:
     hidden = size_of(config, "n_embd", "hidden_size")
     return {
         "hidden": hidden,
@@ -16,7 +30,7 @@ def sizes(config):
     }
 
 
-def unsupported(config):
+def unsupported(config: Config) -> str | None:
     if config.get("tie_word_embeddings"):
         return "tie_word_embeddings is true; Paddle's lm_head holds [in, out] and cannot share the embedding's storage"
     return None
