@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,7 +115,10 @@ def load_conversion(directory: Path) -> Conversion:
 
 def latest_run(reports: Path) -> str:
     """The run whose conversion finished last; :class:`BadInput` when there is none."""
-    runs = [load_conversion(file.parent) for file in reports.glob("*/convert.json")]
+    runs = []
+    for file in reports.glob("*/convert.json"):
+        with suppress(BadInput):  # a damaged report is told when its run is asked for by name
+            runs.append(load_conversion(file.parent))
     if not runs:
         raise BadInput(f"there is no run in {reports}. Convert a model first: python -m convert.gptj")
     return max(runs, key=lambda conversion: conversion.finished).run

@@ -173,7 +173,7 @@ class _Worker:
                 if len(tiles) == 1:
                     for row in strip:
                         digest.update(row.view(np.uint8))
-                tile[:, first: first + len(strip)] = self._cast(move, strip).T
+                tile[:, first: first + len(strip)] = move.rule.apply(self._cast(move, strip))
             yield tile
         if len(tiles) == 1:
             self.source_digests[move.source] = digest.hexdigest()

@@ -140,3 +140,10 @@ def test_every_stage_in_order_stops_at_the_first_that_is_not_aligned(desk, capsy
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": aligned." in line] == [
         "weights", "forward", "metric", "loss"]
     assert run_all(["--run", "absent"]) == 2
+
+
+def test_a_damaged_report_of_another_run_does_not_hide_the_latest(desk):
+    (desk / "reports/old").mkdir(parents=True)
+    (desk / "reports/old/convert.json").write_text("{")
+    assert convert(["--source", str(demo("gptj"))]) == 0
+    assert align(FORWARD, []) == 0
