@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compare import measure
-from .inside import PROBE, SMALL, all_sublayers
+from .inside import PROBE, all_sublayers, small_input
 from .noise import EPS, Kind, NoiseFloor
 from .stage import Findings, Session, Stage, main
 from .tolerance import FORWARD
@@ -195,11 +195,6 @@ def _by_buffers(case: _Case, wrong: Sequence[_Wrong], parameter: _Wrong | None) 
         return Explanation(parameter.kind, parameter.name, f"{parameter.name} {parameter.told}: no output of these "
                            f"inputs shows it ({case.before:.1e}).", case.before, case.before)
     return None
-
-
-def small_input(array: np.ndarray) -> np.ndarray:
-    """What ``inside.probe_norms`` feeds a norm."""
-    return array * np.float32(SMALL / max(float(np.sqrt(np.mean(np.square(array)))), 1e-30))
 
 
 def _by_probe(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found | None:

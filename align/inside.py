@@ -76,13 +76,17 @@ def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
     if not norms or not session.reference.has_room_for_float64:
         return []
     _, entering = session.reference.record_inside(inputs, norms)
-    small = {name: array * np.float32(SMALL / max(float(np.sqrt(np.mean(np.square(array)))), 1e-30))
-             for name, array in entering.items()}
+    small = {name: small_input(array) for name, array in entering.items()}
     recorded, _ = session.reference.record_inside(inputs, norms, small)
     outputs, _ = session.candidate.record_inside(inputs, norms, small)
     floors, _ = session.reference.floors_inside(inputs, norms, recorded, small)
     return [_isolated(f"{name}{PROBE}", recorded[name], outputs[name], floors[name])
             for _, name in norms if name in outputs]
+
+
+def small_input(array: np.ndarray) -> np.ndarray:
+    """``array`` scaled to an rms of 1e-3."""
+    return array * np.float32(SMALL / max(float(np.sqrt(np.mean(np.square(array)))), 1e-30))
 
 
 def all_sublayers(run: Run) -> list[tuple[str, str]]:

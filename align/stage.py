@@ -176,8 +176,8 @@ def _progress(stage: str) -> Iterator[Callable[[str], None]]:
         yield lambda told: None
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True,
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    with Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True,
                   console=Console(stderr=True)) as progress:
         task: Any = progress.add_task(stage, total=None)
         yield lambda told: progress.update(task, description=f"{stage}: {told}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -145,11 +145,6 @@ def read_config(source: Path) -> dict[str, Any]:
         raise BadInput(f"there is no config.json in {directory or Path('.')}; it says how many layers and heads the "
                        "model has. Put the one that belongs to the checkpoint there.")
     return read_json(directory / "config.json")
-
-
-def weight_bytes(files: Iterable[Path]) -> int:
-    """Size of the files on disk, in bytes."""
-    return sum(file.stat().st_size for file in files)
 
 
 @contextmanager

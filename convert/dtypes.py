@@ -52,7 +52,6 @@ _ALL = [
 ]
 BY_NAME = {dtype.name: dtype for dtype in _ALL}
 BY_CODE = {dtype.code: dtype for dtype in _ALL}
-CAST_TARGETS = ("float32", "float16", "bfloat16")
 
 
 def by_code(code: str, tensor: str) -> Dtype:
