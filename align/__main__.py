@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import forward, loss, metric, weights
-from .stage import add_flags, main
+from .stage import RecordedStage, add_flags, main
 
 STAGES = (weights.STAGE, forward.STAGE, metric.STAGE, loss.STAGE)
 
@@ -17,9 +17,11 @@ def run_all(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m align",
                                      description="Every stage in order; stops at the first that is not aligned.")
     add_flags(parser)
-    parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return next((code for stage in STAGES if (code := main(stage, given))), 0)
+    apart = options.only or options.compare
+    stages = [stage for stage in STAGES if not apart or isinstance(stage, RecordedStage)]
+    return next((code for stage in stages if (code := main(stage, given))), 0)
 
 
 if __name__ == "__main__":

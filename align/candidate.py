@@ -8,96 +8,170 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import xxhash
 
+from convert.checkpoint import Checkpoint, open_checkpoint, opened, read_config
+from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .inputs import Inputs
+from .inside import Places
+from .lockstep import halt, heard_by, in_step, in_turn, listener_here, together
+from .paging import Pages, divide, gates_of
 from .runs import Run
 from .tasks import token_rows
+from .trace import RECORDED, Step
 
-OnModule = Callable[[str], None]
 Modules = Sequence[tuple[str, str]]
 TARGETS = ("models", "paddlenlp")
 
 
 class Candidate:
-    """The model that is to be proved the same."""
+    """The model that is to be proved the same. ``paged``: its weights come in module by module, and leave again."""
 
     framework = "paddle"
 
-    def __init__(self, run: Run, device: str = "cpu") -> None:
+    def __init__(self, run: Run, device: str = "cpu", paged: bool = False) -> None:
         require("paddle")
         import paddle
         _use_device(device)
         self.run = run
         self.version = paddle.__version__
-        self.model = self._build()
+        self._pages: Pages | None = None
+        self._digest: str | None = None
+        self.model = self._build_empty() if paged else self._build()
         self.model.eval()
+        layers = dict(self.model.named_sublayers())
+        self._gates = gates_of([name for _, name in run.modules if name in layers], self.model.state_dict().keys(),
+                               {path for path, layer in layers.items() if not any(layer.children())})
+        if paged:
+            self._pages = _pages_of(run, self.model, self._gates)
+        for gate in self._gates:
+            layers[gate].register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter and buffer that the net holds, by name, in Paddle's layout."""
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor.numpy()
+        if self._pages is None:
+            for name, tensor in self.model.state_dict().items():
+                yield name, tensor.numpy()
+            return
+        for slot in self._pages.each():
+            array = slot.tensor.numpy()
+            yield from ((name, array) for name in slot.names)
+
+    def hashed_state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """:meth:`state`, after which :attr:`weights_digest` costs nothing."""
+        lines = []
+        for name, array in self.state():
+            lines.append(f"{name} {list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}\n")
+            yield name, array
+        self._digest = xxhash.xxh3_128("".join(sorted(lines)).encode()).hexdigest()
 
     @property
     def weights_digest(self) -> str:
         """xxh3-128 over names, shapes and bytes of what the net holds, sorted by name."""
-        lines = sorted(f"{name} {list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}\n"
-                       for name, array in self.state())
-        return xxhash.xxh3_128("".join(lines).encode()).hexdigest()
+        if self._digest is None:
+            for _ in self.hashed_state():
+                pass
+        return self._digest
 
-    def record(self, inputs: Inputs, entering: Mapping[str, np.ndarray] | None = None,
-               on_module: OnModule = lambda name: None) -> dict[str, np.ndarray]:
-        """One forward pass: valid rows of every module's output, and of the outputs.
+    def answers(self, inputs: Inputs, steps: Iterable[Step]) -> Iterator[Step]:
+        """For each of the reference's ``steps``, what this net gives as far as that goes, and then the rest.
 
-        ``entering`` replaces what enters a module, so that each is judged on the reference's own input.
+        Views by name: ``recorded``, what modules and then the model give in one pass of its own; ``isolated``, the same
+        in a pass in which every module is fed what entered torch's; ``inside``, ``arriving`` and ``small`` from a pass
+        in which every sublayer is fed so too. All are rows of real tokens.
         """
-        return self._pass(inputs, self.run.modules, entering or {}, on_module)[0]
+        places, known = Places.of(self.run), _Known()
+        listeners = [kind(inputs, places, known) for kind in (_Own, _Isolated, _Inside)]
 
-    def record_inside(self, inputs: Inputs, modules: Modules,
-                      entering: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        def taken() -> Step:
+            found = Step()
+            for listener in listeners:
+                found.views |= listener.take()
+            return found
+        passes = [lambda listener=listener: self._listen(listener, inputs.arrays) for listener in listeners]
+        with self._hooks(places.all), in_step(passes, self._enter) as walks:
+            for step in steps:
+                known.learn(step)
+                while walks.gate is not None and not known.lacks(walks.gate):
+                    walks.advance()
+                yield taken()
+            while walks.gate is not None:
+                walks.advance()
+            yield taken()
+        self._leave()
+
+    def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
+        """As :meth:`Reference.sweep`."""
+        in_turn(passes) if self._pages is None else together(passes, self._pages)
+
+    def record_inside(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray] = MappingProxyType({}),
+                      ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Of these modules, each fed ``entering``: (its output, what would have entered it), rows of real tokens."""
-        return self._pass(inputs, modules, entering)
+        found = _Once(inputs, entering)
+        with self._hooks(modules), heard_by(found):
+            outputs = self.outputs(inputs.arrays)
+        self._leave()
+        return found.given | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}, (
+            found.arriving)
 
-    def _pass(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray],
-              on_module: OnModule = lambda name: None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _come_to(self, gate: str) -> None:
+        if not halt(gate):
+            self._enter(gate)
+
+    def _enter(self, gate: str) -> None:
+        if self._pages is not None:
+            self._pages.enter(gate)
+
+    def _leave(self) -> None:
+        if self._pages is not None:
+            self._pages.leave()
+
+    def _listen(self, listener: _Listener, arrays: Mapping[str, np.ndarray]) -> None:
+        with heard_by(listener):
+            outputs = self.outputs(arrays)
+        for name, array in outputs.items():
+            listener.answered(name, array)
+
+    @contextmanager
+    def _hooks(self, modules: Modules) -> Iterator[None]:
+        """The layers tell whoever listens what arrives at them and what they give."""
         import paddle
-        recorded: dict[str, np.ndarray] = {}
-        arriving: dict[str, np.ndarray] = {}
+        layers = dict(self.model.named_sublayers())
 
         def before(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if name not in entering or not arguments:
-                return None
-            arriving[name] = token_rows(name, arguments[0].numpy(), inputs.mask)
-            return paddle.to_tensor(entering[name]), *arguments[1:]
+            listener = listener_here()
+            given = listener.arrived(name, arguments[0].numpy) if listener and arguments else None
+            return None if given is None else (paddle.to_tensor(given), *arguments[1:])
 
-        def after(name: str, output: Any) -> None:
+        def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
-            recorded[name] = token_rows(name, first.numpy(), inputs.mask)
-            on_module(name)
+            if listener_here():
+                listener_here().answered(name, first.numpy())
+                listener_here().probed(name, lambda array: layer.forward(paddle.to_tensor(array)).numpy())
 
-        layers = dict(self.model.named_sublayers())
         with ExitStack() as hooks:
             for _, name in modules:
                 if name in layers:
                     hooks.callback(layers[name].register_forward_pre_hook(
                         lambda _, arguments, name=name: before(name, arguments)).remove)
                     hooks.callback(layers[name].register_forward_post_hook(
-                        lambda _, arguments, output, name=name: after(name, output)).remove)
-            outputs = self.outputs(inputs.arrays)
-        recorded |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
-        return recorded, arriving
+                        lambda layer, _, output, name=name: after(name, layer, output)).remove)
+            yield
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
@@ -123,6 +197,10 @@ class Candidate:
     def _build(self) -> Any:
         raise AssertionError("a target builds its own net")
 
+    def _build_empty(self) -> Any:
+        """The net under ``paddle.LazyGuard``: no weight is allocated."""
+        raise AssertionError("a target builds its own net")
+
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         raise AssertionError("a target has its own call")
 
@@ -134,6 +212,13 @@ class OwnNet(Candidate):
         _refuse_foreign_models()
         import models
         return models.from_pretrained(self.run.output)
+
+    def _build_empty(self) -> Any:
+        _refuse_foreign_models()
+        import models
+        config = read_config(self.run.output)
+        with opened(self.run.output) as checkpoint:
+            return models.model_class(config).unfilled(config, checkpoint)
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         return self.model(**tensors)
@@ -149,6 +234,19 @@ class PaddleNLPNet(Candidate):
     """PaddleNLP's class for the family, with its own loss."""
 
     def _build(self) -> Any:
+        return self._class().from_pretrained(str(self.run.output), dtype="float32")
+
+    def _build_empty(self) -> Any:
+        import paddle
+        cls = self._class()
+        from paddlenlp.transformers.model_utils import no_init_weights
+        config = cls.config_class.from_pretrained(str(self.run.output), dtype="float32")
+        with no_init_weights(_enable=True), paddle.LazyGuard():
+            net = cls(config)
+        _initialise_all_but_weights(net)
+        return net
+
+    def _class(self) -> Any:
         logging.getLogger("datasets").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -156,7 +254,7 @@ class PaddleNLPNet(Candidate):
             module = importlib.import_module(f"paddlenlp.transformers.{self.run.family.name}.modeling")
         from paddlenlp.utils.log import logger
         logger.set_level("ERROR")
-        return getattr(module, self.run.head.paddlenlp).from_pretrained(str(self.run.output), dtype="float32")
+        return getattr(module, self.run.head.paddlenlp)
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         return self.model(**tensors, return_dict=True)
@@ -168,6 +266,18 @@ class PaddleNLPNet(Candidate):
         return found.numpy().reshape(labels.shape)
 
 
+def _initialise_all_but_weights(net: Any) -> None:
+    """PaddleNLP's ``_init_weights`` without the values: BERT's epsilon is set there, not where the layer is made."""
+    import paddle
+
+    def nothing(*_: Any) -> None: ...
+    with patch.object(paddle.Tensor, "set_value", nothing), patch.multiple(paddle, zeros_like=nothing,
+                                                                           full_like=nothing):
+        for layer in net.sublayers():
+            if not isinstance(layer, (paddle.nn.Linear, paddle.nn.Embedding)):
+                net._init_weights(layer)
+
+
 class UserNet(Candidate):
     """A net of the user's: ``package.module:build`` is called with the config and the output directory.
 
@@ -175,9 +285,9 @@ class UserNet(Candidate):
     names, and which takes transformers' arguments and returns a mapping with transformers' output names.
     """
 
-    def __init__(self, run: Run, device: str, target: str) -> None:
+    def __init__(self, run: Run, device: str, paged: bool, target: str) -> None:
         self._module, _, self._function = target.partition(":")
-        super().__init__(run, device)
+        super().__init__(run, device, paged)
 
     def _build(self) -> Any:
         import paddle
@@ -194,6 +304,10 @@ class UserNet(Candidate):
             raise BadInput(f"{self._module}:{self._function} returned a {type(net).__name__}; a paddle.nn.Layer is "
                            "needed.")
         return net
+
+    def _build_empty(self) -> Any:
+        raise BadInput(f"--paging on cannot be had for {self._module}:{self._function}: it loads its weights itself. "
+                       "Use --paging off.")
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         with self._blamed_on_it():
@@ -216,15 +330,188 @@ class UserNet(Candidate):
     token_loss = PaddleNLPNet.token_loss
 
 
-def open_candidate(run: Run, target: str, device: str) -> Candidate:
+def open_candidate(run: Run, target: str, device: str, paged: bool = False) -> Candidate:
     """The candidate that ``--target`` names."""
     if target == "models":
-        return OwnNet(run, device)
+        return OwnNet(run, device, paged)
     if target == "paddlenlp":
-        return PaddleNLPNet(run, device)
+        return PaddleNLPNet(run, device, paged)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
-        return UserNet(run, device, target)
+        return UserNet(run, device, paged, target)
     raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
+
+
+# What the hooks of a pass tell ----------------------------------------------------------------------------------------
+
+class _Known:
+    """What the reference has told so far: what entered its modules and sublayers, and which modules it is done with."""
+
+    def __init__(self) -> None:
+        self.entering: dict[str, np.ndarray] = {}
+        self.small: dict[str, np.ndarray] = {}
+        self._awaited: set[str] = set()
+
+    def learn(self, step: Step) -> None:
+        self._awaited |= set(step.told.get("present", ()))
+        self._awaited -= step.recorded.keys()
+        self.entering |= step.view("entering")
+        self.small |= step.view("small input")
+
+    def lacks(self, gate: str) -> bool:
+        """Whether torch has this module, and has not told yet what enters it."""
+        return gate in self._awaited
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.entering.pop(name, None)
+            self.small.pop(name, None)
+
+
+class _Listener:
+    """``arrived(name, read)`` returns what a module is to be fed instead, whole arrays."""
+
+    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
+        self.mask, self.places, self.known = inputs.mask, places, known
+        self.views: dict[str, dict[str, np.ndarray]] = {}
+
+    def take(self) -> dict[str, dict[str, np.ndarray]]:
+        """What has been told since the last time."""
+        views, self.views = self.views, {}
+        return views
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        return None
+
+    def answered(self, name: str, array: np.ndarray) -> None: ...
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
+
+    def put(self, view: str, name: str, array: np.ndarray) -> None:
+        self.views.setdefault(view, {})[name] = token_rows(name, array, self.mask)
+
+
+class _Own(_Listener):
+    """The net's own pass."""
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if name not in self.places.sublayers:
+            self.put(RECORDED, name, array)
+
+
+class _Isolated(_Listener):
+    """Every module is fed what entered torch's."""
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        return None if name in self.places.sublayers else self.known.entering.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if name not in self.places.sublayers:
+            self.put("isolated", name, array)
+
+
+class _Inside(_Listener):
+    """Every module and every sublayer is fed what entered torch's; what came to a sublayer is told too."""
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        if name in self.places.sublayers and name in self.known.entering:
+            self.put("arriving", name, read())
+        return self.known.entering.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if name in self.places.inside:
+            self.put("inside", name, array)
+        if name not in self.places.sublayers:
+            self.known.forget([part for part in self.places.sublayers if part.startswith(f"{name}.")])
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
+        if name in self.known.small:
+            self.put("small", name, norm(self.known.small[name]))
+
+
+class _Once:
+    """One pass, recorded whole."""
+
+    def __init__(self, inputs: Inputs, entering: Mapping[str, np.ndarray]) -> None:
+        self.mask, self.entering = inputs.mask, entering
+        self.given: dict[str, np.ndarray] = {}
+        self.arriving: dict[str, np.ndarray] = {}
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        if name in self.entering:
+            self.arriving[name] = token_rows(name, read(), self.mask)
+        return self.entering.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        self.given[name] = token_rows(name, array, self.mask)
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
+
+
+# A net larger than memory ---------------------------------------------------------------------------------------------
+
+PART = 64 << 20
+
+
+def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
+    held = model.state_dict()
+    checkpoint = open_checkpoint(run.output)
+
+    def slot(names: Sequence[str]) -> _Slot:
+        known = next((name for name in names if name in checkpoint.tensors), None)
+        if known is None:
+            raise BadInput(f"{type(model).__name__} has a weight {names[0]} that {run.output} does not hold.")
+        return _Slot(model, names, held[names[0]], checkpoint, known)
+    return Pages(divide({name: id(tensor) for name, tensor in held.items()}, gates), slot)
+
+
+class _Slot:
+    """One parameter or buffer of a net, under all its names."""
+
+    def __init__(self, model: Any, names: Sequence[str], empty: Any, checkpoint: Checkpoint, key: str) -> None:
+        import paddle
+        layers = {"": model, **dict(model.named_sublayers())}
+        self.names, self._checkpoint, self._key, self._shape = names, checkpoint, key, tuple(empty.shape)
+        places = [(layers[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in names]
+        self._tables = [(layer._parameters if word in layer._parameters else layer._buffers, word)
+                        for layer, word in places]
+        self._empty = empty if _is_lazy(empty) else paddle.zeros([1])
+        self.tensor: Any = None
+        self.release()
+
+    def fill(self) -> None:
+        self.tensor = _shared(_read_float32(self._checkpoint, self._key, self._shape))
+        self._put(self.tensor)
+
+    def release(self) -> None:
+        self.tensor = None
+        self._put(self._empty)
+
+    def _put(self, tensor: Any) -> None:
+        for table, word in self._tables:
+            table[word] = tensor
+
+
+def _is_lazy(tensor: Any) -> bool:
+    return not tensor._is_initialized()
+
+
+def _read_float32(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as float32 in ``shape``, widened part by part; 64-byte aligned, as Paddle allocates."""
+    info = checkpoint.tensors[key]
+    elements = math.prod(info.shape)
+    buffer = np.empty(elements * 4 + 64, np.uint8)
+    skip = -buffer.ctypes.data % 64
+    array = buffer[skip: skip + elements * 4].view(np.float32)
+    for start in range(0, elements, PART // 4):
+        stop = min(start + PART // 4, elements)
+        array[start:stop] = to_float32(checkpoint.read_elements(key, start, stop), info.dtype.name)
+    return array.reshape(shape)
+
+
+def _shared(array: np.ndarray) -> Any:
+    """A tensor over the very memory of ``array``."""
+    import paddle
+    return paddle.utils.dlpack.from_dlpack(array.__dlpack__()) if array.size and array.ndim else paddle.to_tensor(array)
 
 
 def _use_device(device: str) -> None:

@@ -8,10 +8,11 @@ explanation is worse than none. Of the candidate it knows what was recorded, and
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compare import measure
-from .inside import PROBE, all_sublayers, small_input
-from .noise import EPS, Kind, NoiseFloor
-from .stage import Findings, Session, Stage, main
+from .inside import PROBE, Places, small_input
+from .noise import EPS, NoiseFloor
+from .stage import Findings, Session, Stage, main, paired
 from .tolerance import FORWARD
 
 if TYPE_CHECKING:
@@ -58,33 +59,32 @@ class Explanation:
     after: float
 
 
-def diagnose(session: Session, inputs: Inputs, recorded: Mapping[str, np.ndarray],
-             entering: Mapping[str, np.ndarray], isolated: Mapping[str, np.ndarray],
-             floors: Mapping[str, Mapping[Kind, NoiseFloor]], name: str) -> Explanation | None:
+def diagnose(session: Session, inputs: Inputs, name: str) -> Explanation | None:
     """The explanation of ``name``, the first failing module or output or a parameter that differs; None if there is
     none in stock that fits, or more than one.
-
-    ``isolated`` is what the candidate gave on the reference's inputs ``entering``.
     """
     from .explanations.place import Place
     if PROBE in name:
-        norms = session.reference.norms(all_sublayers(session.run))
+        norms = session.reference.norms(Places.of(session.run).all)
         pair = next((pair for pair in norms if pair[1] == name.replace(PROBE, "")), None)
         found = pair and _by_probe(session, inputs, pair)
         return found[0] if found else None
     wrong = list(_wrong_weights(session))
     parameter = next((weight for weight in wrong if weight.name == name), None)
+    modules = session.run.modules
     if parameter is not None:
-        name = _place_of(session, name, recorded)
+        name = _place_of(session, inputs, name)
     elif any(move.target == name for move in session.run.plan.moves):
         return None
+    listened = [pair for pair in modules if pair[1] == name] or modules
+    recorded, entering = session.reference.record_inside(inputs, listened)
+    isolated, _ = session.candidate.record_inside(inputs, listened, entering)
     if name not in recorded or name not in isolated or recorded[name].shape != isolated[name].shape:
         return None
-    case = _Case(session, inputs, Place(session.reference, inputs, name), recorded[name], isolated[name],
-                 floors.get(name, {}).get("isolated"))
-    if session.run.modules[0][1] == name and name in entering and case.plainly_fits(isolated[name]):
+    case = _Case(session, inputs, Place(session.reference, inputs, name), recorded[name], isolated[name])
+    if modules[0][1] == name and name in entering and case.plainly_fits(isolated[name]):
         before_first = Place(session.reference, inputs, name, before_first=True)
-        case = replace(case, place=before_first, candidate=session.candidate.record(inputs)[name])
+        case = replace(case, place=before_first, candidate=session.candidate.record_inside(inputs, listened)[0][name])
     mine = [weight for weight in wrong if case.holds(weight)]
     buffers = [weight for weight in wrong if weight.path is None and weight.name.startswith(f"{name}.")]
     if not np.isfinite(case.candidate).all():
@@ -125,22 +125,24 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
     if evidence(session)[0] is None:
         return
     run = session.run
-    held = dict(session.candidate.state())
     moves = {move.target: move for move in run.plan.moves}
     paths = {target: path for path, target in _names(session).items()}
     model = dict(session.reference.model.named_parameters(remove_duplicate=False))
 
-    def inverted(move: Move) -> np.ndarray:
-        array = held[move.target]
+    def inverted(move: Move, array: np.ndarray) -> np.ndarray:
         scalar = array.size == math.prod(move.source_shape or move.shape) == 1
         return np.array(array if scalar or move.filling else move.rule.invert(array), order="C")
 
+    held: dict[str, np.ndarray] = {}
+    for name, array in session.candidate.state():
+        if name in moves:
+            expected, found = expected_of(moves[name], run.checkpoint), inverted(moves[name], array)
+            if expected.shape == found.shape and not np.array_equal(bits_of(expected), bits_of(found)):
+                held[name] = found
     for name, move in moves.items():
         if name not in held:
             continue
-        expected, array = expected_of(move, run.checkpoint), inverted(move)
-        if expected.shape != array.shape or np.array_equal(bits_of(expected), bits_of(array)):
-            continue
+        expected, array = expected_of(move, run.checkpoint), held[name]
 
         def peers(name: str = name, shape: tuple[int, ...] = expected.shape) -> Iterator[tuple[str, np.ndarray]]:
             for other in sorted(moves, key=lambda other: other.rpartition(".")[0] != name.rpartition(".")[0]):
@@ -169,15 +171,17 @@ def _heads(session: Session) -> int | None:
     return getattr(config, "num_attention_heads", None)
 
 
-def _place_of(session: Session, parameter: str, recorded: Mapping[str, np.ndarray]) -> str:
+def _place_of(session: Session, inputs: Inputs, parameter: str) -> str:
     """The recorded name that shows a parameter: the module that holds it, else the first, else the first output."""
     modules = [name for _, name in session.run.modules]
     for name in modules:
         if parameter.startswith(name + "."):
             return name
-    outputs = [name for name in recorded if name not in modules]
-    embedding = "embed" in parameter or "wte" in parameter
-    return next(iter(modules if embedding else outputs or modules))
+    torch_path = {target: path for path, target in _names(session).items()}.get(parameter, "")
+    if session.reference.looks_up(torch_path):
+        return modules[0]
+    outputs = session.reference.record_inside(inputs, [])[0]
+    return next(iter(outputs), modules[0])
 
 
 def _by_buffers(case: _Case, wrong: Sequence[_Wrong], parameter: _Wrong | None) -> Explanation | None:
@@ -518,7 +522,6 @@ class _Case:
     place: Place
     plain: np.ndarray
     candidate: np.ndarray
-    given: NoiseFloor | None = None
     unchanged: Any = nullcontext
 
     @property
@@ -532,14 +535,12 @@ class _Case:
     @cached_property
     def noise(self) -> float:
         """The relative noise of the reference as it is."""
-        floor = self.floor(self.unchanged)
-        return floor.relative if floor else FORWARD / 10
+        return self.floor(self.unchanged).relative
 
     @cached_property
     def worst_before(self) -> float:
         """The largest share of a limit that the candidate uses up against the reference as it is."""
-        floor = self.floor(self.unchanged)
-        return max((found.share for found in self.judge(floor, self.candidate)), default=0.0) if floor else 0.0
+        return max((found.share for found in self.judge(self.floor(self.unchanged), self.candidate)), default=0.0)
 
     def run(self, change: Any) -> np.ndarray:
         return self.place.with_change(change)
@@ -554,34 +555,26 @@ class _Case:
             return math.inf
         return measure(found, self.candidate).rel_l2
 
-    def floor(self, change: Any) -> NoiseFloor | None:
-        """The changed reference's own noise floor, or without the memory for that the plain one moved along."""
-        found = self.place.floor(change)
-        given = self.given
-        if found is None and given is not None:
-            moved = self.run(change).astype(np.float64).reshape(given.oracle.shape) - self.plain.reshape(
-                given.oracle.shape)
-            return NoiseFloor(given.oracle + moved, given.spread, given.largest)
-        return found
+    def floor(self, change: Any) -> NoiseFloor:
+        """The changed reference's own noise floor."""
+        return self.place.floor(change)
 
     def judge(self, floor: NoiseFloor, array: np.ndarray) -> list[Judgement]:
         return floor.judge(array, "isolated")
 
     def fits(self, array: np.ndarray, change: Any) -> bool:
         """Whether ``array`` would pass as this place of the changed reference."""
-        floor = self.floor(change)
         close = measure(self.run(change), array).rel_l2 <= FORWARD
-        return close and floor is not None and all(found.passed for found in self.judge(floor, array))
+        return close and all(found.passed for found in self.judge(self.floor(change), array))
 
     def plainly_fits(self, array: np.ndarray) -> bool:
         return bool(np.isfinite(array).all()) and self.fits(array, self.unchanged)
 
     def explains(self, change: Any, after: float) -> bool:
         """Whether the error falls far enough, in total or in the test that it fails by most, and to noise."""
-        floor = self.floor(change)
-        if floor is None or after > FORWARD:
+        if after > FORWARD:
             return False
-        found = self.judge(floor, self.candidate)
+        found = self.judge(self.floor(change), self.candidate)
         worst = max((one.share for one in found), default=math.inf)
         return all(one.passed for one in found) and (
             after * FALL <= self.before or worst * FALL <= self.worst_before)
@@ -607,7 +600,7 @@ class _Case:
         """The largest share of a limit that is used up by anything inside this place; infinite if not comparable."""
         entering, found = self.inside
         floors = self.place.floors_inside(change, entering)
-        if floors is None or not found or any(
+        if not found or any(
                 name not in floors or floors[name].oracle.size != array.size or not np.isfinite(array).all()
                 for name, array in found.items()):
             return math.inf
@@ -638,14 +631,21 @@ class _Case:
 
 def find(session: Session) -> Findings:
     """The forward stage once more, and a sentence on why it is diverged; its traces are not saved again."""
-    from .forward import find as forward
-    findings = forward(session)
+    from .evidence import evidence
+    from .forward import STAGE as FORWARD_STAGE
+    session.weights_divergence, told = evidence(session)
+    findings = FORWARD_STAGE.judge(session, paired(FORWARD_STAGE, session))
     bad = session.weights_divergence or findings.named
-    told = f"No explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."
-    return replace(findings, reference={}, candidate={}, notes=[] if findings.diagnosis else [told])
+    none = f"No explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."
+    return replace(findings, notes=[*told, *([] if findings.diagnosis else [none])])
 
 
-STAGE = Stage("diagnose", "Say why the first bad place of the forward stage is bad.", find)
+def _flags(parser: argparse.ArgumentParser) -> None:
+    from .forward import STAGE as FORWARD_STAGE
+    FORWARD_STAGE.flags(parser)
+
+
+STAGE = Stage("diagnose", "Say why the first bad place of the forward stage is bad.", find, _flags)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

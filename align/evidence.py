@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.dtypes import BY_NAME, cast
-from convert.plan import Move, Plan
+from convert.plan import Move
 
 from .candidate import Candidate
 from .compare import TensorResult, compare, missing
@@ -31,11 +30,13 @@ def compare_weights(run: Run, candidate: Candidate) -> tuple[list[TensorResult],
 
     A buffer that the net computes itself need not be held; anything else that is missing or extra is a failure.
     """
-    held = dict(candidate.state())
-    results = list(_compared(run.plan, run.checkpoint, held))
-    promised = {move.target for move in run.plan.moves}
-    results += [missing(name, "source's plan") for name in held if name not in promised]
-    absent = [move.target for move in run.plan.moves if move.filling and move.target not in held]
+    moves = {move.target: move for move in run.plan.moves}
+    found = {name: _bitwise(moves[name], run.checkpoint, array) if name in moves else missing(name, "source's plan")
+             for name, array in candidate.hashed_state()}
+    results = [found[name] if name in found else missing(name, "candidate") for name, move in moves.items()
+               if name in found or not move.filling]
+    results += [result for name, result in found.items() if name not in moves]
+    absent = [move.target for move in run.plan.moves if move.filling and move.target not in found]
     notes = [f"{len(absent)} buffers of the file are not held by this net, which computes them itself: "
              f"{absent[0]} and the like."] if absent else []
     return results, notes
@@ -48,8 +49,7 @@ def evidence(session: Session) -> tuple[str | None, list[str]]:
     """
     session.advance("weights")
     verified = _verified(session.reports / "weights.json")
-    mine = (session.run.source_digest, session.candidate.weights_digest)
-    if verified == mine:
+    if verified is not None and verified == (session.run.source_digest, session.candidate.weights_digest):
         return None, ["Weights: equal to the source bit by bit, as align.weights found for this very digest."]
     results, _ = compare_weights(session.run, session.candidate)
     wrong = [result for result in results if not result.passed]
@@ -67,14 +67,6 @@ def _verified(file: Path) -> tuple[Any, Any] | None:
         return (content["reference"]["weights_digest"], content["candidate"]["weights_digest"]) if sound else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _compared(plan: Plan, source: Checkpoint, held: Mapping[str, np.ndarray]) -> Iterator[TensorResult]:
-    for move in plan.moves:
-        if move.target in held:
-            yield _bitwise(move, source, held[move.target])
-        elif not move.filling:
-            yield missing(move.target, "candidate")
 
 
 def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:

@@ -2,52 +2,140 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
+from convert.errors import BadInput
+
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
-from .inputs import Inputs, seeded
-from .inside import PROBE, all_sublayers, judge_sublayers, probe_norms
-from .noise import Kind, NoiseFloor
+from .inputs import LENGTH, PATTERNS, ROWS, Inputs, positive, seeded
+from .inside import PROBE, Places
 from .runs import Run
 from .scores import log_softmax
-from .stage import Findings, Session, Stage, main
+from .stage import Findings, RecordedStage, Session, main
 from .tolerance import FORWARD, REORDERED_RUNS, margin_noise
+from .trace import Step
 
 
-def find(session: Session) -> Findings:
-    """Each module twice: in one pass of its own (propagated), and fed the reference's input (isolated).
+def reference(session: Session) -> Iterator[Step]:
+    """Torch's pass over the seeded inputs, module by module, with its noise floor."""
+    inputs = seeded(session.run.config, session.run.sizes, rows=session.options.rows, tokens=session.options.tokens)
+    inputs.save(session.run.directory / "traces" / "forward_inputs.npz")
+    told = {"inputs_digest": inputs.digest, "notes": list(inputs.notes)}
+    for step in session.reference.steps(inputs):
+        step.told |= told
+        step.views |= {"inputs": dict(inputs.arrays)} if told else {}
+        told = {}
+        session.advance(f"torch {next(reversed(step.recorded), '')}")
+        yield step
 
-    The layer norms once more on a small input, and the sublayers, all in the order of execution. A module that torch's
-    class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
+
+def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
+    """Paddle's passes over the same inputs: one of its own, and two in which torch's activations are fed to it."""
+    steps = iter(steps)
+    first = next(steps, Step())
+    inputs = Inputs(first.view("inputs"))
+    if not inputs.arrays:
+        raise BadInput("the reference was recorded without its inputs, so the candidate cannot be fed them. Record it "
+                       "again: python -m align.forward --only reference")
+    told = {"inputs_digest": inputs.digest}
+    for answer in session.candidate.answers(inputs, chain([first], steps)):
+        answer.told, told = told, {}
+        session.advance(f"paddle {next(reversed(answer.recorded), '')}")
+        yield answer
+
+
+def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
+    """Every module propagated and isolated, layer norms on a small input, sublayers; then why, where something fails.
+
+    A module that torch's class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
     """
-    inputs = seeded(session.run.config, session.run.sizes)
-    inputs.save(session.reports / "traces" / "forward_inputs.npz")
-    reference, entering = session.reference.record(inputs, lambda name: session.advance(f"torch {name}"))
-    candidate = session.candidate.record(inputs, on_module=lambda name: session.advance(f"paddle {name}"))
-    isolated = session.candidate.record(inputs, entering, lambda name: session.advance(f"paddle {name}, isolated"))
-    floors = session.reference.noise_floors(inputs, reference, entering, session.advance)
-    absent = {name for _, name in session.run.modules} - reference.keys()
-    candidate, isolated = ({name: array for name, array in recorded.items() if name not in absent}
-                           for recorded in (candidate, isolated))
-    tensors = compare_traces(reference, candidate, isolated, floors)
-    session.advance("layer norms on a small input")
-    probes = probe_norms(session, inputs)
-    session.advance("sublayers")
-    sublayers = judge_sublayers(session, inputs)
-    tensors = sorted([*tensors, *probes], key=lambda tensor: position(tensor.name, session.run))
+    found = Comparison(session.run)
+    for step, answer in pairs:
+        session.advance(found.add(step, answer))
+    tensors, sublayers = found.results()
     bad = first_bad(tensors, session.run)
     named = _named(sublayers, bad, session.run)
-    diagnosis = _diagnosis(session, inputs, reference, entering, isolated, floors, bad)
-    present = [name for _, name in session.run.modules if name in reference]
-    notes = [*inputs.notes, *_told(inputs, bool(floors)),
-             *unjudged(session.run, present, [*probes, *sublayers], bool(floors)),
-             *agreement(reference, candidate), *lint(session.run)]
-    return Findings(tensors, inputs.digest, reference, candidate, notes, sublayers=sublayers, named=named,
-                    diagnosis=diagnosis)
+    probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
+    notes = [*found.notes, *_told(found), *unjudged(session.run, found.present, [*probes, *sublayers], found.floored),
+             *agreement(found.outputs["reference"], found.outputs["candidate"]), *lint(session.run)]
+    return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
+
+
+class Comparison:
+    """Takes in steps and answers, and compares whatever both sides have given; the rest waits for its counterpart."""
+
+    def __init__(self, run: Run) -> None:
+        self.notes: list[str] = []
+        self.present: list[str] = []
+        self.floored = False
+        self.inputs = Inputs({})
+        self.outputs: dict[str, dict[str, np.ndarray]] = {"reference": {}, "candidate": {}}
+        self._run, self._places = run, Places.of(run)
+        self._modules = {name for _, name in run.modules}
+        self._expected, self._given = Step(), Step()
+        self._order: list[str] = []
+        self._tensors: dict[str, TensorResult] = {}
+        self._parts: dict[str, TensorResult] = {}
+
+    def add(self, step: Step, answer: Step) -> str:
+        """Compare what can be compared now; returns a few words on how it goes."""
+        self.notes += step.told.get("notes", [])
+        self.present += step.told.get("present", [])
+        self.inputs = Inputs(step.view("inputs")) if step.view("inputs") else self.inputs
+        self.floored |= bool(step.floors)
+        self._order += step.recorded
+        for side, one in (("reference", step), ("candidate", answer)):
+            self.outputs[side] |= {name: array for name, array in one.recorded.items() if name not in self._modules}
+        for waiting, come in ((self._expected, step), (self._given, answer)):
+            for view, arrays in come.views.items():
+                waiting.view(view).update(arrays)
+        for view, floors in step.floors.items():
+            self._expected.floors.setdefault(view, {}).update(floors)
+        told = [self._compare_module(name) for name in list(self._expected.recorded) if name in self._given.recorded
+                and (name in self._given.view("isolated") or not self._given.view("isolated"))]
+        for view in ("inside", "arriving", "small"):
+            for name in [name for name in self._expected.view(view) if name in self._given.view(view)]:
+                self._compare_part(view, name)
+        return next((f"{result.name} {'ok' if result.passed else 'FAIL'}, rel-L2 {result.measures.rel_l2:.1e}"
+                     for result in reversed(told) if result.measures), "…")
+
+    def results(self) -> tuple[list[TensorResult], list[TensorResult]]:
+        """(modules, probes and outputs; parts of modules), in the order of execution."""
+        absent = self._modules - set(self.present)
+        for name in self._expected.recorded:
+            self._tensors[name] = missing(name, "candidate")
+        for name in self._given.recorded:
+            if name not in absent:
+                self._order.append(name)
+                self._tensors[name] = missing(name, "reference")
+        order = {name: number for number, name in enumerate(self._order)}
+        ordered = sorted(self._tensors.values(), key=lambda tensor: (
+            position(tensor.name, self._run), order.get(tensor.name, len(order))))
+        return ordered, [self._parts[name] for name in self._places.judged if name in self._parts]
+
+    def _compare_module(self, name: str) -> TensorResult:
+        floors = {kind: self._expected.floors[kind].pop(name) for kind in ("propagated", "isolated")
+                  if name in self._expected.floors.get(kind, {})}
+        result = compare(name, self._expected.recorded.pop(name), self._given.recorded.pop(name), FORWARD,
+                         self._given.view("isolated").pop(name, None), floors)
+        self._tensors[name] = result
+        return result
+
+    def _compare_part(self, view: str, name: str) -> None:
+        floor = self._expected.floors.get(view, {}).pop(name, None)
+        expected, given = self._expected.view(view).pop(name), self._given.view(view).pop(name)
+        if floor is None:
+            return
+        told = {"inside": f"{name}: output" if name in self._modules else name, "small": f"{name}{PROBE}",
+                "arriving": self._places.sublayers.get(name, name)}[view]
+        results = self._tensors if view == "small" else self._parts
+        results[told] = compare(told, expected, given, FORWARD, given, {"isolated": floor})
 
 
 def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:
@@ -73,9 +161,10 @@ def position(name: str, run: Run) -> int:
 def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult], floored: bool) -> list[str]:
     """What was not judged on its own: sublayers of the modules ``present`` that this net has no module for."""
     if not floored:
-        return ["Sublayers, and layer norms on a small input, were not judged: they need torch in float64."]
+        return ["Sublayers, and layer norms on a small input, were not judged: these traces came without a noise "
+                "floor."]
     judged = {part.name.removesuffix(PROBE) for part in parts}
-    absent = [name for _, name in all_sublayers(run)
+    absent = [name for _, name in Places.of(run).all
               if name not in judged and any(name.startswith(f"{module}.") for module in present)]
     more = f" (+{len(absent) - 6} more)" if len(absent) > 6 else ""
     return [f"Not judged on their own, because this net has no such module or does not call it: {', '.join(absent[:6])}"
@@ -91,15 +180,13 @@ def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run
     return place if position(place, run) < position(inside, run) else inside
 
 
-def _diagnosis(session: Session, inputs: Inputs, reference: Mapping[str, np.ndarray],
-               entering: Mapping[str, np.ndarray], isolated: Mapping[str, np.ndarray],
-               floors: Mapping[str, Mapping[Kind, NoiseFloor]], bad: TensorResult | None) -> Explanation | None:
-    """Why: of the weight that differs, else of the first bad place."""
+def _diagnosis(session: Session, inputs: Inputs, bad: TensorResult | None) -> Explanation | None:
+    """Why: of the weight that differs, else of the first bad place; only where both models are at hand."""
     name = session.weights_divergence or (bad and bad.name)
-    if name is None or not floors:
+    if name is None or session.options.compare or session.candidate.framework == "torch":
         return None
     session.advance(f"looking for an explanation of {name}")
-    return diagnose(session, inputs, reference, entering, isolated, floors, name)
+    return diagnose(session, inputs, name)
 
 
 def agreement(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray]) -> list[str]:
@@ -137,25 +224,25 @@ def lint(run: Run) -> list[str]:
             for key in sorted(held.keys() | intended.keys()) if held.get(key) != intended.get(key)]
 
 
-def _told(inputs: Inputs, floored: bool) -> list[str]:
+def _told(found: Comparison) -> list[str]:
     yardstick = (f"torch's own rounding error, pooled over float64 against {REORDERED_RUNS + 1} float32 runs with "
-                 "their sums reordered" if floored else
-                 "the fixed ceiling, because there is no memory for torch in float64 beside the model")
-    rows, tokens = inputs.mask.shape
-    return [f"Inputs: {rows} rows of {tokens} seeded tokens: whole, padded left, right, and on both sides; padded "
-            "positions are not compared.", f"Yardstick: {yardstick}."]
+                 "their sums reordered" if found.floored else
+                 "the fixed ceiling, because these traces came without a noise floor")
+    if not found.inputs.arrays:
+        return [f"Yardstick: {yardstick}."]
+    rows, tokens = found.inputs.mask.shape
+    return [f"Inputs: {rows} rows of {tokens} seeded tokens: {', '.join(PATTERNS[:rows])}; padded positions are not "
+            "compared.", f"Yardstick: {yardstick}."]
 
 
-def compare_traces(reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray],
-                   isolated: Mapping[str, np.ndarray],
-                   floors: Mapping[str, Mapping[Kind, NoiseFloor]]) -> list[TensorResult]:
-    """One result per name that either side recorded, in the reference's order."""
-    shared = [compare(name, array, candidate[name], FORWARD, isolated.get(name), floors.get(name))
-              if name in candidate else missing(name, "candidate") for name, array in reference.items()]
-    return shared + [missing(name, "reference") for name in candidate if name not in reference]
+def _flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--rows", type=positive, default=ROWS, help=f"rows of inputs; default {ROWS}")
+    add("--tokens", type=positive, default=LENGTH, help=f"tokens a row at most; default {LENGTH}")
 
 
-STAGE = Stage("forward", "Compare embeddings, blocks, final hidden states and logits.", find)
+STAGE = RecordedStage("forward", "Compare embeddings, blocks, final hidden states and logits.", reference, candidate,
+                      judge, _flags)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

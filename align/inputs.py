@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from convert.errors import BadInput
 from convert.rules import Config, Sizes
 
 SEED = 20260602
+ROWS = 4
 LENGTH = 96
 MINIMUM = 64
+PATTERNS = ("whole", "padded left", "right", "and on both sides")
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,25 @@ class Inputs:
         np.savez(file, **self.arrays)
 
 
-def seeded(config: Config, sizes: Sizes, *, padded: bool = True) -> Inputs:
-    """Four rows: whole, padded on the left, on the right, and on both sides (or four whole ones).
+def seeded(config: Config, sizes: Sizes, *, padded: bool = True, rows: int = ROWS, tokens: int = LENGTH) -> Inputs:
+    """Rows by turns whole, padded on the left, on the right, and on both sides (or all of them whole).
 
     Ids are uniform below ``vocab_size`` and never the pad token, so that no class mistakes a token for padding.
     """
-    length = min(LENGTH, sizes["positions"])
-    notes = () if length >= MINIMUM else (
-        f"The model has {sizes['positions']} positions, so the inputs are {length} tokens long instead of {MINIMUM}.",)
+    length = min(tokens, sizes["positions"])
+    asked = f"The inputs are {length} tokens long, as asked for; {MINIMUM} or more show more."
+    short = f"The model has {length} positions, so the inputs are {length} tokens long instead of {MINIMUM}."
+    notes = () if length >= MINIMUM else (short if length < tokens else asked,)
     generator = np.random.default_rng(SEED + padded)
     pad = pad_token(config)
-    ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), (4, length))
+    ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), (rows, length))
     ids += ids >= pad
-    mask = np.ones((4, length), np.int64)
+    mask = np.ones((rows, length), np.int64)
     if padded:
         third = length // 3
-        mask[1, :third] = 0
-        mask[2, length - third:] = 0
-        mask[3, : third // 2] = mask[3, length - third // 2:] = 0
+        mask[1::4, :third] = 0
+        mask[2::4, length - third:] = 0
+        mask[3::4, : third // 2] = mask[3::4, length - third // 2:] = 0
     arrays = {"input_ids": np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1)), "attention_mask": mask}
     return Inputs(arrays | token_types(sizes, mask), notes)
 
@@ -97,3 +101,11 @@ def batches(rows: list[dict[str, list[int]]], config: Config, size: int) -> list
             for name in chunk[0]
         }))
     return found
+
+
+def positive(text: str) -> int:
+    """A whole number above 0 on the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return number

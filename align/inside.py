@@ -2,100 +2,68 @@
 
 In one pass every sublayer is fed what entered torch's. A sublayer's output then shows that sublayer alone, and what
 arrives at it shows the operation before it alone: rotary, scale, mask and softmax before the attention's output
-projection, the activation before the second linear, the residual before a norm.
+projection, the activation before the second linear, the residual before a norm. A small fault may drown in its block's
+noise and still stand out of its sublayer's by a factor of 50.
+
+Layer norms are run once more on a small input, where their epsilon shows. On the activations of a late block the
+variance is so much larger that a wrong epsilon hides in the last bits; scaled to an rms of 1e-3, a variance of 1e-6,
+even 1e-7 for 1e-12 moves the output by a twentieth.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from .compare import TensorResult, compare
-from .inputs import Inputs
-from .noise import NoiseFloor
 from .runs import Run
-from .stage import Session
-from .tasks import token_rows
-from .tolerance import FORWARD
 
 Module = tuple[tuple[str, str], list[tuple[str, str, str]]]
-BUDGET = 2 << 30
 SMALL = 1e-3
 PROBE = " (small input)"
 
 
-def judge_sublayers(session: Session, inputs: Inputs) -> list[TensorResult]:
-    """The sublayers of every module for which the family names them, in the order of execution.
+@dataclass(frozen=True)
+class Places:
+    """Everything of a run's model that is looked at, by Paddle's names, in the order of execution."""
 
-    A small fault may drown in its block's noise and still stand out of its sublayer's by a factor of 50. As many
-    modules are taken together in a pass as memory allows.
-    """
-    if not session.reference.has_room_for_float64:
-        return []
-    found = [module for _, name in session.run.modules if (module := sublayers_of(session.run, name))]
-    size = max(1, BUDGET // max(1, _bytes_a_module(session.run, inputs)))
-    return [result for start in range(0, len(found), size)
-            for result in _judge(session, inputs, found[start: start + size])]
+    modules: list[tuple[str, str]]
+    found: list[Module]
 
+    @classmethod
+    def of(cls, run: Run) -> Places:
+        inside = {name: sublayers_of(run, name) for _, name in run.modules}
+        return cls(run.modules, [found for found in inside.values() if found])
 
-def _judge(session: Session, inputs: Inputs, found: Sequence[Module]) -> Iterator[TensorResult]:
-    modules = [pair for block, sublayers in found for pair in (block, *((torch, name) for torch, name, _ in sublayers))]
-    recorded, entering = session.reference.record_inside(inputs, modules)
-    outputs, arriving = session.candidate.record_inside(inputs, modules, entering)
-    floors, arrival_floors = session.reference.floors_inside(inputs, modules, recorded, entering)
-    for (_, module), sublayers in found:
-        for _, name, operation in sublayers:
-            if name in entering and name in arriving:
-                expected = token_rows(name, entering[name], inputs.mask)
-                yield _isolated(f"{module}: {operation}", expected, arriving[name], arrival_floors[name])
-            if name in recorded and name in outputs:
-                yield _isolated(name, recorded[name], outputs[name], floors[name])
-        if module in recorded and module in outputs:
-            yield _isolated(f"{module}: output", recorded[module], outputs[module], floors[module])
+    @cached_property
+    def sublayers(self) -> dict[str, str]:
+        """What is told of the operation before each sublayer, by the sublayer's name."""
+        return {name: f"{module}: {operation}" for (_, module), parts in self.found for _, name, operation in parts}
 
+    @cached_property
+    def inside(self) -> set[str]:
+        """Names whose output is judged with every sublayer fed torch's input: sublayers, and modules that have some."""
+        return self.sublayers.keys() | {module for (_, module), _ in self.found}
 
-def _isolated(name: str, reference: np.ndarray, candidate: np.ndarray, floor: NoiseFloor) -> TensorResult:
-    return compare(name, reference, candidate, FORWARD, candidate, {"isolated": floor})
+    @cached_property
+    def all(self) -> list[tuple[str, str]]:
+        """(torch, Paddle) path of every module and sublayer."""
+        parts = {module: [(torch, name) for torch, name, _ in parts] for (_, module), parts in self.found}
+        return [pair for module in self.modules for pair in (module, *parts.get(module[1], []))]
 
-
-def _bytes_a_module(run: Run, inputs: Inputs) -> int:
-    """About what one block's sublayers take: inputs and outputs of each, in some float64 copies."""
-    width = 10 * run.sizes["hidden"] + 4 * run.sizes["inner"]
-    return inputs.mask.size * width * 8 * 6
-
-
-def probe_norms(session: Session, inputs: Inputs) -> list[TensorResult]:
-    """Every layer norm on a small input, where its epsilon shows.
-
-    On the activations of a late block the variance is so much larger that a wrong epsilon hides in the last bits;
-    scaled to an rms of 1e-3, a variance of 1e-6, even 1e-7 for 1e-12 moves the output by a twentieth.
-    """
-    norms = session.reference.norms(all_sublayers(session.run))
-    if not norms or not session.reference.has_room_for_float64:
-        return []
-    _, entering = session.reference.record_inside(inputs, norms)
-    small = {name: small_input(array) for name, array in entering.items()}
-    recorded, _ = session.reference.record_inside(inputs, norms, small)
-    outputs, _ = session.candidate.record_inside(inputs, norms, small)
-    floors, _ = session.reference.floors_inside(inputs, norms, recorded, small)
-    return [_isolated(f"{name}{PROBE}", recorded[name], outputs[name], floors[name])
-            for _, name in norms if name in outputs]
+    @cached_property
+    def judged(self) -> list[str]:
+        """The names under which the parts of modules are reported."""
+        return [told for (_, module), parts in self.found
+                for told in (*(name for _, sublayer, operation in parts
+                               for name in (f"{module}: {operation}", sublayer)), f"{module}: output")]
 
 
 def small_input(array: np.ndarray) -> np.ndarray:
     """``array`` scaled to an rms of 1e-3."""
     return array * np.float32(SMALL / max(float(np.sqrt(np.mean(np.square(array)))), 1e-30))
-
-
-def all_sublayers(run: Run) -> list[tuple[str, str]]:
-    """(torch, Paddle) path of every recorded module and of every sublayer that the family names."""
-    found = []
-    for torch_path, name in run.modules:
-        inside = sublayers_of(run, name)
-        found += [(torch_path, name), *((torch, paddle) for torch, paddle, _ in (inside[1] if inside else []))]
-    return found
 
 
 def sublayers_of(run: Run, module: str) -> Module | None:

@@ -3,40 +3,59 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from convert.errors import BadInput
 
 from .candidate import Candidate
-from .compare import compare
+from .compare import compare, missing
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
-from .stage import Findings, Session, Stage, main
+from .stage import Findings, RecordedStage, Session, main
 from .tasks import TASKS, Labels, numbers
 from .texts import Encoder, load_rows, load_tokenizer, plain_texts
 from .tolerance import LOSS, TOKEN_LOSS
+from .trace import RECORDED, Step
 
 PAIRS = 16
 Case = tuple[str, Inputs, Labels]
 
 
-def find(session: Session) -> Findings:
-    """Each case on both sides: the class's own loss, and the losses per token or row."""
-    if session.run.head.task == "encoder":
-        return _encoder(session)
-    found, recorded = [], {}
-    for told, side in (("torch", session.reference), ("paddle", session.candidate)):
-        session.advance(told)
-        recorded[told] = {name: value for case in cases(session) for name, value in losses(session, side, case)}
-    for name, expected in recorded["torch"].items():
-        found.append(compare(name, expected, recorded["paddle"][name], LOSS if expected.ndim == 0 else TOKEN_LOSS))
-    notes = ["These labels are numbers, not classes, so there is none to ignore."] if any(
-        numbers(labels) for _, _, labels in cases(session)) else []
-    digest = Inputs({f"{name}.{key}": array for name, inputs, labels in cases(session)
-                     for key, array in {**inputs.arrays, **labels}.items()}).digest
-    return Findings(found, digest, recorded["torch"], recorded["paddle"], notes, _scalars(recorded))
+def reference(session: Session) -> Iterator[Step]:
+    """Torch's losses, and the inputs and labels of each case for the candidate."""
+    named = _encoder_cases(session) if session.run.head.task == "encoder" else cases(session)
+    step = _losses(session, session.reference, named)
+    for name, inputs, labels in named:
+        step.view(f"inputs.{name}").update(inputs.arrays)
+        step.view(f"labels.{name}").update(labels)
+    yield step
+
+
+def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
+    """Paddle's losses for the same inputs and labels."""
+    for step in steps:
+        names = [view.removeprefix("inputs.") for view in step.views if view.startswith("inputs.")]
+        if not names:
+            raise BadInput("the reference was recorded without its inputs, so the candidate cannot be fed them. Record "
+                           "it again: python -m align.loss --only reference")
+        named = [(name, Inputs(step.view(f"inputs.{name}")), step.view(f"labels.{name}")) for name in names]
+        yield _losses(session, session.candidate, named)
+
+
+def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
+    """Each loss against its counterpart: the means, and the losses per token or row."""
+    found, notes, values = [], [], {}
+    for step, answer in pairs:
+        notes += step.told.get("notes", [])
+        for name, expected in step.recorded.items():
+            found.append(compare(name, expected, answer.recorded[name], LOSS if expected.ndim == 0 else TOKEN_LOSS)
+                         if name in answer.recorded else missing(name, "candidate"))
+        found += [missing(name, "reference") for name in answer.recorded if name not in step.recorded]
+        values |= {name: (float(value), float(answer.recorded[name])) for name, value in step.recorded.items()
+                   if value.ndim == 0 and name in answer.recorded}
+    return Findings(found, notes, values)
 
 
 def cases(session: Session) -> list[Case]:
@@ -51,9 +70,17 @@ def cases(session: Session) -> list[Case]:
 
 
 def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, value): the mean loss as a scalar, then each unreduced one as a vector."""
+    """(name, value): the mean loss as a scalar, then each unreduced one as a vector.
+
+    A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with. Its temperature
+    is 1. At the usual 0.05 a trained encoder's loss is some 1e-4, the difference of two numbers near 20, so that
+    rounding alone moves it by 1e-4 of itself; at 1 it lies near log(pairs).
+    """
     name, inputs, labels = case
     outputs = side.outputs({**inputs.arrays, **labels})
+    if session.run.head.task == "encoder":
+        yield f"loss.{name}", side.contrastive_loss(outputs["last_hidden_state"], inputs.mask, 1.0).reshape(())
+        return
     if "loss" not in outputs:
         raise BadInput(f"the {side.framework} net returned no loss for the labels {', '.join(labels)}; it returned "
                        f"{', '.join(outputs)}.")
@@ -62,21 +89,24 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
         yield f"loss.{name}.{kind}", side.token_loss(logits, flat)
 
 
-def _encoder(session: Session) -> Findings:
-    """A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with.
+def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case]) -> Step:
+    session.advance(side.framework)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    side.sweep([lambda case=case: found.update({case[0]: dict(losses(session, side, case))}) for case in named])
+    digest = Inputs({f"{name}.{key}": array for name, inputs, labels in named
+                     for key, array in {**inputs.arrays, **labels}.items()}).digest
+    notes = []
+    if session.run.head.task == "encoder":
+        notes = ["A bare encoder has no loss of its own: this is the in-batch contrastive loss of its mean-pooled "
+                 "rows."]
+    elif any(numbers(labels) for _, _, labels in named):
+        notes = ["These labels are numbers, not classes, so there is none to ignore."]
+    return Step({RECORDED: {name: value for case, _, _ in named for name, value in found[case].items()}},
+                told={"inputs_digest": digest, "notes": notes})
 
-    The temperature is 1. At the usual 0.05 a trained encoder's loss is some 1e-4, the difference of two numbers
-    near 20, so that rounding alone moves it by 1e-4 of itself; at 1 it lies near log(pairs).
-    """
-    inputs = _pairs(session)
-    recorded = {}
-    for told, side in (("torch", session.reference), ("paddle", session.candidate)):
-        session.advance(told)
-        hidden = side.outputs(inputs.arrays)["last_hidden_state"]
-        recorded[told] = {"loss.contrastive": side.contrastive_loss(hidden, inputs.mask, 1.0).reshape(())}
-    result = compare("loss.contrastive", *(recorded[told]["loss.contrastive"] for told in ("torch", "paddle")), LOSS)
-    notes = ["A bare encoder has no loss of its own: this is the in-batch contrastive loss of its mean-pooled rows."]
-    return Findings([result], inputs.digest, recorded["torch"], recorded["paddle"], notes, _scalars(recorded))
+
+def _encoder_cases(session: Session) -> list[Case]:
+    return [("contrastive", _pairs(session), {})]
 
 
 def _pairs(session: Session) -> Inputs:
@@ -91,12 +121,8 @@ def _pairs(session: Session) -> Inputs:
     return batches([example.inputs for example in plain_texts(texts, encoder)], run.config, len(texts))[0]
 
 
-def _scalars(recorded: dict[str, dict[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
-    return {name: (float(value), float(recorded["paddle"][name]))
-            for name, value in recorded["torch"].items() if value.ndim == 0}
-
-
-STAGE = Stage("loss", "Compare the loss with and without ignored labels, padding and reduction.", find)
+STAGE = RecordedStage("loss", "Compare the loss with and without ignored labels, padding and reduction.", reference,
+                      candidate, judge)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -4,49 +4,72 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from convert.errors import BadInput
 
 from .candidate import Candidate
-from .compare import TensorResult, compare
-from .inputs import Inputs, batches
+from .compare import TensorResult, compare, missing
+from .inputs import Inputs, batches, positive
 from .reference import Reference
 from .scores import SCORES, Arrays, neighbours
-from .stage import Findings, Session, Stage, main
+from .stage import Findings, RecordedStage, Session, main
 from .texts import ENCODE, Encoder, Example, load_rows, load_tokenizer, renamed
 from .tolerance import EXACT, FORWARD, METRIC, TOKEN_LOSS, margin_noise
+from .trace import RECORDED, Step
 
 EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mean_squared_error")
 
 
-def find(session: Session) -> Findings:
-    """Both sides over the same batches, in order, none dropped."""
+def reference(session: Session) -> Iterator[Step]:
+    """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
     run, options = session.run, session.options
     name, rows = load_rows(options.dataset, options.split, options.limit)
-    directory = run.source if run.source.is_dir() else run.source.parent
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
     encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length)
     encoded = ENCODE[run.head.task](renamed(rows, options.columns), encoder)
     examples = [example for example in encoded if example.inputs["input_ids"]]
-    fed = batches([example.inputs for example in examples], run.config, options.batch_size)
-    reference = _evaluate(session, session.reference, fed, examples)
-    if not all(array.size for array in reference.values()):
+    step = _evaluate(session, session.reference, examples, options.batch_size)
+    if not all(array.size for array in step.recorded.values()):
         raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
-    candidate = _evaluate(session, session.candidate, fed, examples)
-    tensors, notes = compare_scores(run.head.task, reference, candidate)
-    expected, found = (SCORES[run.head.task].values(arrays) for arrays in (reference, candidate))
     given = ("tokenized as the source does" if tokenizer else
              "as seeded ids below vocab_size, because the checkpoint has no tokenizer")
-    notes = [f"Data: {len(examples)} rows of {name}, {given}; at most {encoder.max_length} tokens each.", *notes]
+    notes = [f"Data: {len(examples)} rows of {name}, {given}; at most {encoder.max_length} tokens each."]
     if len(encoded) > len(examples):
         notes.append(f"{len(encoded) - len(examples)} rows without a single token were left out.")
-    digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)
-                     for key, array in inputs.arrays.items()}).digest
-    return Findings(tensors, digest, _recorded(reference, expected), _recorded(candidate, found), notes,
-                    {name: (value, found[name]) for name, value in expected.items()})
+    step.told |= {"notes": notes, "batch_size": options.batch_size,
+                  "examples": [[example.inputs, example.targets] for example in examples]}
+    yield step
+
+
+def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
+    """Paddle over the same batches."""
+    for step in steps:
+        if "examples" not in step.told:
+            raise BadInput("the reference was recorded without its examples, so the candidate cannot be fed them. "
+                           "Record it again: python -m align.metric --only reference")
+        examples = [Example(inputs, targets) for inputs, targets in step.told["examples"]]
+        yield _evaluate(session, session.candidate, examples, step.told["batch_size"])
+
+
+def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
+    """Predictions, scores and the metric's values."""
+    tensors, notes, values = [], [], {}
+    for step, answer in pairs:
+        if not step.recorded:
+            continue
+        expected, found = ({name: array for name, array in side.recorded.items() if not name.startswith("value.")}
+                           | side.view("targets") for side in (step, answer))
+        absent = sorted(expected.keys() - found.keys())
+        compared, told = ([missing(name, "candidate") for name in absent], []) if absent else compare_scores(
+            session.run.head.task, expected, found)
+        tensors += compared
+        notes += [*step.told.get("notes", []), *told]
+        values |= {name.removeprefix("value."): (float(value), float(answer.recorded[name]))
+                   for name, value in step.recorded.items() if name.startswith("value.") and name in answer.recorded}
+    return Findings(tensors, notes, values)
 
 
 def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[list[TensorResult], list[str]]:
@@ -75,23 +98,27 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
     return results, notes
 
 
-def _evaluate(session: Session, side: Reference | Candidate, fed: Sequence[Inputs],
-              examples: Sequence[Example]) -> Arrays:
+def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int) -> Step:
+    """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
+    fed = batches([example.inputs for example in examples], session.run.config, batch_size)
     score = SCORES[session.run.head.task]
-    reduced, done = [], 0
-    for inputs in fed:
-        chunk = examples[done: done + len(inputs.mask)]
+    reduced: list[Arrays] = []
+
+    def evaluate(number: int, inputs: Inputs) -> None:
+        chunk = examples[number * batch_size: (number + 1) * batch_size]
         reduced.append(score.reduce(side.outputs(inputs.arrays), inputs, chunk))
-        done += len(chunk)
-        session.advance(f"{side.framework}, {done} of {len(examples)} rows")
+        session.advance(f"{side.framework}, {min((number + 1) * batch_size, len(examples))} of {len(examples)} rows")
+    side.sweep([lambda number=number, inputs=inputs: evaluate(number, inputs) for number, inputs in enumerate(fed)])
     arrays = {name: np.concatenate([batch[name] for batch in reduced]) for name in reduced[0]}
-    return arrays | neighbours(arrays[EMBEDDINGS]) if EMBEDDINGS in arrays else arrays
-
-
-def _recorded(arrays: Arrays, values: dict[str, float]) -> Arrays:
-    """What goes into the trace: everything but the targets, which are the same on both sides."""
-    kept = {name: array for name, array in arrays.items() if "target" not in name and "label" not in name}
-    return kept | {f"value.{name}": np.array(value) for name, value in values.items()}
+    if EMBEDDINGS in arrays:
+        arrays |= neighbours(arrays[EMBEDDINGS])
+    targets = {name: array for name, array in arrays.items() if "target" in name or "label" in name}
+    values = score.values(arrays) if all(array.size for array in arrays.values()) else {}
+    digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)
+                     for key, array in inputs.arrays.items()}).digest
+    recorded = {name: array for name, array in arrays.items() if name not in targets}
+    return Step({RECORDED: recorded | {f"value.{name}": np.array(value) for name, value in values.items()},
+                 "targets": targets}, told={"inputs_digest": digest})
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -100,19 +127,13 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "csv, tsv, parquet or txt file; default: the passages that ship with the project")
     add("--split", default="test", help="split of the set; default test")
     add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text, label, question, answer, …")
-    add("--limit", type=_positive, default=64, help="rows at most; default 64")
-    add("--max-length", type=_positive, default=128, help="tokens a row at most; default 128")
-    add("--batch-size", type=_positive, default=8, help="rows a batch; default 8")
+    add("--limit", type=positive, default=64, help="rows at most; default 64")
+    add("--max-length", type=positive, default=128, help="tokens a row at most; default 128")
+    add("--batch-size", type=positive, default=8, help="rows a batch; default 8")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return number
-
-
-STAGE = Stage("metric", "Run a task over real text on both sides and compare predictions and values.", find, _flags)
+STAGE = RecordedStage("metric", "Run a task over real text on both sides and compare predictions and values.",
+                      reference, candidate, judge, _flags)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

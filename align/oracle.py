@@ -1,11 +1,12 @@
 """The torch model run in other arithmetic: in float64, and in float32 with its sums in another order.
 
-Both work on the unmodified class from outside, through a ``TorchFunctionMode``.
+Both work on the unmodified class from outside, through a ``TorchFunctionMode``, and on its float32 weights: a weight is
+widened or permuted where it is used, a large one in chunks of rows, so that no second model lies in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
 LAYER_NORM = {F.layer_norm, torch.layer_norm}
 SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type}
+CHUNK = 1 << 22
 
 
 class Reordered(TorchFunctionMode):
@@ -35,7 +37,8 @@ class Reordered(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in LINEAR:
             order = self._order(args[0].shape[-1])
-            return func(args[0][..., order], args[1][:, order], *args[2:], **kwargs)
+            return in_chunks(args[0][..., order], args[1], lambda rows: rows.index_select(1, order), *args[2:],
+                             **kwargs)
         if func in MATMUL and args[1].dim() > 1:
             order = self._order(args[0].shape[-1])
             return func(args[0][..., order], args[1][..., order, :], *args[2:], **kwargs)
@@ -60,12 +63,52 @@ class Reordered(TorchFunctionMode):
 
 
 class Float64(TorchFunctionMode):
-    """Keep a double model in double: a class's own casts to float32 (GPT-J's query, key and logits) are ignored."""
+    """Run a float32 model in double: every float32 tensor is widened where it is used, which is exact.
+
+    A class's own casts to float32 (GPT-J's query, key and logits) are ignored. Methods that write into a tensor keep
+    the tensor they write into.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        narrowing = func is torch.Tensor.float or torch.float32 in (*args[1:], kwargs.get("dtype"))
-        if func in CASTS and narrowing and args[0].dtype == torch.float64:
-            return args[0]
-        return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if func in CASTS and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            narrowing = func is torch.Tensor.float or torch.float32 in (*args[1:], kwargs.get("dtype"))
+            return args[0].double() if narrowing else func(*args, **kwargs)
+        if func in LINEAR:
+            x, weight, *bias = args
+            return in_chunks(x.double(), weight, torch.Tensor.double, *map(_widened, bias),
+                             **{key: _widened(value) for key, value in kwargs.items()})
+        if func is F.embedding:
+            return func(*args, **kwargs).double()
+        if name in UNTOUCHED or name == "__get__":
+            return func(*args, **kwargs)
+        written = 1 if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else 0
+        widened = (*args[:written], *(_widened(value) for value in args[written:]))
+        return func(*widened, **{key: _widened(value) for key, value in kwargs.items()})
+
+
+UNTOUCHED = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "storage_offset", "element_size",
+             "numpy", "data_ptr", "__len__", "double"}
+
+
+def in_chunks(x: torch.Tensor, weight: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor],
+              bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``F.linear`` of x [..., k] with ``prepare`` of weight [n, k], some 4 million elements of it at a time."""
+    rows = max(1, CHUNK // weight.shape[1])
+    if rows >= weight.shape[0]:
+        return F.linear(x, prepare(weight), bias)
+    found = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        found[..., part] = F.linear(x, prepare(weight[part]), None if bias is None else bias[part])
+    return found
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_widened(one) for one in value)
+    return value

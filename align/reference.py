@@ -1,17 +1,15 @@
 """The torch side: the unmodified transformers class, eager attention, float32, eval mode.
 
-Weights are loaded by transformers itself from the source, and rounded through the dtype of the conversion where
-that cast them. Nothing of ``models/`` is used here.
+Weights are loaded by transformers itself from the source, or block by block where the model does not fit into memory,
+and rounded through the dtype of the conversion where that cast them. Nothing of ``models/`` is used here.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +18,102 @@ import numpy as np
 from convert.errors import BadInput, require
 
 from .inputs import Inputs
-from .noise import Kind, NoiseFloor, Pool
+from .inside import Places, small_input
+from .lockstep import halt, heard_by, in_step, in_turn, listener_here, together
+from .noise import Pool
+from .paging import Pages, divide, gates_of
 from .runs import Run
 from .tasks import token_rows
 from .tolerance import REORDERED_RUNS
+from .trace import Step
 
-OnModule = Callable[[str], None]
 Arrays = dict[str, np.ndarray]
 Modules = Sequence[tuple[str, str]]
 
 
 class Reference:
-    """The model that is right by definition."""
+    """The model that is right by definition. ``paged``: its weights come in module by module, and leave again."""
 
     framework = "torch"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, paged: bool = False) -> None:
         for framework in ("torch", "transformers"):
             require(framework)
         import torch
         self.run = run
         self.version = torch.__version__
         self.weights_digest = run.source_digest
-        self.model = _load(run)
+        self._pages: Pages | None = None
+        self.model = _load_empty(run) if paged else _load(run)
+        self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
+                               dict(self.model.named_parameters()),
+                               {path for path, module in self.model.named_modules() if not any(module.children())})
+        if paged:
+            self._pages = _pages_of(run, self.model, self._gates)
+        for gate in self._gates:
+            self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
 
-    def record(self, inputs: Inputs, on_module: OnModule = lambda name: None) -> tuple[Arrays, Arrays]:
-        """One forward pass: (valid rows of every module's output and of the outputs, whole inputs of the modules).
+    @property
+    def present(self) -> list[str]:
+        """Paddle's paths of the recorded modules that torch's class has."""
+        found = dict(self.model.named_modules())
+        return [name for path, name in self.run.modules if path in found]
 
-        Names are the Paddle side's. Outputs are [tokens, ...] where there is one row per token.
+    def steps(self, inputs: Inputs) -> Iterator[Step]:
+        """One forward pass and its noise floor, a step for what lies between two gates, in the order of execution.
+
+        Views by name, Paddle's: ``recorded``, what modules and then the model give; ``inside``, what sublayers give;
+        ``arriving``, what comes to a sublayer; ``small``, what norms give for a small input; ``entering`` and
+        ``small input``, whole arrays [batch, tokens, width] for the candidate to be fed. All but the last two are rows
+        of real tokens. Floors are of the views ``propagated``, ``isolated``, ``inside``, ``arriving`` and ``small``:
+        the oracle is this very model in float64, the pool this pass and K passes with their sums reordered.
         """
-        return self._pass(self.model, inputs, self.run.modules, on_module=on_module)
+        from .oracle import Float64, Reordered
+        places = Places.of(self.run)
+        plain = _Plain(inputs, places)
+        pooled = _Pooled(inputs, places, plain)
+        passes = [lambda: self._listen(plain, inputs.arrays)]
+        for mode in (Float64(), *map(Reordered, range(1, REORDERED_RUNS + 1))):
+            def run(mode: Any = mode) -> None:
+                with mode:
+                    self._listen(pooled, _thrice(inputs.arrays))
+            passes.append(run)
+        with self._hooks(places.all), in_step(passes, self._enter) as walks:
+            told = {"present": self.present}
+            while walks.gate is not None:
+                walks.advance()
+                step = plain.take()
+                step.told, told = told, {}
+                step.floors = pooled.take(step)
+                yield step
+        self._leave()
 
-    def noise_floors(self, inputs: Inputs, recorded: Arrays, entering: Arrays,
-                     tell: OnModule = lambda told: None) -> dict[str, dict[Kind, NoiseFloor]]:
-        """For each name the noise floor of both kinds, from what :meth:`record` gave; empty without the memory.
+    def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
+        """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
+        in_turn(passes) if self._pages is None else together(passes, self._pages)
 
-        The oracle is this very model in float64; the pool is the recorded run and K runs with sums reordered.
-        """
-        if not self.has_room_for_float64:
-            return {}
-        tell("torch in float64")
-        floors: dict[str, dict[Kind, NoiseFloor]] = {name: {} for name in recorded}
-        for kind, replaced in (("propagated", None), ("isolated", entering)):
-            outputs, _ = self._pooled(inputs, self.run.modules, replaced, (recorded, entering),
-                                      lambda told, kind=kind: tell(f"{kind}, {told}"))
-            for name, pool in outputs.items():
-                floors[name][kind] = pool.floor()
-        return floors
+    def record_inside(self, inputs: Inputs, modules: Modules, replaced: Arrays | None = None) -> tuple[Arrays, Arrays]:
+        """(rows of what these modules give, whole inputs of them); each is fed ``replaced`` where that has it."""
+        found = _Once(inputs, replaced or {})
+        with self._hooks(modules), heard_by(found):
+            outputs = outputs_of(self.model, inputs.arrays)
+        self._leave()
+        found.given |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
+        return found.given, found.entering
+
+    @contextmanager
+    def weights_of(self, path: str) -> Iterator[None]:
+        """The weights of the module at ``path`` are in memory meanwhile; in a paged model those of no other gate."""
+        gate = next((gate for gate in self._gates if f"{path}.".startswith(f"{gate}.")), None)
+        if gate is not None:
+            self._enter(gate)
+        yield
+
+    def looks_up(self, parameter: str) -> bool:
+        """Whether a parameter, by its path, is the table of an embedding."""
+        import torch
+        module = dict(self.model.named_modules()).get(parameter.rpartition(".")[0])
+        return isinstance(module, torch.nn.Embedding)
 
     def norms(self, modules: Modules) -> list[tuple[str, str]]:
         """Those of ``modules`` that are layer norms in torch."""
@@ -74,75 +121,57 @@ class Reference:
         found = dict(self.model.named_modules())
         return [pair for pair in modules if isinstance(found.get(pair[0]), torch.nn.LayerNorm)]
 
-    def record_inside(self, inputs: Inputs, modules: Modules, replaced: Arrays | None = None) -> tuple[Arrays, Arrays]:
-        """As :meth:`record`, of these modules: a block and its sublayers, fed ``replaced`` where that has them."""
-        return self._pass(self.model, inputs, modules, replaced)
+    def _come_to(self, gate: str) -> None:
+        if not halt(gate):
+            self._enter(gate)
 
-    def floors_inside(self, inputs: Inputs, modules: Modules, recorded: Arrays,
-                      entering: Arrays) -> tuple[dict[str, NoiseFloor], dict[str, NoiseFloor]]:
-        """Isolated noise floors of these modules' outputs, and of what arrives at them before it is replaced."""
-        outputs, arrivals = self._pooled(inputs, modules, entering, (recorded, entering))
-        return tuple({name: pool.floor() for name, pool in pools.items()} for pools in (outputs, arrivals))
+    def _enter(self, gate: str) -> None:
+        if self._pages is not None:
+            self._pages.enter(gate)
 
-    @cached_property
-    def has_room_for_float64(self) -> bool:
-        """Whether this model fits into the free memory once more, in float64; decided once."""
-        return 3 * bytes_of(self.model) < available_memory()
+    def _leave(self) -> None:
+        if self._pages is not None:
+            self._pages.leave()
 
-    @cached_property
-    def _double(self) -> Any:
-        return copy.deepcopy(self.model).double()
+    def _listen(self, listener: _Listener, arrays: Mapping[str, np.ndarray]) -> None:
+        with heard_by(listener):
+            outputs = outputs_of(self.model, arrays)
+        for name, array in outputs.items():
+            listener.answered(name, array)
 
-    def _pooled(self, inputs: Inputs, modules: Modules, replaced: Arrays | None, plain: tuple[Arrays, Arrays],
-                tell: OnModule = lambda told: None) -> tuple[dict[str, Pool], dict[str, Pool]]:
-        """Torch's errors against float64, of outputs and of arrivals: the plain run's and K reordered ones'."""
-        from .oracle import Float64, Reordered
-        with Float64():
-            oracle = self._pass(self._double, inputs, modules, replaced)
-        pools = tuple({name: Pool(token_rows(name, array, inputs.mask)) for name, array in part.items()}
-                      for part in oracle)
-        for number in range(REORDERED_RUNS + 1):
-            tell(f"torch with its sums reordered, {number} of {REORDERED_RUNS}")
-            with Reordered(number) if number else nullcontext():
-                run = self._pass(self.model, inputs, modules, replaced) if number else plain
-            for part, arrays in zip(pools, run, strict=True):
-                for name, pool in part.items():
-                    pool.add(token_rows(name, arrays[name], inputs.mask))
-        return pools
-
-    def _pass(self, model: Any, inputs: Inputs, modules: Modules, replaced: Arrays | None = None,
-              on_module: OnModule = lambda name: None) -> tuple[Arrays, Arrays]:
-        """As :meth:`record`, of any model of this class; ``replaced`` takes the place of what enters a module."""
+    @contextmanager
+    def _hooks(self, modules: Modules) -> Iterator[None]:
+        """The modules tell whoever listens what arrives at them and what they give."""
         import torch
-        recorded: Arrays = {}
-        entering: Arrays = {}
+        found = dict(self.model.named_modules())
 
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named.get("hidden_states")
-            if value is None or not value.dtype.is_floating_point:
+            if listener_here() is None or value is None or not value.dtype.is_floating_point:
                 return None
-            entering[name] = value.numpy().copy()
-            if replaced is None or name not in replaced:
+            given = listener_here().arrived(name, value.numpy())
+            if given is None:
                 return None
-            given = torch.from_numpy(replaced[name]).to(value.dtype)
+            given = torch.from_numpy(given).to(value.dtype)
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
-        def after(name: str, output: Any) -> None:
+        def after(name: str, module: Any, output: Any) -> None:
+            if listener_here() is None:
+                return
             first = output[0] if isinstance(output, tuple) else output
-            recorded[name] = token_rows(name, first.numpy(), inputs.mask)
-            on_module(name)
+            listener_here().answered(name, first.numpy())
+            if isinstance(module, torch.nn.LayerNorm):
+                listener_here().probed(
+                    name, lambda array: module.forward(torch.from_numpy(array).to(first.dtype)).numpy())
 
-        found = dict(model.named_modules())
         with ExitStack() as hooks:
-            for torch_path, name in modules:
-                if torch_path in found:
-                    hooks.callback(found[torch_path].register_forward_pre_hook(
+            for path, name in modules:
+                if path in found:
+                    hooks.callback(found[path].register_forward_pre_hook(
                         lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                    hooks.callback(found[torch_path].register_forward_hook(
-                        lambda _, arguments, output, name=name: after(name, output)).remove)
-            outputs = outputs_of(model, inputs.arrays)
-        recorded |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
-        return recorded, entering
+                    hooks.callback(found[path].register_forward_hook(
+                        lambda module, _, output, name=name: after(name, module, output)).remove)
+            yield
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
@@ -163,6 +192,119 @@ class Reference:
         return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
 
 
+class _Listener:
+    """What the hooks of a pass tell, by Paddle's names. ``arrived`` returns what the module is to be fed instead."""
+
+    def __init__(self, inputs: Inputs, places: Places) -> None:
+        self.mask, self.places = inputs.mask, places
+
+    def arrived(self, name: str, array: np.ndarray) -> np.ndarray | None:
+        return None
+
+    def answered(self, name: str, array: np.ndarray) -> None: ...
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
+
+
+class _Plain(_Listener):
+    """The pass that everything is compared with."""
+
+    def __init__(self, inputs: Inputs, places: Places) -> None:
+        super().__init__(inputs, places)
+        self.step = Step()
+
+    def arrived(self, name: str, array: np.ndarray) -> None:
+        self.step.view("entering")[name] = array.copy()
+        if name in self.places.sublayers:
+            self.step.view("arriving")[name] = token_rows(name, array, self.mask)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        rows = token_rows(name, array, self.mask)
+        if name not in self.places.sublayers:
+            self.step.recorded[name] = rows
+        if name in self.places.inside:
+            self.step.view("inside")[name] = rows
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
+        small = self.step.view("small input")[name] = small_input(self.step.view("entering")[name])
+        self.step.view("small")[name] = token_rows(name, norm(small), self.mask)
+
+    def take(self) -> Step:
+        """What has been told since the last time."""
+        step, self.step = self.step, Step()
+        return step
+
+
+class _Pooled(_Listener):
+    """The passes of the noise floor: three copies of every row, one below the other.
+
+    The first goes its own way (``propagated``); the second is fed, at each recorded module, what entered the plain
+    pass's (``isolated``); the third also at each sublayer (``inside``). The first of these passes is the oracle.
+    """
+
+    def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
+        super().__init__(inputs, places)
+        self.plain = plain
+        self.pools: dict[tuple[str, str], Pool] = {}
+
+    def arrived(self, name: str, array: np.ndarray) -> np.ndarray:
+        own, alone, inside = np.split(array, 3)
+        given = self.plain.step.view("entering")[name]
+        if name in self.places.sublayers:
+            self._add("arriving", name, inside)
+            return np.concatenate([own, alone, given])
+        return np.concatenate([own, given, given])
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        own, alone, inside = np.split(array, 3)
+        if name not in self.places.sublayers:
+            self._add("propagated", name, own)
+            self._add("isolated", name, alone)
+        if name in self.places.inside:
+            self._add("inside", name, inside)
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._add("small", name, norm(self.plain.step.view("small input")[name]))
+
+    def take(self, step: Step) -> dict[str, dict[str, Any]]:
+        """The floors by view and name, with the plain pass, which ``step`` holds, among the pooled ones."""
+        floors: dict[str, dict[str, Any]] = {}
+        for (view, name), pool in self.pools.items():
+            pool.add(step.views["recorded" if view in ("propagated", "isolated") else view][name])
+            floors.setdefault(view, {})[name] = pool.floor()
+        self.pools = {}
+        return floors
+
+    def _add(self, view: str, name: str, array: np.ndarray) -> None:
+        rows = token_rows(name, array, self.mask)
+        if (view, name) in self.pools:
+            self.pools[view, name].add(rows)
+        else:
+            self.pools[view, name] = Pool(rows)
+
+
+class _Once:
+    """One pass, recorded whole."""
+
+    def __init__(self, inputs: Inputs, replaced: Arrays) -> None:
+        self.mask, self.replaced = inputs.mask, replaced
+        self.given: Arrays = {}
+        self.entering: Arrays = {}
+
+    def arrived(self, name: str, array: np.ndarray) -> np.ndarray | None:
+        self.entering[name] = array.copy()
+        return self.replaced.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        self.given[name] = token_rows(name, array, self.mask)
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
+
+
+def _thrice(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    return {name: np.concatenate([array] * 3) for name, array in arrays.items()}
+
+
 def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     import torch
     try:
@@ -175,34 +317,140 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
             if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
 
 
-def bytes_of(model: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def available_memory() -> int:
-    """Bytes that a new process could use without swapping, as Linux estimates it."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-
-
 def _load(run: Run) -> Any:
     import torch
+    cls, config = _class_and_config(run)
+    with _as_directory(run) as directory:
+        model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
+                                          attn_implementation="eager", output_loading_info=True)
+    absent = sorted(set(info["missing_keys"]) - {move.source for move in run.plan.moves})
+    if absent or info["mismatched_keys"]:
+        raise _random_weights(run, (absent or info["mismatched_keys"])[0])
+    if run.conversion.dtype != "keep":
+        _round_through(model, getattr(torch, run.conversion.dtype))
+    return model.eval()
+
+
+def _class_and_config(run: Run) -> tuple[Any, Any]:
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     cls = getattr(transformers, run.head.architecture)
     config = cls.config_class.from_dict(dict(run.config))
     config.pad_token_id = run.intended_config.get("pad_token_id")
-    with _as_directory(run) as directory:
-        model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
-                                          attn_implementation="eager", output_loading_info=True)
-    absent = sorted(set(info["missing_keys"]) - {move.source for move in run.plan.moves})
-    if absent or info["mismatched_keys"]:
-        raise BadInput(f"transformers does not find {(absent or info['mismatched_keys'])[0]} in {run.source}; a "
-                       "reference with random weights proves nothing.")
-    if run.conversion.dtype != "keep":
-        _round_through(model, getattr(torch, run.conversion.dtype))
+    return cls, config
+
+
+def _random_weights(run: Run, name: str) -> BadInput:
+    return BadInput(f"transformers does not find {name} in {run.source}; a reference with random weights proves "
+                    "nothing.")
+
+
+# A model larger than memory -------------------------------------------------------------------------------------------
+
+PART = 64 << 20
+
+
+def _load_empty(run: Run) -> Any:
+    """The class with its parameters on the meta device; its buffers, which no file holds, are real.
+
+    Only parameters are sent there, as accelerate's ``init_empty_weights`` does: ``with torch.device("meta")`` would
+    take plain attributes along, such as GPT-J's rotary table, which nothing restores.
+    """
+    import torch
+    from transformers.modeling_utils import no_init_weights
+    cls, config = _class_and_config(run)
+    config._attn_implementation = "eager"
+    register = torch.nn.Module.register_parameter
+
+    def without_values(module: Any, name: str, parameter: Any) -> None:
+        register(module, name, None if parameter is None else _on_meta(parameter))
+    torch.nn.Module.register_parameter = without_values
+    try:
+        with no_init_weights():
+            model = cls(config)
+    finally:
+        torch.nn.Module.register_parameter = register
+    model.tie_weights()
     return model.eval()
+
+
+def _on_meta(parameter: Any) -> Any:
+    import torch
+    return torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
+    import torch
+    keys = {path: key for path, key in _keys(run).items() if key in run.checkpoint.tensors}
+    cast = None if run.conversion.dtype == "keep" else getattr(torch, run.conversion.dtype)
+    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+    def slot(names: Sequence[str]) -> _Slot:
+        known = [name for name in names if name in keys]
+        if not known:
+            raise _random_weights(run, names[0])
+        info = run.checkpoint.tensors[keys[known[0]]]
+        return _Slot(model, names, info.file, info.name, cast)
+    return Pages(divide(owners, gates), slot)
+
+
+def _keys(run: Run) -> dict[str, str]:
+    """The source's key of every parameter, by its path in torch's class."""
+    from convert.plan import expand, layers_of, name_in
+    moved = {move.target: move.source for move in run.plan.moves if move.source}
+    rules = [rule for rule in run.family.rules_of(run.head) if rule.source and rule.target]
+    return {name_in(rule.source, layer): moved[name_in(rule.target, layer)]
+            for rule, layer in expand(rules, layers_of(run.family, run.config))
+            if name_in(rule.target, layer) in moved}
+
+
+class _Slot:
+    """One parameter of a torch module, under all its names."""
+
+    def __init__(self, model: Any, names: Sequence[str], file: Path, key: str, cast: Any) -> None:
+        self.names, self._file, self._key, self._cast = names, file, key, cast
+        self._places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        self._empty = model.get_parameter(names[0])
+
+    def fill(self) -> None:
+        import torch
+        values = torch.empty(self._empty.shape, dtype=torch.float32)
+        read = _read_safetensors if self._file.suffix == ".safetensors" else _read_bin
+        read(self._file, self._key, values)
+        if self._cast is not None:
+            values = values.to(self._cast).float()
+        self._put(torch.nn.Parameter(values, requires_grad=False))
+
+    def release(self) -> None:
+        self._put(self._empty)
+
+    def _put(self, parameter: Any) -> None:
+        for module, name in self._places:
+            module._parameters[name] = parameter
+
+
+def _read_safetensors(file: Path, key: str, values: Any) -> None:
+    """Fill ``values`` by way of safetensors' own reader, in parts: what it maps counts as memory until it closes."""
+    from safetensors import safe_open
+    rows = max(1, PART // max(1, values[0].numel() * 4)) if values.dim() > 1 else max(1, values.numel())
+    for start in range(0, max(1, values.shape[0] if values.dim() else 1), rows):
+        with safe_open(file, "pt") as content:
+            if values.dim() > 1:
+                values[start: start + rows] = content.get_slice(key)[start: start + rows]
+            else:
+                values.copy_(content.get_tensor(key).reshape(values.shape))
+
+
+def _read_bin(file: Path, key: str, values: Any) -> None:
+    import torch
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except RuntimeError as error:
+        raise BadInput(f"{file.name} is older than torch's zip format and can only be loaded whole, so this model "
+                       "cannot be paged. Save it again with torch.save, or as safetensors, or use --paging off."
+                       ) from error
+    values.copy_(content[key].reshape(values.shape))
 
 
 def _round_through(model: Any, dtype: Any) -> None:

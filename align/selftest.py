@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NAMED, EXPLAINED = 0.95, 0.80
 NO_EXPLANATION = (None, "", "none", "unknown", "unexplained")
-REMEMBERED = ("record", "noise_floors", "record_inside", "floors_inside")
+REMEMBERED = ("steps", "record_inside")
 COLUMNS = ("kind", "family", "place", "how", "visible", "caught", "verdict", "first failing tensor", "block right",
            "named", "named right", "explanation wanted", "explanation given", "subject", "explained", "limit used",
            "exit code", "seconds", "note")
@@ -350,7 +350,8 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         key = _digest([*arguments, *sorted(named.items())])
         if key not in known:
-            known[key] = method(*arguments, **named)
+            found = method(*arguments, **named)
+            known[key] = list(found) if isinstance(found, Iterator) else found
         return known[key]
     return call
 

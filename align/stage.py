@@ -1,4 +1,7 @@
-"""What every stage shares: the flags, opening a run, the weights first, a verdict, a report, an exit code."""
+"""What every stage shares: the flags, opening a run, the weights first, a verdict, a report, an exit code.
+
+inputs -> steps of the reference -> answers of the candidate -> judgement -> report.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +30,14 @@ if TYPE_CHECKING:
     from .reference import Reference
     from .report import StageResult
     from .runs import Run
-
-Arrays = Mapping[str, "np.ndarray"]
+    from .trace import Provenance, Step, StepFiles, Trace
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a stage recorded on both sides and what comparing it gave, in the order of execution."""
+    """What comparing gave, in the order of execution, and what there is to say about it."""
 
     tensors: Sequence[TensorResult]
-    inputs_digest: str | None
-    reference: Arrays = field(default_factory=dict)
-    candidate: Arrays = field(default_factory=dict)
     notes: Sequence[str] = ()
     values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     named: str | None = None
@@ -57,13 +58,21 @@ class Session:
     def reference(self) -> Reference:
         from .reference import Reference
         self.advance("loading torch")
-        return Reference(self.run)
+        return Reference(self.run, self.paged)
 
     @cached_property
     def candidate(self) -> Candidate:
         from .candidate import open_candidate
         self.advance("loading paddle")
-        return open_candidate(self.run, self.options.target, self.options.device)
+        return open_candidate(self.run, self.options.target, self.options.device,
+                              self.paged and (":" not in self.options.target or self.options.paging == "on"))
+
+    @cached_property
+    def paged(self) -> bool:
+        """Whether weights come in module by module: as ``--paging`` says, or where the models do not fit."""
+        from .paging import is_needed
+        return self.options.paging == "on" or (
+            self.options.paging == "auto" and is_needed(self.run, 1 if self.options.only else 2))
 
     @property
     def reports(self) -> Path:
@@ -74,7 +83,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage by name: ``find`` records and compares. ``flags`` adds options of its own."""
+    """A stage by name: ``find`` looks and compares. ``flags`` adds options of its own."""
 
     name: str
     purpose: str
@@ -82,13 +91,32 @@ class Stage:
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
-def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class RecordedStage:
+    """A stage whose two sides are recorded, together or in two environments, and then judged.
+
+    ``candidate`` learns from the steps of the reference what it is to be fed, and answers each of them; what it has
+    left to say comes as one answer more.
+    """
+
+    name: str
+    purpose: str
+    reference: Callable[[Session], Iterator[Step]]
+    candidate: Callable[[Session, Iterable[Step]], Iterator[Step]]
+    judge: Callable[[Session, Iterable[tuple[Step, Step]]], Findings]
+    flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def main(stage: Stage | RecordedStage, arguments: Sequence[str] | None = None) -> int:
     """The command line of a stage. 0 aligned, 1 diverged, 2 bad input, 3 a framework is missing, 4 our fault."""
-    options = _parser(stage).parse_args(arguments)
+    parser = _parser(stage)
+    options = parser.parse_args(arguments)
+    if options.only and options.compare:
+        parser.error("--only records a side, --compare judges two: give one of them")
     return errors.guarded(lambda: _run(stage, options))
 
 
-def _run(stage: Stage, options: argparse.Namespace) -> int:
+def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     from .report import ALIGNED
     os.environ.setdefault("GLOG_minloglevel", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -96,6 +124,8 @@ def _run(stage: Stage, options: argparse.Namespace) -> int:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import warnings
     warnings.simplefilter("ignore")
+    if options.only:
+        return _record(stage, options)
     result = run_stage(stage, options)
     report = result.save(_session(options).reports)
     result.print()
@@ -113,52 +143,181 @@ def _write_page(directory: Path) -> None:
         print(f"note: the page could not be written ({type(error).__name__}: {error}).", file=sys.stderr)
 
 
-def run_stage(stage: Stage, options: argparse.Namespace) -> StageResult:
+def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> StageResult:
     """Carry out ``stage`` and return its result; traces are saved, the report is not."""
-    from .evidence import evidence
     from .report import StageResult
     started = time.perf_counter()
     with _progress(stage.name) as advance:
         session = _session(options, advance)
-        divergence, told = (None, []) if stage.name == "weights" else evidence(session)
-        session.weights_divergence = divergence
-        findings = stage.find(session)
-        _save_traces(stage, session, findings)
+        look = (_look if isinstance(stage, Stage) else _compare if options.compare else _record_and_compare)
+        findings, reference, candidate = look(stage, session)
         return StageResult(
             run=session.run.name, family=session.run.family.name, head=session.run.head.architecture, stage=stage.name,
-            target=options.target, tensors=findings.tensors, weights_divergence=divergence,
-            reference={"framework": "torch", "version": _torch_version(), "weights_digest": session.run.source_digest},
-            candidate={"framework": session.candidate.framework, "version": session.candidate.version,
-                       "weights_digest": session.candidate.weights_digest},
-            inputs_digest=findings.inputs_digest, notes=[*told, *findings.notes], values=findings.values,
+            target=options.target, tensors=findings.tensors, weights_divergence=candidate.weights_divergence,
+            reference=_side(reference), candidate=_side(candidate), inputs_digest=reference.inputs_digest,
+            notes=[*candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
 
+Found = tuple[Findings, "Provenance", "Provenance"]
+Watch = Callable[["Step", "Step"], None]
+SIDES = ("torch", "paddle")
+
+
+def _look(stage: Stage, session: Session) -> Found:
+    if session.options.compare:
+        raise errors.BadInput(f"align.{stage.name} records nothing that --compare could compare: run it where the "
+                              "Paddle side is, without --compare.")
+    findings = stage.find(session)
+    return findings, *(_provenance(stage, session, side, None) for side in SIDES)
+
+
+def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
+    """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
+    from .evidence import evidence
+    from .trace import StepFiles, require_comparable
+    session.weights_divergence, told = evidence(session)
+    reference, candidate = _Recording(), _Recording()
+
+    def keep(step: Step, answer: Step) -> None:
+        reference.add(step)
+        candidate.add(answer)
+    findings = stage.judge(session, paired(stage, session, keep))
+    left = reference.trace(_provenance(stage, session, SIDES[0], reference.inputs_digest))
+    right = candidate.trace(_provenance(stage, session, SIDES[1], candidate.inputs_digest, told))
+    provenance = require_comparable(left.provenance, right.provenance,
+                                    same_framework=session.options.allow_same_framework)
+    traces = session.reports / "traces"
+    for trace, side in ((left, SIDES[0]), (right, SIDES[1])):
+        trace.save(traces, side)
+        StepFiles(traces, stage.name, side).remove()
+    _write_reprod_diff(stage, traces, left, right)
+    return findings, left.provenance, provenance
+
+
+def _compare(stage: RecordedStage, session: Session) -> Found:
+    """``--compare``: two recordings, and neither framework."""
+    from .trace import Step, require_comparable
+    (left, theirs), (right, ours) = (_recorded(stage, session, side) for side in SIDES)
+    provenance = require_comparable(left.provenance, right.provenance,
+                                    same_framework=session.options.allow_same_framework)
+    session.weights_divergence = provenance.weights_divergence
+    findings = stage.judge(session, zip_longest(theirs.read(left), ours.read(right), fillvalue=Step()))
+    _write_reprod_diff(stage, session.reports / "traces", left, right)
+    return findings, left.provenance, provenance
+
+
+def _record(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
+    """``--only``: one side, for ``--compare`` to judge, perhaps in another environment."""
+    from .trace import StepFiles
+    if isinstance(stage, Stage):
+        raise errors.BadInput(f"align.{stage.name} has no side to record alone: run it where the Paddle side is, "
+                              "without --only.")
+    with _progress(stage.name) as advance:
+        session = _session(options, advance)
+        side, traces = ((SIDES[0], session.run.directory / "traces") if options.only == "reference" else
+                        (SIDES[1], session.reports / "traces"))
+        told: Sequence[str] = ()
+        if options.only == "reference":
+            steps = stage.reference(session)
+        else:
+            from .evidence import evidence
+            recorded, files = _recorded(stage, session, SIDES[0])
+            session.weights_divergence, told = evidence(session)
+            steps = stage.candidate(session, files.read(recorded))
+        recording = _Recording()
+        for step in StepFiles(traces, stage.name, side).write(steps):
+            recording.add(step)
+        provenance = _provenance(stage, session, side, recording.inputs_digest, told)
+        saved = recording.trace(provenance).save(traces, side)
+    then = "--only candidate, where Paddle is; then --compare" if options.only == "reference" else "--compare"
+    print(f"{stage.name}: {options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
+          f"next: python -m align.{stage.name} --run {session.run.name} {then}")
+    return errors.ALIGNED
+
+
+def _recorded(stage: RecordedStage, session: Session, side: str) -> tuple[Trace, StepFiles]:
+    """What ``--only`` recorded of ``side``; :class:`BadInput` when it is not there, or of another conversion."""
+    from .trace import StepFiles, load_trace
+    word, where = (("reference", "torch") if side == SIDES[0] else ("candidate", "Paddle"))
+    advice = f"Record it first, where {where} is: python -m align.{stage.name} --run {session.run.name} --only {word}"
+    places = [session.reports / "traces", session.run.directory / "traces"]
+    if side == SIDES[0]:
+        places.reverse()
+    else:
+        places = places[:1]
+    directory = next((place for place in places if (place / f"{stage.name}_{side}.npy").is_file()), places[0])
+    trace = load_trace(directory, stage.name, side, advice)
+    if trace.provenance.source_digest != session.run.conversion.source_digest:
+        raise errors.BadInput(f"the {word} in {directory} was recorded from another source than run {session.run.name} "
+                              f"converted ({trace.provenance.source_digest}). {advice}")
+    return trace, StepFiles(directory, stage.name, side)
+
+
+def paired(stage: RecordedStage, session: Session, watch: Watch = lambda step, answer: None,
+           ) -> Iterator[tuple[Step, Step]]:
+    """Each step of the reference with the candidate's answer to it, one at a time; the last answer stands alone."""
+    from .trace import Step
+    asked: deque[Step] = deque()
+
+    def told() -> Iterator[Step]:
+        for step in stage.reference(session):
+            asked.append(step)
+            yield step
+    for answer in stage.candidate(session, told()):
+        step = asked.popleft() if asked else Step()
+        watch(step, answer)
+        yield step, answer
+
+
+@dataclass
+class _Recording:
+    """What of a side's steps goes into its trace."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs_digest: str | None = None
+
+    def add(self, step: Step) -> None:
+        self.arrays |= step.recorded
+        self.inputs_digest = step.told.get("inputs_digest", self.inputs_digest)
+
+    def trace(self, provenance: Provenance) -> Trace:
+        from .trace import Trace
+        return Trace(provenance, self.arrays)
+
+
+def _provenance(stage: Stage | RecordedStage, session: Session, side: str, inputs_digest: str | None,
+                told: Sequence[str] = ()) -> Provenance:
+    from .trace import Provenance
+    digest = session.run.source_digest
+    if side == SIDES[0]:
+        return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
+                          inputs_digest)
+    candidate = session.candidate
+    return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
+                      candidate.weights_digest, digest, inputs_digest, session.weights_divergence, tuple(told))
+
+
+def _side(provenance: Provenance) -> dict[str, str]:
+    return {name: getattr(provenance, name) for name in ("framework", "version", "weights_digest")}
+
+
+def _write_reprod_diff(stage: RecordedStage, traces: Path, left: Trace, right: Trace) -> None:
+    """What ReprodDiffHelper says. Its package wants paddle: where that is not installed, the text is left out."""
+    from importlib.util import find_spec
+
+    from .trace import write_reprod_diff
+    if left.arrays and right.arrays and find_spec("reprod_log") and find_spec("paddle"):
+        write_reprod_diff(left.arrays, right.arrays, traces / f"{stage.name}_diff.txt")
+
+
 def _session(options: argparse.Namespace, advance: Callable[[str], None] = lambda told: None) -> Session:
     from .runs import load_run
     family = Path(options.family) if options.family else None
     return Session(load_run(options.run, Path(options.reports), family), options, advance)
-
-
-def _save_traces(stage: Stage, session: Session, findings: Findings) -> None:
-    from .trace import Provenance, Trace, require_comparable, write_reprod_diff
-    if not findings.reference or not findings.candidate:
-        return
-    digest = session.run.source_digest
-    reference = Trace(Provenance(stage.name, session.reference.framework, session.reference.version,
-                                 type(session.reference.model).__name__, digest, digest, findings.inputs_digest),
-                      findings.reference)
-    candidate = Trace(Provenance(stage.name, session.candidate.framework, session.candidate.version,
-                                 type(session.candidate.model).__name__, session.candidate.weights_digest, digest,
-                                 findings.inputs_digest), findings.candidate)
-    require_comparable(reference, candidate)
-    traces = session.reports / "traces"
-    reference.save(traces)
-    candidate.save(traces)
-    write_reprod_diff(reference, candidate, traces / f"{stage.name}_diff.txt")
 
 
 def _torch_version() -> str:
@@ -183,7 +342,7 @@ def _progress(stage: str) -> Iterator[Callable[[str], None]]:
         yield lambda told: progress.update(task, description=f"{stage}: {told}")
 
 
-def _parser(stage: Stage) -> argparse.ArgumentParser:
+def _parser(stage: Stage | RecordedStage) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m align.{stage.name}", description=stage.purpose)
     add_flags(parser)
     stage.flags(parser)
@@ -197,5 +356,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--target", default="models", metavar="models|paddlenlp|MODULE:BUILD",
         help="which Paddle net: ours in models/ (default), PaddleNLP's class, or what a function of yours builds")
     add("--device", default="cpu", help="cpu (default) or gpu:0, for the Paddle side")
+    add("--paging", choices=("auto", "on", "off"), default="auto",
+        help="bring weights in block by block; auto (default): where the models do not fit into memory")
+    add("--only", choices=("reference", "candidate"),
+        help="record one side, where its framework is; the reference comes first")
+    add("--compare", action="store_true", help="judge what --only has recorded; needs neither framework")
+    add("--allow-same-framework", action="store_true", help="let both sides be of one framework; the report says so")
     add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own")
     add("--reports", metavar="DIR", default="reports", help="where the runs are; default reports")

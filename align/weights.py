@@ -11,7 +11,7 @@ from .stage import Findings, Session, Stage, main
 def find(session: Session) -> Findings:
     """Every tensor of the plan, and every tensor that the candidate holds beyond it."""
     results, notes = compare_weights(session.run, session.candidate)
-    return Findings(results, None, notes=notes)
+    return Findings(results, notes)
 
 
 STAGE = Stage("weights", "Compare what the Paddle side holds with the source, bit by bit.", find)

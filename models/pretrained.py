@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from convert.checkpoint import open_checkpoint, read_config
+from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.dtypes import to_float32
 from convert.errors import BadInput
 
@@ -40,6 +40,14 @@ class Pretrained(paddle.nn.Layer):
         return cls(cls.config_class.from_dict(config))
 
     @classmethod
+    def unfilled(cls, config: Mapping[str, Any], checkpoint: Checkpoint) -> Self:
+        """The net of a ``config.json`` without values, after making sure that ``checkpoint`` has every one it needs."""
+        with paddle.LazyGuard():
+            net = cls.from_config(config)
+        net._check_fit(net._parameters_with_names(), _shapes(checkpoint))
+        return net
+
+    @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
         """The net of ``directory`` in eval mode and float32, read tensor by tensor."""
         with paddle.LazyGuard():
@@ -47,7 +55,7 @@ class Pretrained(paddle.nn.Layer):
         with open_checkpoint(directory) as checkpoint:
             tensors = checkpoint.tensors
             net._fill(
-                {name: tuple(info.shape) for name, info in tensors.items()},
+                _shapes(checkpoint),
                 lambda name: to_float32(checkpoint.read(name), tensors[name].dtype.name),
             )
         net.eval()
@@ -109,6 +117,10 @@ class Pretrained(paddle.nn.Layer):
             raise BadInput(
                 f"{type(self).__name__}: {len(found)} tensors are {fault}: {', '.join(found[:8])}{more}."
             )
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...], is_copy: bool) -> bool:

@@ -15,7 +15,7 @@ from align_fixtures import STAGES, Workshop
 from align import forward
 from align.candidate import Candidate
 from align.stage import Findings, main
-from align.trace import Provenance, Trace, require_comparable
+from align.trace import Provenance, require_comparable
 from convert.errors import BadInput
 
 PROJECT = Path(forward.__file__).parents[1]
@@ -167,16 +167,16 @@ def test_a_crash_is_no_verdict_and_leaves_a_traceback_in_a_file(workshop, monkey
 
 
 def test_comparing_nothing_is_diverged(workshop, capsys):
-    nothing = dataclasses.replace(forward.STAGE, name="nothing", find=lambda session: Findings([], "0"))
+    nothing = dataclasses.replace(forward.STAGE, name="nothing", judge=lambda session, pairs: Findings(list(pairs)[:0]))
     assert main(nothing, ["--run", "bert", "--reports", str(workshop.reports)]) == 1
     assert "nothing is not evidence" in capsys.readouterr().out.replace("\n", " ")
     assert json.loads((workshop.reports / "bert" / "nothing.json").read_text())["verdict"] == "diverged"
 
 
 def test_a_tensor_that_only_one_side_recorded_fails(workshop, monkeypatch):
-    record = Candidate.record
-    monkeypatch.setattr(Candidate, "record", lambda self, *arguments, **named: {
-        name.replace("logits", "elsewhere"): array for name, array in record(self, *arguments, **named).items()})
+    outputs = Candidate.outputs
+    monkeypatch.setattr(Candidate, "outputs", lambda self, arrays: {
+        name.replace("logits", "elsewhere"): array for name, array in outputs(self, arrays).items()})
     outcome = workshop.align("forward", "bert")
     assert (outcome.code, outcome.failing) == (1, ["logits", "elsewhere"])
     assert outcome.report["failures"] == ["logits: the candidate did not record it",
@@ -186,7 +186,7 @@ def test_a_tensor_that_only_one_side_recorded_fails(workshop, monkeypatch):
 def trace(**changed):
     told = dict(stage="forward", framework="torch", version="2", model="M", weights_digest="w", source_digest="s",
                 inputs_digest="i")
-    return Trace(Provenance(**{**told, **changed}), {"x": np.ones(1)})
+    return Provenance(**{**told, **changed})
 
 
 @pytest.mark.parametrize("changed, told", [

@@ -18,7 +18,7 @@ from ..inputs import Inputs
 from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
 from ..oracle import Float64, Reordered
-from ..reference import Reference, available_memory, bytes_of, outputs_of
+from ..reference import Reference, outputs_of
 from ..tasks import token_rows
 from ..tolerance import REORDERED_RUNS
 from . import surgery
@@ -56,9 +56,9 @@ class Place:
     def mask(self) -> np.ndarray:
         return self.inputs.mask
 
-    def run(self, root: Any = None, dtype: Any = torch.float32) -> np.ndarray:
-        """Valid rows of the output, as the reference records them, of ``root`` or of a copy of it in ``dtype``."""
-        root = self.root if root is None else root
+    def run(self, dtype: Any = torch.float32) -> np.ndarray:
+        """Valid rows of the output, as the reference records them, for the recorded arguments in ``dtype``."""
+        root = self.root
         with torch.no_grad():
             if not self.whole:
                 arguments, named = _as(self._calls[self.path], dtype)
@@ -73,28 +73,25 @@ class Place:
 
     def with_change(self, change: Change) -> np.ndarray:
         """:meth:`run` with ``change`` in force."""
-        with change(self.root):
+        with self.reference.weights_of(self.path), change(self.root):
             return self.run()
 
-    def floor(self, change: Change) -> NoiseFloor | None:
-        """The noise floor of the changed reference itself; None without the memory for a float64 copy."""
-        found = self._floors(change, lambda root, dtype: {"": self.run(root, dtype)})
-        return found and found[""]
+    def floor(self, change: Change) -> NoiseFloor:
+        """The noise floor of the changed reference itself."""
+        return self._floors(change, lambda dtype: {"": self.run(dtype)})[""]
 
-    def floors_inside(self, change: Change, entering: Mapping[str, np.ndarray]) -> dict[str, NoiseFloor] | None:
+    def floors_inside(self, change: Change, entering: Mapping[str, np.ndarray]) -> dict[str, NoiseFloor]:
         """As :meth:`floor`, of what :meth:`run_inside` gives."""
-        return self._floors(change, lambda root, dtype: self.run_inside(entering, root, dtype))
+        return self._floors(change, lambda dtype: self.run_inside(entering, dtype))
 
-    def _floors(self, change: Change, run: Callable[[Any, Any], dict[str, np.ndarray]]) -> dict[str, NoiseFloor] | None:
-        if 3 * bytes_of(self.root) > available_memory():
-            return None
-        double = copy.deepcopy(self.root).double()
-        with Float64(), change(double):
-            pools = {name: Pool(array) for name, array in run(double, torch.float64).items()}
-        for number in range(REORDERED_RUNS + 1):
-            with Reordered(number) if number else nullcontext(), change(self.root):
-                for name, array in run(self.root, torch.float32).items():
-                    pools[name].add(array)
+    def _floors(self, change: Change, run: Callable[[Any], dict[str, np.ndarray]]) -> dict[str, NoiseFloor]:
+        with self.reference.weights_of(self.path), change(self.root):
+            with Float64():
+                pools = {name: Pool(array) for name, array in run(torch.float64).items()}
+            for number in range(REORDERED_RUNS + 1):
+                with Reordered(number) if number else nullcontext():
+                    for name, array in run(torch.float32).items():
+                        pools[name].add(array)
         return {name: pool.floor() for name, pool in pools.items()}
 
     @cached_property
@@ -103,10 +100,8 @@ class Place:
         found = None if self.whole else sublayers_of(self.reference.run, self.name)
         return [(path.removeprefix(self.path + "."), name) for path, name, _ in found[1]] if found else []
 
-    def run_inside(self, entering: Mapping[str, np.ndarray], root: Any = None, dtype: Any = torch.float32,
-                   ) -> dict[str, np.ndarray]:
+    def run_inside(self, entering: Mapping[str, np.ndarray], dtype: Any = torch.float32) -> dict[str, np.ndarray]:
         """Rows of what arrives at each sublayer and of what it gives for ``entering``, which it is fed instead."""
-        root = self.root if root is None else root
         found: dict[str, np.ndarray] = {}
 
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -121,12 +116,12 @@ class Place:
         with ExitStack() as hooks:
             for path, name in self.sublayers:
                 if name in entering:
-                    module = root.get_submodule(path)
+                    module = self.root.get_submodule(path)
                     hooks.callback(module.register_forward_pre_hook(
                         lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(
                         lambda _, __, output, name=name: after(name, output)).remove)
-            found[self.name] = self.run(root, dtype)
+            found[self.name] = self.run(dtype)
         return found
 
     @cached_property
@@ -187,7 +182,7 @@ class Place:
 
     def looks_up(self, parameter: str) -> bool:
         """Whether a parameter, by its path in the model, is the table of an embedding."""
-        return isinstance(self.model.get_submodule(parameter.rpartition(".")[0]), torch.nn.Embedding)
+        return self.reference.looks_up(parameter)
 
     def holds(self, path: str) -> bool:
         """Whether the path below the root is run here and not played back."""

@@ -1,0 +1,160 @@
+"""``--only reference``, ``--only candidate``, ``--compare``: recorded apart, judged as if recorded together."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from align_fixtures import Workshop, strict_json
+
+STAGES = ("forward", "metric", "loss")
+PROJECT = Path(__file__).resolve().parents[1]
+HEADS = {"bert": "BertForPreTraining", "gptj": "GPTJForCausalLM"}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    found = Workshop(tmp_path_factory.mktemp("apart"))
+    for family, head in HEADS.items():
+        found.make(head, family, tokenizer=True)
+    return found
+
+
+def judged(report):
+    return [report[key] for key in ("verdict", "first_divergence", "tensors", "sublayers", "values", "inputs_digest",
+                                    "reference", "candidate", "named", "failures", "notes")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize("target", ["models", "paddlenlp"])
+def test_recorded_apart_and_together_give_one_report(shop, family, stage, target):
+    if target == "paddlenlp":
+        pytest.importorskip("paddlenlp")
+    together = shop.align(stage, family, "--target", target)
+    for side in ("reference", "candidate"):
+        recorded = shop.align(stage, family, "--target", target, "--only", side)
+        assert (recorded.code, recorded.report) == (0, {})
+        assert "recorded" in recorded.stdout and "next:" in recorded.stdout
+    apart = shop.align(stage, family, "--target", target, "--compare")
+    assert apart.code == together.code
+    assert judged(apart.report) == judged(together.report)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_side_needs_only_its_own_framework(shop, stage):
+    """torch records where paddle is not; a comparison needs neither."""
+    def without(*missing):
+        hidden = ", ".join(f"sys.modules[{name!r}] = None" for name in missing)
+        return f"import sys; {hidden.replace(', sys', '; sys')}; import runpy; runpy.run_module('align.{stage}', " \
+               "run_name='__main__')"
+
+    def run(program, *flags):
+        return subprocess.run([sys.executable, "-c", program, "--run", "bert", "--reports", str(shop.reports), *flags],
+                              cwd=PROJECT, capture_output=True, text=True)
+    done = run(without("paddle", "paddlenlp", "reprod_log"), "--only", "reference")
+    assert done.returncode == 0, done.stderr
+    assert shop.align(stage, "bert", "--only", "candidate").code == 0
+    done = run(without("torch", "transformers", "paddle", "paddlenlp", "reprod_log"), "--compare")
+    assert done.returncode == 0, done.stderr
+    assert f"{stage}: aligned" in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_not_recorded_yet_is_asked_for(shop, stage):
+    shutil.rmtree(shop.reports / "gptj" / "traces", ignore_errors=True)
+    refused = shop.align(stage, "gptj", "--only", "candidate")
+    assert refused.code == 2 and f"align.{stage} --run gptj --only reference" in refused.stderr
+    assert shop.align(stage, "gptj", "--only", "reference").code == 0
+    refused = shop.align(stage, "gptj", "--compare")
+    assert refused.code == 2 and f"align.{stage} --run gptj --only candidate" in refused.stderr
+
+
+def recorded(shop, family="bert", stage="forward"):
+    for side in ("reference", "candidate"):
+        assert shop.align(stage, family, "--only", side).code == 0
+    return shop.reports / family / "traces"
+
+
+@pytest.mark.parametrize("field, value, told", [
+    ("framework", "torch", "both traces come from torch"), ("inputs_digest", "0" * 32, "different inputs"),
+    ("source_digest", "0" * 32, "another source"), ("stage", "loss", "different stages")])
+def test_a_pair_that_proves_nothing_is_refused(shop, field, value, told):
+    file = recorded(shop) / "forward_paddle.provenance"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    outcome = shop.align("forward", "bert", "--compare")
+    assert outcome.code == 2 and told in outcome.stderr and not outcome.report
+
+
+def test_two_models_of_one_framework_are_compared_only_when_asked_for_and_the_report_says_so(shop):
+    traces = recorded(shop)
+    for suffix in ("npy", "provenance"):
+        shutil.copyfile(traces / f"forward_torch.{suffix}", traces / f"forward_paddle.{suffix}")
+    assert shop.align("forward", "bert", "--compare").code == 2
+    outcome = shop.align("forward", "bert", "--compare", "--allow-same-framework")
+    assert outcome.code == 0
+    assert any("--allow-same-framework" in note for note in outcome.report["notes"])
+
+
+def test_a_changed_trace_is_seen(shop):
+    """The trace is what is judged, not a copy of it beside it."""
+    file = recorded(shop) / "forward_paddle.npy"
+    arrays = np.load(file, allow_pickle=True).item()
+    arrays["bert.encoder.layers.1"][3, 4] += 1e-3
+    np.save(file, arrays, allow_pickle=True)
+    outcome = shop.align("forward", "bert", "--compare")
+    assert (outcome.code, outcome.report["first_divergence"]) == (1, "bert.encoder.layers.1")
+    del arrays["bert.encoder.layers.1"]
+    np.save(file, arrays, allow_pickle=True)
+    outcome = shop.align("forward", "bert", "--compare")
+    assert outcome.code == 1 and "the candidate did not record it" in outcome.report["failures"][0]
+
+
+def test_weights_that_differed_when_recorded_diverge_the_comparison(shop, monkeypatch):
+    from align.candidate import Candidate
+    state = Candidate.state
+    monkeypatch.setattr(Candidate, "state", lambda self: (
+        (name, array + 1 if name == "bert.encoder.layers.1.norm1.weight" else array) for name, array in state(self)))
+    recorded(shop)
+    monkeypatch.undo()
+    outcome = shop.align("forward", "bert", "--compare")
+    assert (outcome.code, outcome.report["first_divergence"]) == (1, "bert.encoder.layers.1.norm1.weight")
+
+
+class Hostile:
+    def __reduce__(self):
+        return (eval, ("open('pwned', 'w')",))
+
+
+def test_a_trace_from_a_stranger_runs_no_code(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = recorded(shop) / "forward_paddle.npy"
+    np.save(file, {"x": Hostile()}, allow_pickle=True)
+    outcome = shop.align("forward", "bert", "--compare")
+    assert outcome.code == 2 and "eval" in outcome.stderr and not (tmp_path / "pwned").exists()
+    file.write_bytes(pickle.dumps([1]))
+    assert shop.align("forward", "bert", "--compare").code == 2
+
+
+@pytest.mark.parametrize("flags", [("--only", "reference"), ("--only", "candidate"), ("--compare",)])
+def test_weights_have_no_side_to_record_alone(shop, flags):
+    outcome = shop.align("weights", "bert", *flags)
+    assert outcome.code == 2 and flags[0] in outcome.stderr
+
+
+def test_only_and_compare_together_are_refused(shop):
+    assert shop.align("forward", "bert", "--only", "reference", "--compare").code == 2
+
+
+def test_a_later_run_of_both_sides_leaves_no_floors_of_an_earlier_recording(shop):
+    traces = recorded(shop)
+    assert list(traces.glob("forward_*.steps"))
+    assert shop.align("forward", "bert").code == 0
+    assert not list(traces.glob("forward_*.steps"))
+    assert strict_json(shop.reports / "bert" / "forward.json")["verdict"] == "aligned"
