@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_what_two_gates_share_stays():
 
 
 class Counted:
-    filled: set[str] = set()
+    filled: ClassVar[set[str]] = set()
 
     def __init__(self, names):
         self.names = names
