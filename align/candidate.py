@@ -43,6 +43,8 @@ class Candidate:
     """The model that is to be proved the same. ``paged``: its weights come in module by module, and leave again."""
 
     framework = "paddle"
+    reentrant = True
+    """Whether several passes of the net may be under way at once; a net that keeps state while it runs is not."""
 
     def __init__(self, run: Run, device: str = "cpu", paged: bool = False) -> None:
         require("paddle")
@@ -104,6 +106,14 @@ class Candidate:
                 found.views |= listener.take()
             return found
         passes = [lambda listener=listener: self._listen(listener, inputs.arrays) for listener in listeners]
+        if not self.reentrant:
+            for step in list(steps):
+                known.learn(step)
+                yield Step()
+            with self._hooks(places.all):
+                in_turn(passes)
+            yield taken()
+            return
         with self._hooks(places.all), in_step(passes, self._enter) as walks:
             for step in steps:
                 known.learn(step)
@@ -284,6 +294,8 @@ class UserNet(Candidate):
     It returns a ``paddle.nn.Layer`` with its weights loaded, whose parameters and modules have the family's Paddle
     names, and which takes transformers' arguments and returns a mapping with transformers' output names.
     """
+
+    reentrant = False
 
     def __init__(self, run: Run, device: str, paged: bool, target: str) -> None:
         self._module, _, self._function = target.partition(":")

@@ -120,9 +120,9 @@ class _Wrong:
 
 
 def _wrong_weights(session: Session) -> Iterator[_Wrong]:
-    from .evidence import bits_of, evidence, expected_of
+    from .evidence import bits_of, expected_of
     from .explanations.weights import difference
-    if evidence(session)[0] is None:
+    if session.weights_divergence is None:
         return
     run = session.run
     moves = {move.target: move for move in run.plan.moves}
@@ -631,9 +631,8 @@ class _Case:
 
 def find(session: Session) -> Findings:
     """The forward stage once more, and a sentence on why it is diverged; its traces are not saved again."""
-    from .evidence import evidence
     from .forward import STAGE as FORWARD_STAGE
-    session.weights_divergence, told = evidence(session)
+    _, told = session.evidence
     findings = FORWARD_STAGE.judge(session, paired(FORWARD_STAGE, session))
     bad = session.weights_divergence or findings.named
     none = f"No explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."

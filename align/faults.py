@@ -34,6 +34,7 @@ from models.activation import activation
 from models.attention import heads_first
 from models.pretrained import Pretrained
 
+from .candidate import OwnNet
 from .inputs import seeded
 
 Tensors = dict[str, np.ndarray]
@@ -247,7 +248,7 @@ def in_config(**changes: Any) -> Plant:
 
 
 def in_net(break_net: Break) -> Plant:
-    """The net, broken as soon as it is loaded."""
+    """The net, broken as soon as it is loaded; it may be broken in a way that shows only while a pass is under way."""
     @contextmanager
     def plant(output: Path) -> Iterator[None]:
         load = vars(Pretrained)["from_pretrained"].__func__
@@ -259,7 +260,8 @@ def in_net(break_net: Break) -> Plant:
                 break_net(net)
                 broken.append(cls)
             return net
-        with patch.object(Pretrained, "from_pretrained", classmethod(from_pretrained)):
+        with patch.object(Pretrained, "from_pretrained", classmethod(from_pretrained)), patch.object(
+                OwnNet, "reentrant", False):
             yield
         if not broken:
             raise NotPlanted(f"no net of models/ was loaded from {output}")

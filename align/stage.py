@@ -52,7 +52,6 @@ class Session:
     run: Run
     options: argparse.Namespace
     advance: Callable[[str], None]
-    weights_divergence: str | None = None
 
     @cached_property
     def reference(self) -> Reference:
@@ -73,6 +72,16 @@ class Session:
         from .paging import is_needed
         return self.options.paging == "on" or (
             self.options.paging == "auto" and is_needed(self.run, 1 if self.options.only else 2))
+
+    @cached_property
+    def evidence(self) -> tuple[str | None, list[str]]:
+        """The first weight that differs from the source, or None, and what is told of it; looked at once."""
+        from .evidence import evidence
+        return evidence(self)
+
+    @property
+    def weights_divergence(self) -> str | None:
+        return self.evidence[0]
 
     @property
     def reports(self) -> Path:
@@ -177,9 +186,8 @@ def _look(stage: Stage, session: Session) -> Found:
 
 def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
     """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
-    from .evidence import evidence
     from .trace import StepFiles, require_comparable
-    session.weights_divergence, told = evidence(session)
+    _, told = session.evidence
     reference, candidate = _Recording(), _Recording()
 
     def keep(step: Step, answer: Step) -> None:
@@ -204,7 +212,7 @@ def _compare(stage: RecordedStage, session: Session) -> Found:
     (left, theirs), (right, ours) = (_recorded(stage, session, side) for side in SIDES)
     provenance = require_comparable(left.provenance, right.provenance,
                                     same_framework=session.options.allow_same_framework)
-    session.weights_divergence = provenance.weights_divergence
+    session.evidence = provenance.weights_divergence, list(provenance.notes)
     findings = stage.judge(session, zip_longest(theirs.read(left), ours.read(right), fillvalue=Step()))
     _write_reprod_diff(stage, session.reports / "traces", left, right)
     return findings, left.provenance, provenance
@@ -224,9 +232,8 @@ def _record(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
         if options.only == "reference":
             steps = stage.reference(session)
         else:
-            from .evidence import evidence
             recorded, files = _recorded(stage, session, SIDES[0])
-            session.weights_divergence, told = evidence(session)
+            _, told = session.evidence
             steps = stage.candidate(session, files.read(recorded))
         recording = _Recording()
         for step in StepFiles(traces, stage.name, side).write(steps):
@@ -296,9 +303,9 @@ def _provenance(stage: Stage | RecordedStage, session: Session, side: str, input
     if side == SIDES[0]:
         return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
                           inputs_digest)
-    candidate = session.candidate
+    candidate, divergence = session.candidate, session.weights_divergence if isinstance(stage, RecordedStage) else None
     return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
-                      candidate.weights_digest, digest, inputs_digest, session.weights_divergence, tuple(told))
+                      candidate.weights_digest, digest, inputs_digest, divergence, tuple(told))
 
 
 def _side(provenance: Provenance) -> dict[str, str]:

@@ -85,11 +85,11 @@ class Place:
         return self._floors(change, lambda dtype: self.run_inside(entering, dtype))
 
     def _floors(self, change: Change, run: Callable[[Any], dict[str, np.ndarray]]) -> dict[str, NoiseFloor]:
-        with self.reference.weights_of(self.path), change(self.root):
-            with Float64():
+        with self.reference.weights_of(self.path):
+            with Float64(), change(self.root):
                 pools = {name: Pool(array) for name, array in run(torch.float64).items()}
             for number in range(REORDERED_RUNS + 1):
-                with Reordered(number) if number else nullcontext():
+                with Reordered(number) if number else nullcontext(), change(self.root):
                     for name, array in run(torch.float32).items():
                         pools[name].add(array)
         return {name: pool.floor() for name, pool in pools.items()}
