@@ -58,12 +58,11 @@ class Bench:
                                    cwd=self.directory, env=_environment(), start_new_session=True, text=True)
         try:
             answer, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise Unmeasured(f"{_shown(arguments)} did not end in {TIMEOUT_SECONDS} s.") from error
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        except BaseException as error:
+            _end(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Unmeasured(f"{_shown(arguments)} did not end in {TIMEOUT_SECONDS} s.") from error
+            raise
         output = log.read_text("utf-8", "replace") if log.exists() else ""
         if process.returncode:
             raise Unmeasured(f"{_shown(arguments)} could not be started.")
@@ -88,13 +87,17 @@ class Bench:
                 raise
         return path
 
+    def convert(self, shape: Shape, output: Path, *flags: str) -> Ran:
+        """Convert ``shape`` as a user does; the report goes to :attr:`reports`."""
+        return self.python("-m", f"convert.{shape.family}", "--source", self.source(shape), "--output", output,
+                           "--reports", self.reports, *flags)
+
     def converted(self, shape: Shape) -> str:
         """The run that converted ``shape``: its name beneath :attr:`reports`, and beneath :attr:`outputs`."""
-        source = self.source(shape)
+        self.source(shape)
         if not (self.outputs / shape.name).exists():
             self.tell(f"converting {shape.name}")
-            self.python("-m", f"convert.{shape.family}", "--source", source, "--output", self.outputs / shape.name,
-                        "--reports", self.reports, "--no-verify")
+            self.convert(shape, self.outputs / shape.name, "--no-verify")
         return shape.name
 
     @property
@@ -141,6 +144,17 @@ def settle(source: Path, *, warm: bool) -> None:
             os.close(handle)
 
 
+def alternately(ours: Callable[[], Value], rival: Callable[[], Value], pairs: int) -> tuple[list[Value], list[Value]]:
+    """``pairs`` measurements of both, side by side; who goes first changes from pair to pair."""
+    left: list[Value] = []
+    right: list[Value] = []
+    for number in range(pairs):
+        sides = [(left, ours), (right, rival)]
+        for samples, measure in sides if number % 2 == 0 else reversed(sides):
+            samples.append(measure())
+    return left, right
+
+
 def without_paths(text: str) -> str:
     """``text`` with the directories of absolute paths left out: results are published."""
     return re.sub(r"(?<![\w.:/])(?:/[\w.+@-]+)+/([\w.+@-]+)", r"\1", text)
@@ -150,6 +164,13 @@ def last_words(output: str) -> str:
     """The last line of a command's output that is no blank, without directories."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return without_paths(lines[-1])[:300] if lines else "it said nothing."
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the stopwatch and what it measures, which are a session of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _shown(arguments: Sequence[str]) -> str:
