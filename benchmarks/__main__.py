@@ -41,21 +41,23 @@ def _run(options: argparse.Namespace, scale: Scale) -> int:
         on = machine(directory)
         with _progress(len(chosen)) as tell:
             bench = Bench(scale, directory, lambda told: tell(told, False))
-            outcomes = list(measure_all(chosen, bench, lambda told: tell(told, True)))
-    held = save(Path(options.results), scale.name, outcomes, on)
+            outcomes = []
+            for outcome in measure_all(chosen, bench):
+                outcomes.append(outcome)
+                held = save(Path(options.results), scale.name, [outcome], on)
+                tell(f"{outcome.name}: {outcome.judgement}{f', {outcome.why}' if outcome.why else ''}", True)
     print(table(scale.name, outcomes, on))
     publish(Path(options.readme), published(held))
     return DIVERGED if any(outcome.judgement in (FAILED, MISSED) for outcome in outcomes) else ALIGNED
 
 
-def measure_all(claims: Sequence[Claim], bench: Bench, told: Callable[[str], None]) -> Iterator[Outcome]:
+def measure_all(claims: Sequence[Claim], bench: Bench) -> Iterator[Outcome]:
     """Claim by claim; a checkpoint is deleted as soon as no later claim needs it."""
     for number, claim in enumerate(claims):
+        bench.wanted = _shapes(claims[number + 1:], bench.scale)
         outcome = measure(claim, bench)
-        wanted = {shape for later in claims[number + 1:] for shape in later.shapes(bench.scale)}
-        for shape in set(claim.shapes(bench.scale)) - wanted:
+        for shape in claim.shapes(bench.scale):
             bench.release(shape)
-        told(f"{claim.name}: {outcome.judgement}{f', {outcome.why}' if outcome.why else ''}")
         yield outcome
 
 
@@ -87,11 +89,13 @@ def choose(names: Sequence[str] | None, scale: Scale) -> list[Claim]:
 
 
 def disk_needed(claims: Sequence[Claim], scale: Scale) -> int:
-    """Bytes at the worst moment: the checkpoints of a claim, those that wait for a later one, and their results."""
-    used = [set(claim.shapes(scale)) for claim in claims]
-    live = [here | {shape for shape in set().union(*used[:number]) if shape in set().union(*used[number:])}
-            for number, here in enumerate(used)]
-    return max((int(sum(_bytes_of(shape) for shape in shapes)) for shapes in live), default=0)
+    """Bytes at the worst moment: a checkpoint, its conversion and another result of it, and what waits for later."""
+    moments = [
+        sum(held.nbytes * (1 + RESULT_SHARE) for held in (waiting | {shape})) + shape.nbytes * RESULT_SHARE
+        for number, claim in enumerate(claims) for shape in claim.shapes(scale)
+        for waiting in [_shapes(claims[:number], scale) & _shapes(claims[number:], scale)]
+    ]
+    return int(max(moments, default=0))
 
 
 def refuse_full_disk(claims: Sequence[Claim], scale: Scale, parent: Path) -> None:
@@ -113,9 +117,8 @@ def listed(claims: Sequence[Claim]) -> str:
     return "\n".join(["| name | claim | limit | rival |", "| --- | --- | --- | --- |", *rows])
 
 
-def _bytes_of(shape: Shape) -> float:
-    """A checkpoint, and a result or a conversion of it that a claim keeps."""
-    return shape.nbytes * (1 + 2 * RESULT_SHARE)
+def _shapes(claims: Sequence[Claim], scale: Scale) -> frozenset[Shape]:
+    return frozenset(shape for claim in claims for shape in claim.shapes(scale))
 
 
 def _named(claim: Claim, name: str) -> bool:
@@ -157,7 +160,7 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, bool], None]]:
-    """``tell(text, done)``: a bar over the claims on stderr; where that is no terminal, a line for each that is done."""
+    """``tell(text, done)``: a bar over the claims on stderr; a line for each that is done where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -181,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="GPT-J-6B's full shape with 28 layers, 12.1 GB, and judge times")
     add("--only", action="append", metavar="NAME", help="a claim, or a group of them (copy, memory, …); more than once")
     add("--list", action="store_true", help="print the claims and stop")
-    add("--directory", metavar="DIR", default="out", help="where to make a directory for what is generated; default out")
+    add("--directory", metavar="DIR", default="out", help="where the directory for what is generated goes; default out")
     add("--keep", action="store_true", help="do not delete what was generated and is left at the end")
     add("--results", metavar="FILE", default=str(ROOT / "benchmarks" / "results.json"),
         help="default benchmarks/results.json of this project")

@@ -43,11 +43,15 @@ class Ran:
 
 @dataclass
 class Bench:
-    """A scale, a scratch directory, and what has been made in it. ``tell`` says what is going on right now."""
+    """A scale, a scratch directory, and what has been made in it. ``tell`` says what is going on right now.
+
+    ``wanted`` are the checkpoints that a later claim needs; they are not deleted.
+    """
 
     scale: Scale
     directory: Path
     tell: Callable[[str], None] = lambda told: None
+    wanted: frozenset[Shape] = frozenset()
     _known: dict[Hashable, object] = field(default_factory=dict)
 
     def run(self, *command: str | Path, accept: Sequence[int] = (0,)) -> Ran:
@@ -79,13 +83,21 @@ class Bench:
         """The synthetic checkpoint of ``shape``."""
         path = self.directory / "sources" / shape.name
         if not path.exists():
-            self.tell(f"making {shape.name}, {shape.nbytes / 1e9:.1f} GB")
             try:
-                make_checkpoint(shape, path)
+                make_checkpoint(shape, path, advance=self._making(shape))
             except BaseException:
                 shutil.rmtree(path, ignore_errors=True)
                 raise
         return path
+
+    def _making(self, shape: Shape) -> Callable[[int], None]:
+        done, total = 0, shape.nbytes
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self.tell(f"making {shape.name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+        return advance
 
     def convert(self, shape: Shape, output: Path, *flags: str) -> Ran:
         """Convert ``shape`` as a user does; the report goes to :attr:`reports`."""
@@ -115,9 +127,21 @@ class Bench:
         return self._known[key]
 
     def release(self, shape: Shape) -> None:
-        """Delete the checkpoint of ``shape`` and what was converted from it."""
-        for directory in (self.directory / "sources", self.outputs, self.reports):
+        """Delete the checkpoint of ``shape`` and what was converted from it, unless a later claim wants it."""
+        for directory in (self.directory / "sources", self.outputs, self.reports) if shape not in self.wanted else ():
             shutil.rmtree(directory / shape.name, ignore_errors=True)
+
+    def alternately(self, what: str, ours: Callable[[], float], rival: Callable[[], float],
+                    pairs: int) -> tuple[list[float], list[float]]:
+        """``pairs`` measurements of both, side by side; who goes first changes from pair to pair."""
+        left: list[float] = []
+        right: list[float] = []
+        for number in range(pairs):
+            self.tell(f"{what}, pair {number + 1} of {pairs}")
+            sides = [(left, ours), (right, rival)]
+            for samples, measure in sides if number % 2 == 0 else reversed(sides):
+                samples.append(measure())
+        return left, right
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
@@ -142,17 +166,6 @@ def settle(source: Path, *, warm: bool) -> None:
                 pass
         finally:
             os.close(handle)
-
-
-def alternately(ours: Callable[[], Value], rival: Callable[[], Value], pairs: int) -> tuple[list[Value], list[Value]]:
-    """``pairs`` measurements of both, side by side; who goes first changes from pair to pair."""
-    left: list[Value] = []
-    right: list[Value] = []
-    for number in range(pairs):
-        sides = [(left, ours), (right, rival)]
-        for samples, measure in sides if number % 2 == 0 else reversed(sides):
-            samples.append(measure())
-    return left, right
 
 
 def without_paths(text: str) -> str:

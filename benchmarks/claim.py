@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -83,9 +83,11 @@ def absolute(ours: Sequence[float], rival: Sequence[float], unit: str, *, scale:
                     (min(ours) / scale, max(ours) / scale), notes)
 
 
-def growth(samples: Sequence[float], unit: str, notes: Names = ()) -> Measured:
-    """How far ``samples`` spread, in percent of the least one: one sample for each number of layers."""
-    return Measured(100 * (max(samples) - min(samples)) / min(samples), unit, tuple(samples), notes=notes)
+def growth(peaks: Mapping[int, int]) -> Measured:
+    """How far the peaks in bytes, by number of layers, lie apart, in percent of the least."""
+    least, greatest = min(peaks.values()), max(peaks.values())
+    told = ", ".join(f"{peak / 1e6:.0f} MB with {layers}" for layers, peak in peaks.items())
+    return Measured(100 * (greatest - least) / least, "B", tuple(map(float, peaks.values())), notes=(f"{told} layers.",))
 
 
 def ratios_of(ours: Sequence[float], rival: Sequence[float]) -> list[float]:

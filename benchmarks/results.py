@@ -106,7 +106,8 @@ def published(held: Mapping[str, Any]) -> str:
 
 def table(scale: str, outcomes: Sequence[Outcome], on: Mapping[str, Any]) -> str:
     """Markdown: one row for each claim, what did not succeed and what is to be noted below, and the machine."""
-    lines = ["| claim | ours | rival | measured (least to greatest, n) | limit | |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| claim | ours | rival | measured (least to greatest, n) | limit | |",
+             "| --- | --- | --- | --- | --- | --- |"]
     lines += [_row(outcome) for outcome in outcomes]
     told = [f"- `{outcome.name}`: {sentence}" for outcome in outcomes
             for sentence in ([outcome.why] if outcome.why else outcome.measured.notes if outcome.measured else [])]
@@ -119,7 +120,8 @@ def described(scale: str, on: Mapping[str, Any]) -> str:
     threads = on["omp_num_threads"] or "not set"
     command = f"python -m benchmarks{' --full' if scale == FULL else ''}"
     return (f"`{command}` on {on['cores']} cores of {on['processor']}, {on['memory_bytes'] / 2**30:.0f} GiB, "
-            f"{on['system']}, {on['file_system']}, OMP_NUM_THREADS {threads}; {versions}.")
+            f"{on['system']}, {on['file_system']}, OMP_NUM_THREADS {threads}; {versions}."
+            f"{'' if scale == FULL else ' Times are judged with `--full` only.'}")
 
 
 def publish(readme: Path, text: str) -> bool:

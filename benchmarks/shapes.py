@@ -29,7 +29,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """A checkpoint to be made. ``container`` is safetensors or bin (zip); ``shard_bytes`` is the largest file's size."""
+    """A checkpoint to be made. ``container`` is safetensors or bin (zip); no file is larger than ``shard_bytes``."""
 
     architecture: str
     layers: int
@@ -80,7 +80,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a run measures on. ``large`` is the 28-layer shape; ``layers`` are the layer counts that memory is flat over.
+    """What a run measures on. ``large`` is the 28-layer shape; memory is to be flat over the layer counts ``layers``.
 
     ``deep`` and ``paged`` are the shapes that those counts are given to, for convert and for align; ``fits`` is
     aligned with all weights in memory too. ``pairs``, ``large_pairs`` and ``passes`` are numbers of repetitions of a
@@ -134,7 +134,7 @@ def _bert_config(shape: Shape) -> Mapping[str, Any]:
 
 _GPTJ_6B = Shape("GPTJForCausalLM", layers=4, hidden=4096, heads=16, vocab=50400, positions=2048)
 _GPTJ_SMALL = Shape("GPTJForCausalLM", layers=4, hidden=2048, heads=8, vocab=8192, positions=512)
-_GPTJ_PAGED = Shape("GPTJForCausalLM", layers=4, hidden=1024, heads=8, vocab=4096, positions=128)
+_GPTJ_PAGED = Shape("GPTJForCausalLM", layers=4, hidden=512, heads=4, vocab=2048, positions=128)
 _GPTJ_PLAIN = Shape("GPTJForCausalLM", layers=2, hidden=256, heads=4, vocab=1024, positions=128, dtype="float32",
                     container="bin")
 _BERT_BASE = Shape("BertForPreTraining", layers=12, hidden=768, heads=12, vocab=30522, positions=512, dtype="float32",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bench import Bench, alternately, settle
+from ..bench import Bench, settle
 from ..claim import Claim, Limit, Measured, paired
 from ..shapes import Shape
 
@@ -12,7 +12,6 @@ RIVAL = "`cp -r` of the source"
 def beside_cp(bench: Bench, shape: Shape, pairs: int, *flags: str, warm: bool) -> Measured:
     """Wall time, pair by pair; what a side wrote is deleted and the disk is quiet before the next begins."""
     source = bench.source(shape)
-    bench.tell(f"convert {' '.join(flags)} and cp of {shape.name}, {pairs} pairs")
 
     def convert() -> float:
         with bench.scratch("copied") as target:
@@ -24,7 +23,7 @@ def beside_cp(bench: Bench, shape: Shape, pairs: int, *flags: str, warm: bool) -
             settle(source, warm=warm)
             return bench.run("cp", "-r", source, target).seconds
 
-    ours, rival = alternately(convert, copy, pairs)
+    ours, rival = bench.alternately(f"convert {' '.join(flags)} and cp of {shape.name}", convert, copy, pairs)
     cached = "in the page cache" if warm else "not in the page cache"
     return paired(ours, rival, "s", notes=(f"{shape.nbytes / 1e9:.2f} GB, {cached} before each side.",))
 

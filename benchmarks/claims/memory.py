@@ -11,7 +11,7 @@ from .script import RIVAL, copied_script
 
 MEGABYTES = 128
 PERCENT = 5
-RUNS = 3
+RUNS = 2
 
 
 def peak(bench: Bench, shape: Shape, *flags: str) -> int:
@@ -36,13 +36,12 @@ def beside_script(bench: Bench, shape: Shape, *flags: str) -> Measured:
 
 def over_layers(bench: Bench) -> Measured:
     """The growth of the peak from the fewest to the most layers."""
-    peaks = []
+    peaks = {}
     for shape in deep(bench.scale):
         bench.tell(f"memory of convert on {shape.name}")
-        peaks.append(max(peak(bench, shape) for _ in range(RUNS)))
+        peaks[shape.layers] = max(peak(bench, shape) for _ in range(RUNS))
         bench.release(shape)
-    layers = ", ".join(map(str, bench.scale.layers))
-    return growth(peaks, "B", notes=(f"{layers} layers.",))
+    return growth(peaks)
 
 
 def deep(scale: Scale) -> tuple[Shape, ...]:

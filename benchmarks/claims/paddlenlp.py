@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from ..bench import Bench, alternately, settle
+from ..bench import Bench, settle
 from ..claim import Claim, Measured, absolute
 from ..shapes import Scale, Shape
 
@@ -18,32 +19,34 @@ def beside_paddlenlp(bench: Bench, shape: Shape, cls: str) -> Measured:
     """Seconds of both processes; what PaddleNLP's class then holds is compared bit by bit with our result."""
     converted = bench.outputs / bench.converted(shape)
     source = bench.source(shape)
-    bench.tell(f"convert and PaddleNLP's {cls} on {shape.name}, {PAIRS} pairs")
-    answers: list[dict] = []
+    answers: list[dict[str, Any]] = []
 
     def convert() -> float:
         with bench.scratch("beside") as target:
             settle(source, warm=True)
             return bench.convert(shape, target).seconds
 
-    def load() -> float:
+    def load(*judged_by: Path) -> float:
         with bench.scratch("beside") as copied:
             _linked(source, copied)
             settle(source, warm=True)
             answer = copied / "answer"
-            ran = bench.python("-m", "benchmarks.rivals.paddlenlp_convert", cls, copied, converted, answer)
+            ran = bench.python("-m", "benchmarks.rivals.paddlenlp_convert", cls, copied, answer, *judged_by)
             answers.append(json.loads(answer.read_text("utf-8")))
             return ran.seconds
 
-    ours, rival = alternately(convert, load, PAIRS)
-    if answers[0]["error"]:
-        return absolute(ours, (), "s", notes=(f"PaddleNLP's {cls} does not convert it: {answers[0]['error']}",))
+    bench.tell(f"whether PaddleNLP's {cls} converts {shape.name}")
+    load(converted)
+    judged = answers.pop()
+    if judged["error"]:
+        return absolute([convert()], (), "s", notes=(f"PaddleNLP's {cls} does not convert it: {judged['error']}",))
+    ours, rival = bench.alternately(f"convert and PaddleNLP's {cls} on {shape.name}", convert, load, PAIRS)
     inner = median(answer["seconds"] for answer in answers)
-    return absolute(ours, rival, "s", notes=(_judged(answers[0]), f"Without its imports PaddleNLP took {inner:.2f} s.",
-                                             "Ours is read back, PaddleNLP's is not."))
+    return absolute(ours, rival, "s", notes=(_judged(judged), f"Without its imports PaddleNLP took {inner:.2f} s.",
+                                             "Ours is read back; PaddleNLP's is not, and holds a model in the end."))
 
 
-def _judged(answer: dict) -> str:
+def _judged(answer: dict[str, Any]) -> str:
     wrong = answer["different"]
     shown = f": {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}" if wrong else ""
     return f"PaddleNLP has {answer['equal']} of {answer['equal'] + len(wrong)} tensors right{shown}."

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bench import Bench, Ran, Unmeasured, alternately, settle
+from ..bench import Bench, Ran, Unmeasured, settle
 from ..claim import Claim, Limit, Measured, absolute, growth, paired
 from ..shapes import Scale, Shape
 
@@ -73,7 +73,7 @@ def seconds(bench: Bench) -> Measured:
         bench.once(("paged", shape), lambda: alignment)
         return alignment.ran.seconds
 
-    ours, rival = alternately(aligned, both, bench.scale.passes)
+    ours, rival = bench.alternately(f"alignment and single passes of {shape.name}", aligned, both, bench.scale.passes)
     return paired(ours, rival, "s", notes=(f"The logits of the two passes are {max(distances):.1e} apart in relative "
                                            "L2.",))
 
@@ -88,12 +88,11 @@ def memory(bench: Bench) -> Measured:
 
 def over_layers(bench: Bench) -> Measured:
     """The growth of the peak from the fewest to the most layers."""
-    peaks = []
+    peaks = {}
     for shape in deep(bench.scale):
-        peaks.append(_paged(bench, shape).ran.peak_rss)
-        if shape not in (bench.scale.fits, bench.scale.paged):
-            bench.release(shape)
-    return growth(peaks, "B", notes=(f"{', '.join(map(str, bench.scale.layers))} layers.",))
+        peaks[shape.layers] = _paged(bench, shape).ran.peak_rss
+        bench.release(shape)
+    return growth(peaks)
 
 
 def same_numbers(bench: Bench) -> Measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bench import Bench, Ran, alternately, settle
+from ..bench import Bench, Ran, settle
 from ..claim import Claim, Limit, Measured, paired
 from ..shapes import Shape
 
@@ -23,14 +23,14 @@ def beside_script(bench: Bench) -> Measured:
     """How many times as fast as the script, both to ``.pdparams`` and without a read-back."""
     shape = bench.scale.copied
     source = bench.source(shape)
-    bench.tell(f"convert --format pdparams and the copied script on {shape.name}, {PAIRS} pairs")
 
     def convert() -> float:
         with bench.scratch("scripted") as target:
             settle(source, warm=True)
             return bench.convert(shape, target, "--format", "pdparams", "--no-verify").seconds
 
-    ours, rival = alternately(convert, lambda: copied_script(bench, shape).seconds, PAIRS)
+    ours, rival = bench.alternately(f"convert --format pdparams and the copied script on {shape.name}", convert,
+                                    lambda: copied_script(bench, shape).seconds, PAIRS)
     return paired(ours, rival, "s", inverse=True)
 
 

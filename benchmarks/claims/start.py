@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bench import Bench, alternately
+from ..bench import Bench
 from ..claim import Claim, Limit, Measured, absolute
 
 SECONDS = 0.25
@@ -10,9 +10,9 @@ SECONDS = 0.25
 
 def answer(bench: Bench, flag: str) -> Measured:
     """Wall time of ``convert.gptj`` with ``flag`` beside an interpreter that does nothing."""
-    bench.tell(f"convert.gptj {flag} and python -c pass, alternately")
-    ours, rival = alternately(lambda: bench.python("-m", "convert.gptj", flag).seconds,
-                              lambda: bench.python("-c", "pass").seconds, bench.scale.starts)
+    ours, rival = bench.alternately(f"convert.gptj {flag} and python -c pass",
+                                    lambda: bench.python("-m", "convert.gptj", flag).seconds,
+                                    lambda: bench.python("-c", "pass").seconds, bench.scale.starts)
     return absolute(ours, rival, "s")
 
 

@@ -1,7 +1,7 @@
-"""PaddleNLP's own conversion, judged: ``paddlenlp_convert CLASS SOURCE CONVERTED ANSWER``.
+"""PaddleNLP's own conversion: ``paddlenlp_convert CLASS SOURCE ANSWER [CONVERTED]``.
 
-Writes as JSON into ANSWER the seconds it took without imports, its exception if it raised one, and how many tensors of
-our result CONVERTED the class then holds bit by bit.
+Writes as JSON into ANSWER the seconds it took without imports, and its exception if it raised one; with our result
+CONVERTED also which tensors of the class are then the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ def judged(model: Any, converted: str) -> dict[str, Any]:
     return {"equal": equal, "different": different}
 
 
-def main(cls: str, source: str, converted: str, answer: str) -> None:
+def main(cls: str, source: str, answer: str, converted: str | None = None) -> None:
     import paddlenlp.transformers  # noqa: F401
     started = time.perf_counter()
     try:
         model = load(cls, source)
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        found: dict[str, Any] = {"error": f"{type(error).__name__}{f': {first}' if first else ''}"}
+        said = " ".join(str(error).split())
+        found: dict[str, Any] = {"error": f"{type(error).__name__}{f': {said[:240]}' if said else ''}"}
     else:
-        found = {"error": None, "seconds": time.perf_counter() - started} | judged(model, converted)
+        found = {"error": None, "seconds": time.perf_counter() - started}
+        found |= judged(model, converted) if converted else {}
     Path(answer).write_text(json.dumps(found), "utf-8")
 
 
