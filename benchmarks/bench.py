@@ -58,8 +58,9 @@ class Bench:
         """Run and measure a command in the scratch directory; :class:`Unmeasured` when its exit code is another."""
         log = self.directory / "log"
         arguments = [str(part) for part in command]
-        process = subprocess.Popen([sys.executable, "-I", "-S", STOPWATCH, log, *arguments], stdout=subprocess.PIPE,
-                                   cwd=self.directory, env=_environment(), start_new_session=True, text=True)
+        process = subprocess.Popen([sys.executable, "-I", "-S", STOPWATCH, log, *arguments], cwd=self.directory,
+                                   env=_environment(), start_new_session=True, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL)
         try:
             answer, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         except BaseException as error:
@@ -187,8 +188,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _shown(arguments: Sequence[str]) -> str:
-    words = [Path(part).name if part.startswith("/") else part for part in arguments[:3]]
-    return " ".join(words)
+    return without_paths(" ".join(arguments[:3]))
 
 
 def _environment() -> dict[str, str]:

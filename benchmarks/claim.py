@@ -87,7 +87,8 @@ def growth(peaks: Mapping[int, int]) -> Measured:
     """How far the peaks in bytes, by number of layers, lie apart, in percent of the least."""
     least, greatest = min(peaks.values()), max(peaks.values())
     told = ", ".join(f"{peak / 1e6:.0f} MB with {layers}" for layers, peak in peaks.items())
-    return Measured(100 * (greatest - least) / least, "B", tuple(map(float, peaks.values())), notes=(f"{told} layers.",))
+    percent = 100 * (greatest - least) / least
+    return Measured(percent, "B", tuple(map(float, peaks.values())), notes=(f"{told} layers.",))
 
 
 def ratios_of(ours: Sequence[float], rival: Sequence[float]) -> list[float]:

@@ -36,6 +36,8 @@ CLAIMS = (
     Claim("copy.verified", "the same with the read-back that is on by default", Limit(2, "x"), RIVAL,
           lambda bench: beside_cp(bench, bench.scale.copied, bench.scale.pairs, warm=True),
           lambda scale: (scale.copied,)),
+)
+LARGE = (
     Claim("copy.large", "28 layers of GPT-J in float16 are converted (`--no-verify`) faster than they are copied",
           Limit(0.75, "x"), RIVAL,
           lambda bench: beside_cp(bench, bench.scale.large, bench.scale.large_pairs, "--no-verify", warm=False),

@@ -60,6 +60,8 @@ CLAIMS = (
     _bounded("float32", "float32", lambda scale: scale.float32),
     _bounded("cast", "float32 with `--dtype float16`", lambda scale: scale.float32, "--dtype", "float16"),
     _bounded("bin", "a zip `.bin`", lambda scale: scale.zipped),
+)
+LARGE = (
     Claim("memory.flat", "the memory of a conversion does not grow with the number of layers", Limit(PERCENT, "%"),
           "the fewest layers", over_layers, deep, timed=False),
 )

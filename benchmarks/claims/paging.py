@@ -150,6 +150,8 @@ CLAIMS = (
           lambda bench: beside_whole(bench, "seconds"), _fits),
     Claim("paging.memory-in-memory", "what paging saves", None, "alignment in memory",
           lambda bench: beside_whole(bench, "memory"), _fits, timed=False),
+)
+LARGE = (
     Claim("paging.seconds", "paged alignment with noise floor and isolated blocks takes a few passes", Limit(3, "x"),
           PASSES, seconds, lambda scale: (scale.paged,)),
     Claim("paging.memory", "paged alignment of the whole model takes little memory", Limit(MEGABYTES, "MB"),
