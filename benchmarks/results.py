@@ -116,7 +116,7 @@ def table(scale: str, outcomes: Sequence[Outcome], on: Mapping[str, Any]) -> str
 
 def described(scale: str, on: Mapping[str, Any]) -> str:
     """The machine in one sentence."""
-    versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items() if number)
+    versions = ", ".join(f"{name} {told}" for name, told in on["versions"].items() if told)
     threads = on["omp_num_threads"] or "not set"
     command = f"python -m benchmarks{' --full' if scale == FULL else ''}"
     return (f"`{command}` on {on['cores']} cores of {on['processor']}, {on['memory_bytes'] / 2**30:.0f} GiB, "
@@ -149,14 +149,19 @@ def _value(outcome: Outcome) -> str:
     """The value that the limit speaks of, its spread and number, and the ratio to the rival where that is another."""
     measured, unit = outcome.measured, outcome.limit.unit if outcome.limit else "x"
     value = measured.value if outcome.limit else measured.ratio
-    parts = [f"{value:.3g} {unit}"] if value is not None else []
+    parts = [f"{number(value)} {unit}"] if value is not None else []
     if measured.spread and outcome.limit and measured.n > 1:
-        parts.append(f"({measured.spread[0]:.3g} to {measured.spread[1]:.3g}, {measured.n})")
+        parts.append(f"({number(measured.spread[0])} to {number(measured.spread[1])}, {measured.n})")
     elif measured.n > 1:
         parts.append(f"({measured.n})")
     if outcome.limit and measured.ratio is not None and measured.ratio != value:
-        parts.append(f"{measured.ratio:.3g} x the rival")
+        parts.append(f"{number(measured.ratio)} x the rival")
     return " ".join(parts) or "–"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def amount(value: float, unit: str) -> str:

@@ -45,7 +45,7 @@ def main(cls: str, source: str, answer: str, converted: str | None = None) -> No
         model = load(cls, source)
     except Exception as error:
         said = " ".join(str(error).split())
-        found: dict[str, Any] = {"error": f"{type(error).__name__}{f': {said[:240]}' if said else ''}"}
+        found: dict[str, Any] = {"error": f"{type(error).__name__}{f': {said[:190]}' if said else ''}"}
     else:
         found = {"error": None, "seconds": time.perf_counter() - started}
         found |= judged(model, converted) if converted else {}
