@@ -71,7 +71,7 @@ class Candidate:
                 yield name, tensor.numpy()
             return
         for slot in self._pages.each():
-            array = slot.tensor.numpy()
+            array = _looked_at(slot.tensor)
             yield from ((name, array) for name in slot.names)
 
     def hashed_state(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -119,11 +119,12 @@ class Candidate:
                 known.learn(step)
                 while walks.gate is not None and not known.lacks(walks.gate):
                     walks.advance()
+                self._leave()
                 yield taken()
             while walks.gate is not None:
                 walks.advance()
+            self._leave()
             yield taken()
-        self._leave()
 
     def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
         """As :meth:`Reference.sweep`."""
@@ -518,6 +519,11 @@ def _read_float32(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> n
         stop = min(start + PART // 4, elements)
         array[start:stop] = to_float32(checkpoint.read_elements(key, start, stop), info.dtype.name)
     return array.reshape(shape)
+
+
+def _looked_at(tensor: Any) -> np.ndarray:
+    """The very memory of a tensor on the CPU, which is not copied; of one elsewhere a copy."""
+    return np.from_dlpack(tensor) if tensor.place.is_cpu_place() and tensor.ndim else tensor.numpy()
 
 
 def _shared(array: np.ndarray) -> Any:

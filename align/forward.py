@@ -19,7 +19,7 @@ from .runs import Run
 from .scores import log_softmax
 from .stage import Findings, RecordedStage, Session, main
 from .tolerance import FORWARD, REORDERED_RUNS, margin_noise
-from .trace import Step
+from .trace import RECORDED, Step
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -67,6 +67,9 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
 
 
+COMPARED = {RECORDED, "isolated", "inside", "arriving", "small"}
+
+
 class Comparison:
     """Takes in steps and answers, and compares whatever both sides have given; the rest waits for its counterpart."""
 
@@ -93,8 +96,8 @@ class Comparison:
         for side, one in (("reference", step), ("candidate", answer)):
             self.outputs[side] |= {name: array for name, array in one.recorded.items() if name not in self._modules}
         for waiting, come in ((self._expected, step), (self._given, answer)):
-            for view, arrays in come.views.items():
-                waiting.view(view).update(arrays)
+            for view in COMPARED & come.views.keys():
+                waiting.view(view).update(come.views[view])
         for view, floors in step.floors.items():
             self._expected.floors.setdefault(view, {}).update(floors)
         told = [self._compare_module(name) for name in list(self._expected.recorded) if name in self._given.recorded

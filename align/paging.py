@@ -5,7 +5,9 @@ What is said here holds for both frameworks; how a tensor is given to a layer an
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +15,7 @@ from typing import Protocol
 from .runs import Run
 
 SLACK = 3 << 30
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 
 
 class Slot(Protocol):
@@ -64,6 +67,7 @@ class Pages:
     """The slots of a model by gate; only one gate's are filled at a time."""
 
     def __init__(self, division: Division, slot: Callable[[Sequence[str]], Slot]) -> None:
+        _give_memory_back()
         self._pages = {gate: [slot(names) for names in groups] for gate, groups in division.pages.items()}
         self._resident = [slot(names) for names in division.resident]
         self._open: Sequence[Slot] = ()
@@ -105,6 +109,17 @@ def available_memory() -> int:
     """Bytes that a new process could use without swapping, as Linux estimates it."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _give_memory_back() -> None:
+    """Let glibc return freed weights to the system at once, and not gather one heap per thread.
+
+    Smaller blocks come from one heap, where they are used again without new pages of memory each time.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _home(name: str, gates: Sequence[str]) -> str | None:

@@ -85,8 +85,8 @@ class Reference:
                 step = plain.take()
                 step.told, told = told, {}
                 step.floors = pooled.take(step)
+                self._leave()
                 yield step
-        self._leave()
 
     def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
         """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
@@ -338,6 +338,7 @@ def _class_and_config(run: Run) -> tuple[Any, Any]:
     cls = getattr(transformers, run.head.architecture)
     config = cls.config_class.from_dict(dict(run.config))
     config.pad_token_id = run.intended_config.get("pad_token_id")
+    config.use_cache = False  # keys and values of every block would be kept until the pass ends
     return cls, config
 
 
