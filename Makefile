@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 export GLOG_minloglevel := 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo real test selftest test-full lint clean
+.PHONY: install demo real example test selftest test-full bench lint clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,9 @@ real: install
 	$(BIN)/python -m align.metric --run minilm
 	$(BIN)/python -m align.loss --run minilm
 
+example: install
+	$(BIN)/python -m align.example
+
 test: install lint
 	$(BIN)/python -m pytest
 
@@ -44,6 +47,9 @@ selftest: install
 
 test-full: install
 	$(BIN)/python -m pytest -m full
+
+bench: install
+	$(BIN)/python -m benchmarks
 
 lint: install
 	$(BIN)/ruff check .
