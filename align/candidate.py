@@ -434,7 +434,7 @@ class _Inside(_Listener):
         if name in self.places.inside:
             self.put("inside", name, array)
         if name not in self.places.sublayers:
-            self.known.forget([part for part in self.places.sublayers if part.startswith(f"{name}.")])
+            self.known.forget([name, *(part for part in self.places.sublayers if part.startswith(f"{name}."))])
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
         if name in self.known.small:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .stage import Session
 
 FLOAT32 = BY_NAME["float32"]
-PART = 16 << 20
+PART, STRIP = 16 << 20, 64
 
 
 def compare_weights(run: Run, candidate: Candidate) -> tuple[list[TensorResult], list[str]]:
@@ -93,16 +93,29 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
 
 
 def _equal_in_parts(move: Move, source: Checkpoint, array: np.ndarray) -> bool:
-    """Whether all elements are finite and have the source's bits."""
+    """Whether all elements are finite and have the source's bits.
+
+    A transposed matrix is turned back in strips of 64 rows, each padded by 64 bytes, as in ``convert/stream.py``.
+    """
     if not move.source_shape or source.tensors[move.source].strides is not None:
         return False
-    rows = max(1, PART // (4 * math.prod(move.source_shape[1:])))
-    for start in range(0, move.source_shape[0], rows):
-        stop = min(start + rows, move.source_shape[0])
-        held = move.rule.invert(array[:, start:stop] if move.transposed else array[start:stop])
-        expected = _float32(move, source.read_rows(move.source, start, stop))
-        if not np.isfinite(expected).all() or not np.array_equal(bits_of(held), bits_of(expected)):
+    rows, width = move.source_shape[0], math.prod(move.source_shape[1:])
+    strip = np.empty((STRIP, width + 16), np.float32)[:, :width] if move.transposed else None
+    many = max(1, PART // (4 * width) // STRIP) * STRIP
+    for start in range(0, rows, many):
+        expected = _float32(move, source.read_rows(move.source, start, min(start + many, rows)))
+        if not np.isfinite(expected).all():
             return False
+        bits = expected.view(np.uint32)
+        if strip is None:
+            if not np.array_equal(array[start: start + len(bits)].view(np.uint32), bits):
+                return False
+            continue
+        for first in range(0, len(bits), STRIP):
+            part = bits[first: first + STRIP]
+            strip[: len(part)] = array[:, start + first: start + first + len(part)].T
+            if not np.array_equal(strip[: len(part)].view(np.uint32), part):
+                return False
     return True
 
 

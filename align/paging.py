@@ -81,6 +81,7 @@ class Pages:
             return
         for slot in self._open:
             slot.release()
+        _trim()
         self._open = entering
         for slot in entering:
             slot.fill()
@@ -120,6 +121,11 @@ def _give_memory_back() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 25)
         mallopt(M_ARENA_MAX, 1)
+
+
+def _trim() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _home(name: str, gates: Sequence[str]) -> str | None:

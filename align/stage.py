@@ -131,6 +131,8 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    for flag, value in EXACT_ON_GPU.items():
+        os.environ.setdefault(flag, value)
     import warnings
     warnings.simplefilter("ignore")
     if options.only:
@@ -174,6 +176,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
 Found = tuple[Findings, "Provenance", "Provenance"]
 Watch = Callable[["Step", "Step"], None]
 SIDES = ("torch", "paddle")
+EXACT_ON_GPU = {"NVIDIA_TF32_OVERRIDE": "0", "FLAGS_cudnn_deterministic": "1", "FLAGS_embedding_deterministic": "1"}
 
 
 def _look(stage: Stage, session: Session) -> Found:
