@@ -1,0 +1,56 @@
+"""The example in the repository is what ``make example`` makes, and says what it is meant to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align import example
+
+TRACKED = Path(__file__).resolve().parents[1] / "reports" / "example"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("example"))
+        assert example.main() == 0
+        yield Path("reports/example").resolve()
+
+
+def stages(directory):
+    return {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(directory.glob("*.json"))}
+
+
+@pytest.mark.parametrize("place", ["made", "tracked"])
+def test_one_passes_in_every_stage_and_the_other_names_the_parameter(made, place):
+    directory = made if place == "made" else TRACKED
+    passing, failing = (stages(directory / run) for run in (example.PASSING, example.FAILING))
+    assert passing.pop("convert")["verified"] and failing.pop("convert")["verified"]
+    assert {stage: found["verdict"] for stage, found in passing.items()} == dict.fromkeys(
+        ("weights", "forward", "metric", "loss"), "aligned")
+    assert {stage: found["verdict"] for stage, found in failing.items()} == dict.fromkeys(
+        ("weights", "forward"), "diverged")
+    assert {found["first_divergence"] for found in failing.values()} == {example.LEFT_ALONE}
+    told = failing["forward"]["diagnosis"]
+    assert told["kind"] == "transposed-weight" and told["before"] > 0.1 and told["after"] < 1e-6
+
+
+def test_what_is_tracked_has_the_figures_that_are_made(made):
+    """Digests and verdicts; times and versions differ."""
+    for run in (example.PASSING, example.FAILING):
+        for stage, found in stages(made / run).items():
+            held = stages(TRACKED / run)[stage]
+            names = ("source_digest", "target_digest") if stage == "convert" else ("inputs_digest", "candidate")
+            assert [held[name] for name in names] == [found[name] for name in names], (run, stage)
+
+
+def test_pages_are_whole_and_small_and_say_nothing_of_the_machine():
+    files = [file for file in TRACKED.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"index.html", "forward.md", "forward.json", "convert.md"}
+    for file in files:
+        text = file.read_text("utf-8")
+        assert file.stat().st_size < 300_000 and not file.match("traces/*")
+        assert not any(word in text for word in ("/tmp/", "/home/", "/root/", "/work/")), file
