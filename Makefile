@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 export GLOG_minloglevel := 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo real example test selftest test-full bench lint clean
+.PHONY: install demo real example test selftest test-full bench bench-full lint clean
 
 install: $(VENV)/.installed
 
@@ -48,8 +48,13 @@ selftest: install
 test-full: install
 	$(BIN)/python -m pytest -m full
 
+bench: OMP_NUM_THREADS = 2
 bench: install
 	$(BIN)/python -m benchmarks
+
+bench-full: OMP_NUM_THREADS = 2
+bench-full: install
+	$(BIN)/python -m benchmarks --full
 
 lint: install
 	$(BIN)/ruff check .
