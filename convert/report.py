@@ -169,8 +169,7 @@ def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> No
         console.print(_table("dropped", ("torch", "why"), plan.dropped))
     for name, size in files:
         console.print(f"{output / name}: {size:,} bytes")
-    largest = max((move.nbytes for move in plan.moves if move.source is None), default=0)
-    memory = 60_000_000 + THREADS * max(2 * TILE + CHUNK, 2 * largest)
+    memory = 45_000_000 + THREADS * (TILE + 6 * CHUNK)
     console.print(f"in all {plan.nbytes:,} bytes of tensors in {len(files)} file(s); expected memory at most "
                   f"{memory / 1e6:,.0f} MB. Nothing was written (--dry-run).")
 
