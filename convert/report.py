@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
-from .plan import Plan
 from .rules import Family, Rule
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 SCHEMA = "paddle-parity/1"
 
@@ -126,6 +127,7 @@ def latest_run(reports: Path) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Python and those of ``packages`` that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,12 +31,13 @@ from .errors import BadInput
 from .plan import Check, Move, Plan
 from .writer import Layout, Staging
 
-TILE = 32 << 20
+TILE = 34 << 20
 CHUNK = 1 << 20
-RUN = 128 << 10
+RUN = 32 << 10
 STRIP_ROWS = 64
 STRIP_PADDING = 64
 LARGEST = 8
+CAST_BYTES = 16
 THREADS = 2
 WHOLE_ROWS = sys.maxsize
 
@@ -111,6 +112,13 @@ def flow(matrix: Matrix | Loaded, buffers: Buffers, *, run: int = WHOLE_ROWS,
     return _straight(matrix.flat, buffers) if matrix.straight else _turned(matrix.T, buffers, run, passing)
 
 
+def cast_flow(pieces: Iterator[Piece], source: Dtype, target: Dtype) -> Iterator[Piece]:
+    """A flow in another dtype; its pieces are so small that what a cast holds in between stays in the cache."""
+    for start, piece in pieces:
+        for part in cut(range(len(piece)), len(piece) if source == target else CHUNK // CAST_BYTES):
+            yield start + part.start, cast(piece[part.start: part.stop], source, target)
+
+
 def together(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Two flows of equally many elements, both in order, side by side in pieces of equal length."""
     nothing = (0, np.empty(0))
@@ -140,28 +148,44 @@ def alike(moves: Iterable[Move]) -> list[list[Move]]:
 
 
 def tiling(rows: int, columns: int, size: int, run: int) -> tuple[int, int]:
-    """Rows and columns of the tiles in which a matrix of elements of ``size`` bytes is transposed.
+    """Rows and columns of the tiles in which a matrix of elements of ``size`` bytes is transposed, all about equal.
 
-    A column becomes a run of at least ``run`` bytes; 64 rows of a tile, one strip, have at most ``CHUNK`` bytes.
+    A column becomes a run of at least ``run`` bytes where it has so many; 64 rows of a tile have at most ``CHUNK``.
     """
     area = max(1, TILE // size)
-    high = min(rows, area, max(run // size, area // columns))
-    return high, max(1, min(columns, area // high, CHUNK // STRIP_ROWS // size))
+    longest = min(rows, area, max(area // columns, _share(rows, max(1, rows * size // run))))
+    high = _share(rows, -(-rows // longest))
+    widest = max(1, min(columns, area // high, CHUNK // STRIP_ROWS // size))
+    return high, _share(columns, -(-columns // widest))
+
+
+def _share(whole: int, parts: int) -> int:
+    return -(-whole // parts)
 
 
 def run_all(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
     """Carry out ``tasks`` on all threads; the first failure, or Ctrl-C, sets ``stop`` and is raised."""
+    def attempt(task: Callable[[], None]) -> None:
+        if not stop.is_set():
+            with _setting(stop):
+                task()
+
     with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            failed = any(future.done() and not future.cancelled() and future.exception() for future in futures)
-            if failed or not all(future.done() for future in futures):
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-        for future in done:
-            future.result()
+        futures = [pool.submit(attempt, task) for task in tasks]
+        with _setting(stop):
+            wait(futures)
+    for future in futures:
+        future.result()
+
+
+@contextmanager
+def _setting(stop: threading.Event) -> Iterator[None]:
+    """Set ``stop`` when what is done here fails."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise
 
 
 def _straight(matrix: Matrix | Loaded, buffers: Buffers) -> Iterator[Piece]:
@@ -176,7 +200,7 @@ def _straight(matrix: Matrix | Loaded, buffers: Buffers) -> Iterator[Piece]:
 
 def _turned(matrix: Matrix, buffers: Buffers, run: int, passing: Take) -> Iterator[Piece]:
     """The transpose of ``matrix``, which lies row by row."""
-    high, wide = tiling(matrix.rows, matrix.columns, matrix.dtype.size, run)
+    high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run)
     per_piece = max(1, CHUNK // matrix.dtype.size)
     with buffers.borrow(max(TILE, LARGEST)) as buffer:
         for columns in cut(range(matrix.columns), wide):
@@ -230,6 +254,12 @@ class _Running:
             self.state.update(_bytes_of(array))
             self.position += array.size
 
+    def watch(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The same flow, taken as it passes."""
+        for start, piece in pieces:
+            self.take(start, piece)
+            yield start, piece
+
     @property
     def whole(self) -> bool:
         return self.position == self.size
@@ -255,13 +285,14 @@ class _Worker:
         source, target = _Running(prod(move.source_shape)), _Running(prod(move.shape))
         matrix = self.checkpoint.matrix(move.source)
         wanted, passing = (move.rule.apply(matrix), source.take) if move.transposed else (matrix, _ignore)
-        for start, piece in flow(wanted, self.buffers, run=RUN, passing=passing):
+        pieces = flow(wanted, self.buffers, run=RUN, passing=passing)
+        pieces = self._finite(pieces, move.source_dtype, f"{move.source} holds NaN or inf")
+        results = cast_flow(pieces if move.transposed else source.watch(pieces), move.source_dtype, move.dtype)
+        if move.dtype != move.source_dtype:
+            results = self._finite(results, move.dtype, f"{move.source} overflows {move.dtype.name}")
+        for start, result in target.watch(results):
             if self.stop.is_set():
                 return
-            if not move.transposed:
-                source.take(start, piece)
-            result = self._cast(move, piece)
-            target.take(start, result)
             self.staging.write(file, _bytes_of(result), offset + start * move.dtype.size)
             self.advance(result.nbytes)
         written = self.staging.matrix(file, offset, move.dtype, target.size)
@@ -272,8 +303,7 @@ class _Worker:
     def make(self, moves: Sequence[Move]) -> None:
         """Tensors that are made alike are made once."""
         running = _Running(prod(moves[0].shape))
-        for start, piece in made(moves[0]):
-            running.take(start, piece)
+        for start, piece in running.watch(made(moves[0])):
             for move in moves:
                 if self.stop.is_set():
                     return
@@ -309,22 +339,16 @@ class _Worker:
     def _digest(self, running: _Running, matrix: Matrix | Loaded) -> str:
         if not running.whole:
             running = _Running(running.size)
-            for start, piece in flow(matrix, self.buffers):
+            for _ in running.watch(flow(matrix, self.buffers)):
                 if self.stop.is_set():
                     break
-                running.take(start, piece)
         return running.state.hexdigest()
 
-    def _cast(self, move: Move, array: np.ndarray) -> np.ndarray:
-        self._refuse_nonfinite(array, move.source_dtype, f"{move.source} holds NaN or inf")
-        result = cast(array, move.source_dtype, move.dtype)
-        if move.dtype != move.source_dtype:
-            self._refuse_nonfinite(result, move.dtype, f"{move.source} overflows {move.dtype.name}")
-        return result
-
-    def _refuse_nonfinite(self, array: np.ndarray, dtype: Dtype, told: str) -> None:
-        if not self.allow_nonfinite and has_nonfinite(array, dtype):
-            raise BadInput(f"{told}. Nothing was written. --allow-nonfinite converts it all the same.")
+    def _finite(self, pieces: Iterator[Piece], dtype: Dtype, told: str) -> Iterator[Piece]:
+        for start, piece in pieces:
+            if not self.allow_nonfinite and has_nonfinite(piece, dtype):
+                raise BadInput(f"{told}. Nothing was written. --allow-nonfinite converts it all the same.")
+            yield start, piece
 
 
 def _ignore(start: int, array: np.ndarray) -> None:

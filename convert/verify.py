@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import Checkpoint, opened
-from .dtypes import cast
 from .plan import Move, Plan
-from .stream import Advance, Buffers, alike, flow, made, run_all, together
+from .stream import Advance, Buffers, alike, cast_flow, flow, made, run_all, together
 
 
 class NotBitExact(Exception):
@@ -53,19 +52,22 @@ class _Reading:
         """The result, inverted, against the source in its own order."""
         source, held = self.source.matrix(move.source), self.held.matrix(move.target)
         inverted = move.rule.invert(held) if move.transposed else held
-        for expected, found in together(flow(source, self.buffers), flow(inverted, self.buffers)):
-            self._require_equal(move, found, cast(expected, move.source_dtype, move.dtype))
+        right = cast_flow(flow(source, self.buffers), move.source_dtype, move.dtype)
+        for expected, found in together(right, flow(inverted, self.buffers)):
+            if self.stop.is_set():
+                return
+            self._require_equal(move, found, expected)
 
     def compare_made(self, moves: Sequence[Move]) -> None:
         """Tensors that are made alike are made once more, each time for all of them."""
         for move in moves:
             held = self.held.matrix(move.target)
             for expected, found in together(made(move), flow(held, self.buffers)):
+                if self.stop.is_set():
+                    return
                 self._require_equal(move, found, expected)
 
     def _require_equal(self, move: Move, held: np.ndarray, expected: np.ndarray) -> None:
-        if self.stop.is_set():
-            raise NotBitExact("the comparison was stopped")
         if not np.array_equal(held.view(move.dtype.bits), expected.view(move.dtype.bits)):
             raise NotBitExact(f"{move.target} read back is not {move.source or move.filling.name}, bit for bit")
         self.advance(held.nbytes)
