@@ -131,6 +131,11 @@ def together(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[tuple[np
         raise ValueError("one of two flows ended before the other")
 
 
+def in_one_order(one: Matrix | Loaded, other: Matrix | Loaded) -> tuple[Matrix | Loaded, Matrix | Loaded]:
+    """Two matrices of one shape, both transposed where both lie across: what is compared needs one tile at most."""
+    return (one, other) if one.straight or other.straight else (one.T, other.T)
+
+
 def made(move: Move) -> Iterator[Piece]:
     """The elements of a tensor that its filling makes, as a flow."""
     columns = move.shape[-1] if move.shape else 1
@@ -321,20 +326,21 @@ class _Worker:
         filling, held = check.move.filling, self.checkpoint.tensors[check.source]
         if filling.copies:
             copied = self.checkpoint.tensors[filling.copies]
-            agree = held.shape == copied.shape and held.dtype == copied.dtype and all(
-                np.array_equal(left.view(held.dtype.bits), right.view(held.dtype.bits))
-                for left, right in together(self._flow(check.source), self._flow(filling.copies)))
+            agree = held.shape == copied.shape and held.dtype == copied.dtype and self._same(check.source, copied.name)
             told = f"is not the same as {filling.copies}, although the two are tied"
         else:
             agree = held.shape == check.move.shape and all(
                 np.array_equal(left != 0, right != 0)
-                for left, right in together(self._flow(check.source), made(check.move)))
+                for left, right in together(flow(self.checkpoint.matrix(check.source), self.buffers),
+                                            made(check.move)))
             told = f"is not the {filling.name} that this family has"
         if not agree:
             raise BadInput(f"{check.source} in the source {told}. Nothing was written.")
 
-    def _flow(self, name: str) -> Iterator[Piece]:
-        return flow(self.checkpoint.matrix(name), self.buffers)
+    def _same(self, one: str, other: str) -> bool:
+        sides = in_one_order(self.checkpoint.matrix(one), self.checkpoint.matrix(other))
+        return all(np.array_equal(left.view(np.uint8), right.view(np.uint8))
+                   for left, right in together(*(flow(side, self.buffers) for side in sides)))
 
     def _digest(self, running: _Running, matrix: Matrix | Loaded) -> str:
         if not running.whole:

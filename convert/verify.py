@@ -11,7 +11,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, opened
 from .plan import Move, Plan
-from .stream import Advance, Buffers, alike, cast_flow, flow, made, run_all, together
+from .stream import Advance, Buffers, alike, cast_flow, flow, in_one_order, made, run_all, together
 
 
 class NotBitExact(Exception):
@@ -49,9 +49,10 @@ class _Reading:
         self.stop = threading.Event()
 
     def compare(self, move: Move) -> None:
-        """The result, inverted, against the source in its own order."""
-        source, held = self.source.matrix(move.source), self.held.matrix(move.target)
-        inverted = move.rule.invert(held) if move.transposed else held
+        """The result, inverted, against the source."""
+        held = self.held.matrix(move.target)
+        source, inverted = in_one_order(self.source.matrix(move.source),
+                                        move.rule.invert(held) if move.transposed else held)
         right = cast_flow(flow(source, self.buffers), move.source_dtype, move.dtype)
         for expected, found in together(right, flow(inverted, self.buffers)):
             if self.stop.is_set():
