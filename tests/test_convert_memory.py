@@ -14,7 +14,7 @@ import torch
 from convert import gptj
 from convert.plan import expand, name_in
 
-LIMIT = 128 << 20
+LIMIT = 128_000_000
 CONVERSION = """
 import sys
 from pathlib import Path
@@ -88,7 +88,7 @@ VARIANTS = {
 }
 FURTHER = {
     "float32": (float32, []), "narrowed": (float32, ["--dtype", "float16"]),
-    "bfloat16": (float32, ["--dtype", "bfloat16"]), "zip across": (across, []),
+    "bfloat16": (float32, ["--dtype", "bfloat16"]),
 }
 
 
@@ -100,6 +100,12 @@ def test_memory_is_bounded_and_flat_in_the_number_of_layers(variant, tmp_path):
     print(f"{variant}: {few / 1e6:.0f} and {many / 1e6:.0f} MB")
     assert max(few, many) <= LIMIT
     assert abs(many - few) <= 0.05 * few
+
+
+@pytest.mark.full
+def test_memory_is_bounded_where_a_bin_holds_columns(tmp_path):
+    """Only digests and comparisons go across here; whether two of them do so at once is the scheduler's."""
+    assert peak(tmp_path / "across", across, [], n_layer=4) <= LIMIT
 
 
 def test_a_mask_of_many_positions_is_never_whole(tmp_path):
