@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .pickles import StoredTensor, cut_short, read_pdparams, read_torch_legacy, 
 MAX_HEADER = 100_000_000
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
 INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+SPAN = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,85 @@ class TensorInfo:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor as rows and columns of an open file: (i, j) lies ``i * pitch + j * step`` elements behind ``offset``.
+
+    The last axis is the columns, the others are the rows. ``T`` is the transpose, which moves nothing; so a rule
+    applies to a matrix as it does to an array.
+    """
+
+    file: Path
+    handle: int
+    offset: int
+    dtype: Dtype
+    rows: int
+    columns: int
+    pitch: int
+    step: int = 1
+
+    @property
+    def T(self) -> Matrix:
+        return replace(self, rows=self.columns, columns=self.rows, pitch=self.step, step=self.pitch)
+
+    @property
+    def straight(self) -> bool:
+        """Whether the file holds it row by row, so that reading along a row is cheap."""
+        return min(self.rows, self.columns) <= 1 or self.step <= self.pitch or self.pitch == 0
+
+    @property
+    def flat(self) -> Matrix:
+        """The same elements in the same order as one row, where they lie at even distances."""
+        if self.columns == 1:
+            return replace(self, rows=1, columns=self.rows, step=self.pitch)
+        if self.pitch == self.columns * self.step:
+            return replace(self, rows=1, columns=self.rows * self.columns)
+        return self
+
+    def read(self, rows: range, columns: range, out: np.ndarray) -> None:
+        """Fill ``out``, [rows, columns] in C order, with a block."""
+        if self.step != 1:
+            for row, line in zip(rows, out, strict=True):
+                self._gather(row, columns, line)
+        elif len(rows) == 1 or self.pitch == len(columns):
+            read_into(self.handle, out, self._place(rows.start, columns.start), self.file)
+        else:
+            for row, line in zip(rows, out, strict=True):
+                position = self._place(row, columns.start)
+                if os.preadv(self.handle, [line], position) != line.nbytes:
+                    read_into(self.handle, line, position, self.file)
+
+    def _gather(self, row: int, columns: range, line: np.ndarray) -> None:
+        for part in cut(columns, SPAN // max(1, self.step * self.dtype.size)):
+            span = np.empty((len(part) - 1) * self.step + 1, self.dtype.storage)
+            read_into(self.handle, span, self._place(row, part.start), self.file)
+            line[part.start - columns.start: part.stop - columns.start] = span[:: self.step] if self.step else span
+
+    def _place(self, row: int, column: int) -> int:
+        return self.offset + (row * self.pitch + column * self.step) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor of permuted axes that no matrix describes, in memory whole: what :class:`Matrix` offers, as one row."""
+
+    array: np.ndarray
+    dtype: Dtype
+    rows: int = 1
+    straight: bool = True
+
+    @property
+    def columns(self) -> int:
+        return self.array.size
+
+    @property
+    def flat(self) -> Loaded:
+        return self
+
+    def read(self, rows: range, columns: range, out: np.ndarray) -> None:
+        out[0] = self.array.reshape(-1)[columns.start: columns.stop]
 
 
 @dataclass
@@ -68,6 +148,14 @@ class Checkpoint:
         """Elements ``[start:stop]`` of the tensor laid flat."""
         return self._read(self.tensors[name], start, stop - start)
 
+    def matrix(self, name: str) -> Matrix | Loaded:
+        """The tensor as rows and columns to be read from its file, whatever order its elements lie in."""
+        info = self.tensors[name]
+        lying = _rows_and_columns(info)
+        if lying is None:
+            return Loaded(self.read(name), info.dtype)
+        return Matrix(info.file, self.handle(info), info.offset, info.dtype, *lying)
+
     def handle(self, info: TensorInfo) -> int:
         """A file descriptor open for reading."""
         if info.file not in self._handles:
@@ -88,6 +176,13 @@ class Checkpoint:
         array = np.empty(count, info.dtype.storage)
         read_into(self.handle(info), array, info.offset + start * info.dtype.size, info.file)
         return array
+
+
+def cut(whole: range, length: int) -> Iterator[range]:
+    """``whole`` in consecutive pieces of ``length``, at least 1; the last may be shorter."""
+    step = max(1, length)
+    for start in range(whole.start, whole.stop, step):
+        yield range(start, min(start + step, whole.stop))
 
 
 def read_into(handle: int, array: np.ndarray, offset: int, file: Path) -> None:
@@ -152,6 +247,21 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
     """:func:`open_checkpoint`, closed at the end."""
     with open_checkpoint(path) as checkpoint:
         yield checkpoint
+
+
+def _rows_and_columns(info: TensorInfo) -> tuple[int, int, int, int] | None:
+    """Rows, columns, pitch and step of a tensor; None where its leading axes do not fold into one."""
+    if info.strides is None:
+        columns = info.shape[-1] if info.shape else 1
+        return prod(info.shape[:-1]), columns, columns, 1
+    *leading, (columns, step) = [axis for axis in zip(info.shape, info.strides, strict=True) if axis[0] != 1]
+    rows, pitch = leading.pop() if leading else (1, columns * step)
+    while leading:
+        length, stride = leading.pop()
+        if stride != rows * pitch:
+            return None
+        rows *= length
+    return rows, columns, pitch, step
 
 
 def _files_of(directory: Path) -> dict[Path, set[str] | None]:

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
-from .plan import Plan
 from .rules import Family, Rule
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 SCHEMA = "paddle-parity/1"
 
@@ -126,6 +127,7 @@ def latest_run(reports: Path) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Python and those of ``packages`` that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -169,8 +171,7 @@ def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> No
         console.print(_table("dropped", ("torch", "why"), plan.dropped))
     for name, size in files:
         console.print(f"{output / name}: {size:,} bytes")
-    largest = max((move.nbytes for move in plan.moves if move.source is None), default=0)
-    memory = 60_000_000 + THREADS * max(2 * TILE + CHUNK, 2 * largest)
+    memory = 45_000_000 + THREADS * (TILE + 6 * CHUNK)
     console.print(f"in all {plan.nbytes:,} bytes of tensors in {len(files)} file(s); expected memory at most "
                   f"{memory / 1e6:,.0f} MB. Nothing was written (--dry-run).")
 

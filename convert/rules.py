@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -23,14 +24,19 @@ MAX_SIZE = 2**30
 class Filling:
     """How a target tensor comes to be when no source tensor is moved into it.
 
-    ``make`` gives the array (numpy, float32) from the target shape; ``copies`` names the source tensor that it
-    is a copy of instead. ``checked`` says that a source which carries the tensor must hold this very value.
+    ``rows`` makes some rows of it (numpy, float32, [rows, columns]; the last axis is the columns, the others are the
+    rows), so that no mask need be held whole; ``copies`` names the source tensor that it is a copy of instead.
+    ``checked`` says that a source which carries the tensor must hold this very value.
     """
 
     name: str
-    make: Callable[[tuple[int, ...]], Any] | None = None
+    rows: Callable[[tuple[int, ...], range], Any] | None = None
     copies: str | None = None
     checked: bool = False
+
+    def make(self, shape: tuple[int, ...]) -> Any:
+        """The whole array."""
+        return self.rows(shape, range(prod(shape[:-1]))).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -108,26 +114,24 @@ def copy_of(source: str) -> Filling:
 
 def zeros() -> Filling:
     """Zeros, for a parameter that Paddle's class owns and torch's class does not have."""
-    def make(shape: tuple[int, ...]) -> Any:
-        import numpy as np
-        return np.zeros(shape, np.float32)
-    return Filling("zeros", make)
+    return Filling("zeros", constant(0.0).rows)
 
 
 def causal_mask() -> Filling:
     """Lower triangle of ones, [1, 1, positions, positions]."""
-    def make(shape: tuple[int, ...]) -> Any:
+    def rows(shape: tuple[int, ...], some: range) -> Any:
         import numpy as np
-        return np.tril(np.ones(shape[-2:], np.float32)).reshape(shape)
-    return Filling("causal mask", make, checked=True)
+        positions = np.arange(some.start, some.stop, dtype=np.int32) % shape[-2]
+        return (np.arange(shape[-1], dtype=np.int32) <= positions[:, None]).astype(np.float32)
+    return Filling("causal mask", rows, checked=True)
 
 
 def constant(value: float) -> Filling:
     """One value everywhere."""
-    def make(shape: tuple[int, ...]) -> Any:
+    def rows(shape: tuple[int, ...], some: range) -> Any:
         import numpy as np
-        return np.full(shape, value, np.float32)
-    return Filling(f"{value:g}", make)
+        return np.full((len(some), *(shape[-1:] or (1,))), value, np.float32)
+    return Filling(f"{value:g}", rows)
 
 
 def _rules(kind: str, source: str, target: str, shape: tuple[Size, ...], otherwise: Filling | None = None,

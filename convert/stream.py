@@ -1,34 +1,49 @@
-"""Carrying out a plan in bounded memory: read, transpose, cast, hash, write, one tile at a time.
+"""Carrying out a plan in bounded memory: read, transpose, cast, hash, write, a piece at a time.
 
-A transposed tensor is written in tiles of whole target rows, gathered from strips of 64 source rows. Each row
-of a strip is padded by 64 bytes: at power-of-two widths the rows of an unpadded strip fall on the same cache
-sets and evict each other, which costs a factor of two to four.
+Everything is a *flow*: the elements of a tensor in the order in which they are wanted, flat, in pieces that fit a
+core's cache, whatever order they lie in. A flow against the grain of its file goes through tiles: strips of 64 rows
+are read whole, put into rows padded by 64 bytes (at power-of-two widths the rows of an unpadded strip fall on the
+same cache sets and evict each other, which costs a factor of two to four) and transposed into the tile.
+
+A tile holds whole rows of what is wanted, so that it is written in one run: writing runs of 8 KiB takes five times
+as long a byte as writing a mebibyte at once, reading short or twice costs far less. Only where rows are longer than
+``RUN`` is a tile cut across them.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import numpy as np
 import xxhash
 
-from .checkpoint import Checkpoint, TensorInfo, read_into
+from .checkpoint import Checkpoint, Loaded, Matrix, TensorInfo, cut
 from .dtypes import Dtype, cast, has_nonfinite
 from .errors import BadInput
 from .plan import Check, Move, Plan
 from .writer import Layout, Staging
 
 TILE = 34 << 20
-CHUNK = 8 << 20
+CHUNK = 1 << 20
+RUN = 32 << 10
 STRIP_ROWS = 64
 STRIP_PADDING = 64
+LARGEST = 8
+CAST_BYTES = 16
 THREADS = 2
+WHOLE_ROWS = sys.maxsize
 
 Advance = Callable[[int], None]
+Piece = tuple[int, np.ndarray]
+Take = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -46,12 +61,12 @@ def carry_out(plan: Plan, checkpoint: Checkpoint, layout: Layout, staging: Stagi
     ``advance`` is told the bytes written. Raises :class:`BadInput` for NaN, inf and tied copies that differ.
     """
     worker = _Worker(checkpoint, layout, staging, allow_nonfinite, advance)
-    by_size = sorted(plan.moves, key=lambda move: -move.nbytes)
     unmoved = checkpoint.tensors.keys() - {move.source for move in plan.moves}
-    tasks = [lambda move=move: worker.carry(move) for move in by_size]
-    tasks += [lambda name=name: worker.hash_source(name) for name in sorted(unmoved)]
+    tasks = [partial(worker.make, group) if group[0].source is None else partial(worker.carry, *group)
+             for group in alike(plan.moves)]
+    tasks += [partial(worker.hash_source, name) for name in sorted(unmoved)]
     tasks += [lambda check=check: worker.check(check) for check in plan.checks]
-    _run_all(tasks, worker.stop)
+    run_all(tasks, worker.stop)
     return Digests(worker.source_digests, worker.target_digests)
 
 
@@ -66,44 +81,197 @@ def digest_of(tensors: Mapping[str, TensorInfo | Move], digests: Mapping[str, st
 
 
 def chunks_of(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """The elements of a tensor in C order, flat, in pieces of at most 8 MiB."""
-    info = checkpoint.tensors[name]
-    if info.strides is not None:
-        whole = checkpoint.read(name).reshape(-1)
-    elements, per_chunk = prod(info.shape), CHUNK // info.dtype.size
-    for start in range(0, elements, per_chunk):
-        stop = min(start + per_chunk, elements)
-        yield checkpoint.read_elements(name, start, stop) if info.strides is None else whole[start:stop]
+    """The elements of a tensor in C order, flat, in pieces of at most 1 MiB. The memory of a piece is used again."""
+    return (piece for _, piece in flow(checkpoint.matrix(name), Buffers()))
 
 
-def strips_of(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Columns ``[start:stop]`` of a matrix as (first row, [<= 64, stop - start]); the buffer is used again."""
-    info = checkpoint.tensors[name]
-    rows, columns = info.shape
-    size = info.dtype.size
-    whole = checkpoint.read(name) if info.strides is not None else None
-    strip = np.empty((STRIP_ROWS, stop - start + STRIP_PADDING // size), info.dtype.storage)[:, : stop - start]
-    for first in range(0, rows, STRIP_ROWS):
-        count = min(STRIP_ROWS, rows - first)
-        for row in range(count):
-            if whole is None:
-                read_into(checkpoint.handle(info), strip[row], info.offset + ((first + row) * columns + start) * size,
-                          info.file)
-            else:
-                strip[row] = whole[first + row, start:stop]
-        yield first, strip[:count]
+class Buffers:
+    """Memory for tiles and strips that is used again: a fresh 32 MiB costs all its page faults every time."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+
+    @contextmanager
+    def borrow(self, nbytes: int) -> Iterator[np.ndarray]:
+        """``nbytes`` of uint8, whose content is anything."""
+        free = self._free[nbytes]
+        buffer = free.pop() if free else np.empty(nbytes, np.uint8)
+        try:
+            yield buffer
+        finally:
+            free.append(buffer)
 
 
-def column_tiles(shape: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of columns of a ``shape`` matrix whose transpose fills about one tile."""
-    rows, columns = shape
-    width = max(1, TILE // max(1, rows * size))
-    for start in range(0, columns, width):
-        yield start, min(start + width, columns)
+def flow(matrix: Matrix | Loaded, buffers: Buffers, *, run: int = WHOLE_ROWS,
+         passing: Take = lambda start, array: None) -> Iterator[Piece]:
+    """All elements of ``matrix`` in C order as (number of the first, elements); the memory of a piece is used again.
+
+    Who can take pieces out of order says how long a ``run`` of bytes each must be at least. Where the file holds the
+    transpose and whole rows of it are read, ``passing`` is told these as well: it sees the transpose in C order.
+    """
+    return _straight(matrix.flat, buffers) if matrix.straight else _turned(matrix.T, buffers, run, passing)
+
+
+def cast_flow(pieces: Iterator[Piece], source: Dtype, target: Dtype) -> Iterator[Piece]:
+    """A flow in another dtype; its pieces are so small that what a cast holds in between stays in the cache."""
+    for start, piece in pieces:
+        for part in cut(range(len(piece)), len(piece) if source == target else CHUNK // CAST_BYTES):
+            yield start + part.start, cast(piece[part.start: part.stop], source, target)
+
+
+def together(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Two flows of equally many elements, both in order, side by side in pieces of equal length."""
+    nothing = (0, np.empty(0))
+    ours, theirs = next(left, nothing)[1], next(right, nothing)[1]
+    while length := min(len(ours), len(theirs)):
+        yield ours[:length], theirs[:length]
+        ours, theirs = (rest if len(rest) else next(side, nothing)[1]
+                        for rest, side in ((ours[length:], left), (theirs[length:], right)))
+    if len(ours) or len(theirs):
+        raise ValueError("one of two flows ended before the other")
+
+
+def in_one_order(one: Matrix | Loaded, other: Matrix | Loaded) -> tuple[Matrix | Loaded, Matrix | Loaded]:
+    """Two matrices of one shape, both transposed where both lie across: what is compared needs one tile at most."""
+    return (one, other) if one.straight or other.straight else (one.T, other.T)
+
+
+def made(move: Move) -> Iterator[Piece]:
+    """The elements of a tensor that its filling makes, as a flow."""
+    columns = move.shape[-1] if move.shape else 1
+    for rows in cut(range(prod(move.shape[:-1])), CHUNK // max(1, columns * move.source_dtype.size)):
+        some = move.filling.rows(move.shape, rows).reshape(-1)
+        yield rows.start * columns, cast(some, move.source_dtype, move.dtype)
+
+
+def alike(moves: Iterable[Move]) -> list[list[Move]]:
+    """``moves`` as tasks, the largest first: those that make the same tensor together, any other by itself."""
+    groups: dict[object, list[Move]] = defaultdict(list)
+    for move in moves:
+        groups[(move.filling, move.shape, move.dtype) if move.source is None else move.target].append(move)
+    return sorted(groups.values(), key=lambda group: -sum(move.nbytes for move in group))
+
+
+def tiling(rows: int, columns: int, size: int, run: int) -> tuple[int, int]:
+    """Rows and columns of the tiles in which a matrix of elements of ``size`` bytes is transposed, all about equal.
+
+    A column becomes a run of at least ``run`` bytes where it has so many; 64 rows of a tile have at most ``CHUNK``.
+    """
+    area = max(1, TILE // size)
+    longest = min(rows, area, max(area // columns, _share(rows, max(1, rows * size // run))))
+    high = _share(rows, -(-rows // longest))
+    widest = max(1, min(columns, area // high, CHUNK // STRIP_ROWS // size))
+    return high, _share(columns, -(-columns // widest))
+
+
+def _share(whole: int, parts: int) -> int:
+    return -(-whole // parts)
+
+
+def run_all(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+    """Carry out ``tasks`` on all threads; the first failure, or Ctrl-C, sets ``stop`` and is raised."""
+    def attempt(task: Callable[[], None]) -> None:
+        if not stop.is_set():
+            with _setting(stop):
+                task()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(attempt, task) for task in tasks]
+        with _setting(stop):
+            wait(futures)
+    for future in futures:
+        future.result()
+
+
+@contextmanager
+def _setting(stop: threading.Event) -> Iterator[None]:
+    """Set ``stop`` when what is done here fails."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise
+
+
+def _straight(matrix: Matrix | Loaded, buffers: Buffers) -> Iterator[Piece]:
+    per_piece = max(1, CHUNK // matrix.dtype.size)
+    with buffers.borrow(_room()) as buffer:
+        for rows in cut(range(matrix.rows), per_piece // max(1, matrix.columns)):
+            for columns in cut(range(matrix.columns), per_piece):
+                block = _shaped(buffer, len(rows), len(columns), matrix.dtype)
+                matrix.read(rows, columns, block)
+                yield rows.start * matrix.columns + columns.start, block.reshape(-1)
+
+
+def _turned(matrix: Matrix, buffers: Buffers, run: int, passing: Take) -> Iterator[Piece]:
+    """The transpose of ``matrix``, which lies row by row."""
+    high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run)
+    per_piece = max(1, CHUNK // matrix.dtype.size)
+    with buffers.borrow(max(TILE, LARGEST)) as buffer:
+        for columns in cut(range(matrix.columns), wide):
+            for rows in cut(range(matrix.rows), high):
+                tile = _shaped(buffer, len(columns), len(rows), matrix.dtype)
+                for strip_rows, strip in _strips(matrix, rows, columns, buffers, passing):
+                    tile[:, strip_rows.start - rows.start: strip_rows.stop - rows.start] = strip.T
+                runs = tile.reshape(1, -1) if len(rows) == matrix.rows else tile
+                for column, values in zip(columns, runs, strict=False):
+                    start = column * matrix.rows + rows.start
+                    for part in cut(range(len(values)), per_piece):
+                        yield start + part.start, values[part.start: part.stop]
+
+
+def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
+            passing: Take) -> Iterator[tuple[range, np.ndarray]]:
+    """Columns of ``matrix``, 64 rows at a time, in padded rows. Reading a short row whole is cheaper than a part."""
+    size = matrix.dtype.size
+    read = range(matrix.columns) if matrix.columns * size <= CHUNK // STRIP_ROWS else columns
+    wanted = slice(columns.start - read.start, columns.stop - read.start)
+    with buffers.borrow(_room()) as plain, buffers.borrow(_room()) as padded:
+        for some in cut(rows, STRIP_ROWS):
+            block = _shaped(plain, len(some), len(read), matrix.dtype)
+            matrix.read(some, read, block)
+            if len(read) == matrix.columns and columns.start == 0:
+                passing(some.start * matrix.columns, block.reshape(-1))
+            strip = _shaped(padded, len(some), len(columns) + STRIP_PADDING // size, matrix.dtype)[:, : len(columns)]
+            np.copyto(strip, block[:, wanted])
+            yield some, strip
+
+
+def _room() -> int:
+    """Bytes of a buffer that holds a piece, or a strip with its padding."""
+    return CHUNK + STRIP_ROWS * (LARGEST + STRIP_PADDING)
+
+
+def _shaped(buffer: np.ndarray, rows: int, columns: int, dtype: Dtype) -> np.ndarray:
+    return buffer[: rows * columns * dtype.size].view(dtype.storage).reshape(rows, columns)
+
+
+@dataclass
+class _Running:
+    """The xxh3-128 of a tensor of ``size`` elements while they pass by. What comes out of order is left out."""
+
+    size: int
+    position: int = 0
+    state: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+
+    def take(self, start: int, array: np.ndarray) -> None:
+        if start == self.position:
+            self.state.update(_bytes_of(array))
+            self.position += array.size
+
+    def watch(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The same flow, taken as it passes."""
+        for start, piece in pieces:
+            self.take(start, piece)
+            yield start, piece
+
+    @property
+    def whole(self) -> bool:
+        return self.position == self.size
 
 
 class _Worker:
-    """What the threads share. Each tensor is one task, so that its digest is taken in order."""
+    """What the threads share."""
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, staging: Staging, allow_nonfinite: bool,
                  advance: Advance) -> None:
@@ -111,102 +279,87 @@ class _Worker:
         self.allow_nonfinite, self.advance = allow_nonfinite, advance
         self.source_digests: dict[str, str] = {}
         self.target_digests: dict[str, str] = {}
+        self.buffers = Buffers()
         self.stop = threading.Event()
         for info in checkpoint.tensors.values():
             checkpoint.handle(info)
 
     def carry(self, move: Move) -> None:
+        """Move one tensor, and hash it on both sides: while it passes by, or else once more from its file."""
         file, offset = self.layout.places[move.target]
-        digest = xxhash.xxh3_128()
-        for tile in self._tiles(move):
+        source, target = _Running(prod(move.source_shape)), _Running(prod(move.shape))
+        matrix = self.checkpoint.matrix(move.source)
+        wanted, passing = (move.rule.apply(matrix), source.take) if move.transposed else (matrix, _ignore)
+        pieces = flow(wanted, self.buffers, run=RUN, passing=passing)
+        pieces = self._finite(pieces, move.source_dtype, f"{move.source} holds NaN or inf")
+        results = cast_flow(pieces if move.transposed else source.watch(pieces), move.source_dtype, move.dtype)
+        if move.dtype != move.source_dtype:
+            results = self._finite(results, move.dtype, f"{move.source} overflows {move.dtype.name}")
+        for start, result in target.watch(results):
             if self.stop.is_set():
                 return
-            data = memoryview(np.ascontiguousarray(tile).reshape(-1).view(np.uint8))
-            digest.update(data)
-            self.staging.write(file, data, offset)
-            offset += len(data)
-            self.advance(len(data))
-        self.target_digests[move.target] = digest.hexdigest()
+            self.staging.write(file, _bytes_of(result), offset + start * move.dtype.size)
+            self.advance(result.nbytes)
+        written = self.staging.matrix(file, offset, move.dtype, target.size)
+        self.target_digests[move.target] = self._digest(target, written)
+        if move.filling is None:
+            self.source_digests[move.source] = self._digest(source, matrix)
+
+    def make(self, moves: Sequence[Move]) -> None:
+        """Tensors that are made alike are made once."""
+        running = _Running(prod(moves[0].shape))
+        for start, piece in running.watch(made(moves[0])):
+            for move in moves:
+                if self.stop.is_set():
+                    return
+                file, offset = self.layout.places[move.target]
+                self.staging.write(file, _bytes_of(piece), offset + start * move.dtype.size)
+                self.advance(piece.nbytes)
+        self.target_digests.update(dict.fromkeys((move.target for move in moves), running.state.hexdigest()))
 
     def hash_source(self, name: str) -> None:
-        digest = xxhash.xxh3_128()
-        for chunk in chunks_of(self.checkpoint, name):
-            digest.update(chunk.view(np.uint8))
-        self.source_digests[name] = digest.hexdigest()
+        matrix = self.checkpoint.matrix(name)
+        self.source_digests[name] = self._digest(_Running(matrix.rows * matrix.columns), matrix)
 
     def check(self, check: Check) -> None:
         """A source tensor that is made anew must hold what is made: the same bits, or for a mask the same truth."""
         filling, held = check.move.filling, self.checkpoint.tensors[check.source]
         if filling.copies:
-            agree = self._same_bits(check.source, filling.copies)
+            copied = self.checkpoint.tensors[filling.copies]
+            agree = held.shape == copied.shape and held.dtype == copied.dtype and self._same(check.source, copied.name)
             told = f"is not the same as {filling.copies}, although the two are tied"
         else:
-            made = filling.make(check.move.shape)
-            agree = held.shape == made.shape and np.array_equal(self.checkpoint.read(check.source) != 0, made != 0)
+            agree = held.shape == check.move.shape and all(
+                np.array_equal(left != 0, right != 0)
+                for left, right in together(flow(self.checkpoint.matrix(check.source), self.buffers),
+                                            made(check.move)))
             told = f"is not the {filling.name} that this family has"
         if not agree:
             raise BadInput(f"{check.source} in the source {told}. Nothing was written.")
 
-    def _tiles(self, move: Move) -> Iterator[np.ndarray]:
-        if move.source is None:
-            yield cast(move.filling.make(move.shape), move.source_dtype, move.dtype)
-        elif move.transposed:
-            yield from self._transposed(move)
-        else:
-            yield from self._copied(move)
+    def _same(self, one: str, other: str) -> bool:
+        sides = in_one_order(self.checkpoint.matrix(one), self.checkpoint.matrix(other))
+        return all(np.array_equal(left.view(np.uint8), right.view(np.uint8))
+                   for left, right in together(*(flow(side, self.buffers) for side in sides)))
 
-    def _copied(self, move: Move) -> Iterator[np.ndarray]:
-        digest = xxhash.xxh3_128()
-        for chunk in chunks_of(self.checkpoint, move.source):
-            digest.update(chunk.view(np.uint8))
-            yield self._cast(move, chunk)
-        if move.filling is None:
-            self.source_digests[move.source] = digest.hexdigest()
+    def _digest(self, running: _Running, matrix: Matrix | Loaded) -> str:
+        if not running.whole:
+            running = _Running(running.size)
+            for _ in running.watch(flow(matrix, self.buffers)):
+                if self.stop.is_set():
+                    break
+        return running.state.hexdigest()
 
-    def _transposed(self, move: Move) -> Iterator[np.ndarray]:
-        rows = move.source_shape[0]
-        digest = xxhash.xxh3_128()
-        tiles = list(column_tiles(move.source_shape, max(move.source_dtype.size, move.dtype.size)))
-        for start, stop in tiles:
-            tile = np.empty((stop - start, rows), move.dtype.storage)
-            for first, strip in strips_of(self.checkpoint, move.source, start, stop):
-                if len(tiles) == 1:
-                    for row in strip:
-                        digest.update(row.view(np.uint8))
-                tile[:, first: first + len(strip)] = move.rule.apply(self._cast(move, strip))
-            yield tile
-        if len(tiles) == 1:
-            self.source_digests[move.source] = digest.hexdigest()
-        else:
-            self.hash_source(move.source)
-
-    def _cast(self, move: Move, array: np.ndarray) -> np.ndarray:
-        self._refuse_nonfinite(array, move.source_dtype, f"{move.source} holds NaN or inf")
-        result = cast(array, move.source_dtype, move.dtype)
-        if move.dtype != move.source_dtype:
-            self._refuse_nonfinite(result, move.dtype, f"{move.source} overflows {move.dtype.name}")
-        return result
-
-    def _refuse_nonfinite(self, array: np.ndarray, dtype: Dtype, told: str) -> None:
-        if not self.allow_nonfinite and has_nonfinite(array, dtype):
-            raise BadInput(f"{told}. Nothing was written. --allow-nonfinite converts it all the same.")
-
-    def _same_bits(self, one: str, other: str) -> bool:
-        first, second = self.checkpoint.tensors[one], self.checkpoint.tensors[other]
-        return first.shape == second.shape and first.dtype == second.dtype and all(
-            np.array_equal(left.view(np.uint8), right.view(np.uint8))
-            for left, right in zip(chunks_of(self.checkpoint, one), chunks_of(self.checkpoint, other), strict=True))
+    def _finite(self, pieces: Iterator[Piece], dtype: Dtype, told: str) -> Iterator[Piece]:
+        for start, piece in pieces:
+            if not self.allow_nonfinite and has_nonfinite(piece, dtype):
+                raise BadInput(f"{told}. Nothing was written. --allow-nonfinite converts it all the same.")
+            yield start, piece
 
 
-def _run_all(tasks: list[Callable[[], None]], stop: threading.Event) -> None:
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            failed = any(future.done() and not future.cancelled() and future.exception() for future in futures)
-            if failed or not all(future.done() for future in futures):
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-        for future in done:
-            future.result()
+def _ignore(start: int, array: np.ndarray) -> None:
+    """For whom nothing passes by."""
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

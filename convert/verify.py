@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import Checkpoint, opened
-from .dtypes import cast
 from .plan import Move, Plan
-from .stream import THREADS, Advance, chunks_of, column_tiles, strips_of
+from .stream import Advance, Buffers, alike, cast_flow, flow, in_one_order, made, run_all, together
 
 
 class NotBitExact(Exception):
@@ -24,19 +24,9 @@ def verify(plan: Plan, source: Checkpoint, result: Path, advance: Advance = lamb
         _compare_headers(plan, held)
         for info in held.tensors.values():
             held.handle(info)
-
-        def compare(move: Move) -> None:
-            _comparison(move)(move, source, held)
-            advance(move.nbytes)
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(compare, plan.moves))
-
-
-def _comparison(move: Move) -> Callable[[Move, Checkpoint, Checkpoint], None]:
-    if move.source is None:
-        return _compare_made
-    return _compare_transposed if move.transposed else _compare_copied
+        reading = _Reading(source, held, advance)
+        run_all([partial(reading.compare_made, group) if group[0].source is None else partial(reading.compare, *group)
+                 for group in alike(plan.moves)], reading.stop)
 
 
 def _compare_headers(plan: Plan, held: Checkpoint) -> None:
@@ -50,27 +40,35 @@ def _compare_headers(plan: Plan, held: Checkpoint) -> None:
             raise NotBitExact(f"{name} came out as {info.dtype.name} {list(info.shape)}")
 
 
-def _compare_made(move: Move, source: Checkpoint, held: Checkpoint) -> None:
-    made = cast(move.filling.make(move.shape), move.source_dtype, move.dtype)
-    _require_equal(move, held.read(move.target).reshape(-1), made.reshape(-1))
+class _Reading:
+    """What the threads share."""
 
+    def __init__(self, source: Checkpoint, held: Checkpoint, advance: Advance) -> None:
+        self.source, self.held, self.advance = source, held, advance
+        self.buffers = Buffers()
+        self.stop = threading.Event()
 
-def _compare_copied(move: Move, source: Checkpoint, held: Checkpoint) -> None:
-    start = 0
-    for chunk in chunks_of(source, move.source):
-        stop = start + len(chunk)
-        _require_equal(move, held.read_elements(move.target, start, stop), cast(chunk, move.source_dtype, move.dtype))
-        start = stop
+    def compare(self, move: Move) -> None:
+        """The result, inverted, against the source."""
+        held = self.held.matrix(move.target)
+        source, inverted = in_one_order(self.source.matrix(move.source),
+                                        move.rule.invert(held) if move.transposed else held)
+        right = cast_flow(flow(source, self.buffers), move.source_dtype, move.dtype)
+        for expected, found in together(right, flow(inverted, self.buffers)):
+            if self.stop.is_set():
+                return
+            self._require_equal(move, found, expected)
 
+    def compare_made(self, moves: Sequence[Move]) -> None:
+        """Tensors that are made alike are made once more, each time for all of them."""
+        for move in moves:
+            held = self.held.matrix(move.target)
+            for expected, found in together(made(move), flow(held, self.buffers)):
+                if self.stop.is_set():
+                    return
+                self._require_equal(move, found, expected)
 
-def _compare_transposed(move: Move, source: Checkpoint, held: Checkpoint) -> None:
-    for start, stop in column_tiles(move.source_shape, move.dtype.size):
-        inverted = move.rule.invert(held.read_rows(move.target, start, stop))
-        for first, strip in strips_of(source, move.source, start, stop):
-            expected = cast(strip, move.source_dtype, move.dtype)
-            _require_equal(move, inverted[first: first + len(strip)], expected)
-
-
-def _require_equal(move: Move, held: np.ndarray, expected: np.ndarray) -> None:
-    if not np.array_equal(held.view(move.dtype.bits), expected.view(move.dtype.bits)):
-        raise NotBitExact(f"{move.target} read back is not {move.source or move.filling.name}, bit for bit")
+    def _require_equal(self, move: Move, held: np.ndarray, expected: np.ndarray) -> None:
+        if not np.array_equal(held.view(move.dtype.bits), expected.view(move.dtype.bits)):
+            raise NotBitExact(f"{move.target} read back is not {move.source or move.filling.name}, bit for bit")
+        self.advance(held.nbytes)

@@ -16,8 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
-from .checkpoint import read_json
+from .checkpoint import Matrix, read_json
+from .dtypes import Dtype
 from .errors import BadInput
 from .pickles import NAME_TABLE
 from .plan import Move
@@ -97,6 +99,7 @@ class Staging:
         self._lock: int | None = None
         self._made: list[Path] = []
         self._handles: dict[str, int] = {}
+        self._writing: dict[str, Lock] = {}
 
     def __enter__(self) -> Staging:
         try:
@@ -133,7 +136,7 @@ class Staging:
                            "Nothing was written.")
         for file in layout.files:
             handle = os.open(self.path / file.name, os.O_CREAT | os.O_RDWR, 0o644)
-            self._handles[file.name] = handle
+            self._handles[file.name], self._writing[file.name] = handle, Lock()
             try:
                 os.posix_fallocate(handle, 0, file.size)
                 for offset, piece in file.pieces:
@@ -144,13 +147,21 @@ class Staging:
             (self.path / layout.index[0]).write_text(layout.index[1])
 
     def write(self, file: str, data: memoryview, offset: int) -> None:
-        """Write all of ``data`` at ``offset``; :class:`BadInput` when the disk is full."""
+        """Write all of ``data`` at ``offset``; :class:`BadInput` when the disk is full.
+
+        The kernel lets one writer at a time into a file and the others spin; here they wait.
+        """
         done = 0
-        while done < len(data):
-            try:
-                done += os.pwrite(self._handles[file], data[done:], offset + done)
-            except OSError as error:
-                raise BadInput(f"writing {self.output} failed: {error.strerror}. Nothing was written.") from error
+        with self._writing[file]:
+            while done < len(data):
+                try:
+                    done += os.pwrite(self._handles[file], data[done:], offset + done)
+                except OSError as error:
+                    raise BadInput(f"writing {self.output} failed: {error.strerror}. Nothing was written.") from error
+
+    def matrix(self, file: str, offset: int, dtype: Dtype, size: int) -> Matrix:
+        """``size`` elements that were written at ``offset``, to be read again."""
+        return Matrix(self.path / file, self._handles[file], offset, dtype, 1, size, size)
 
     def publish(self) -> None:
         """Make the result appear under its name, in the place of an older one that may be replaced."""

@@ -1,0 +1,98 @@
+"""Killed at any moment: the output is absent or whole, and the next run removes what is left and makes the same bytes.
+
+One process imports everything and forks each conversion, so that the moments are spread over the conversion itself.
+"""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import files_under
+from safetensors.torch import save_file
+from test_convert_memory import shapes
+
+from convert import gptj
+
+KILLS, INTERRUPTIONS = 50, 12
+FORKING = """
+import os, sys, time
+import convert.stream, convert.verify, convert.report
+from convert.cli import main
+from convert.gptj import FAMILY
+for line in sys.stdin:
+    number, delay, *arguments = line.split()
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(os.devnull, "w")
+        os._exit(main(FAMILY, arguments))
+    if int(number):
+        time.sleep(float(delay))
+        os.kill(child, int(number))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    config = {**gptj.FAMILY.demo, "n_embd": 256, "n_layer": 8, "vocab_size": 4000, "n_positions": 256}
+    directory = tmp_path / "source"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    save_file({name: torch.randn(shape).half() for name, shape in shapes(config).items()},
+              directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def conversion(source, workdir):
+    """``conversion(*flags, by=signal, after=seconds)``: its exit code, negative where a signal ended it."""
+    with subprocess.Popen([sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        def run(*flags, by=0, after=0.0):
+            print(int(by), after, "--source", source, "--output", "out/run", *flags, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture
+def whole(conversion, workdir):
+    """The files of a conversion that nobody disturbed, and its seconds."""
+    assert conversion() == 0
+    started = time.perf_counter()
+    assert conversion("--overwrite") == 0
+    return files_under(workdir / "out"), time.perf_counter() - started
+
+
+def hidden(workdir):
+    return [path.name for path in workdir.rglob(".*")]
+
+
+@pytest.mark.parametrize("number,times", [(signal.SIGKILL, KILLS), (signal.SIGINT, INTERRUPTIONS)])
+def test_the_output_is_absent_or_whole_and_a_rerun_identical(number, times, conversion, whole, workdir):
+    files, seconds = whole
+    dice, codes, left = random.Random(4), set(), set()
+    for attempt in range(times):
+        if attempt % 2:
+            for file in sorted((workdir / "out").rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+        codes.add(conversion("--overwrite", by=number, after=dice.uniform(0, 1.1 * seconds)))
+        found = {name: held for name, held in files_under(workdir / "out").items() if not name.startswith(".")}
+        assert found in ({}, files)
+        left |= set(hidden(workdir))
+        if number == signal.SIGINT:
+            assert hidden(workdir) == []
+        assert conversion("--overwrite") == 0
+        assert files_under(workdir / "out") == files and hidden(workdir) == []
+    if number == signal.SIGKILL:
+        assert codes <= {0, -signal.SIGKILL} and -signal.SIGKILL in codes
+        assert ".run.staging" in left and {re.sub("staging|lock|replaced", "", name) for name in left} == {".run."}
+    else:
+        assert codes <= {0, 130} and 130 in codes
