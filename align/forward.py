@@ -18,7 +18,7 @@ from .inside import PROBE, Places
 from .runs import Run
 from .scores import log_softmax
 from .stage import Findings, RecordedStage, Session, main
-from .tolerance import FORWARD, REORDERED_RUNS, margin_noise
+from .tolerance import CEILING, FORWARD, REORDERED_RUNS, margin_noise
 from .trace import RECORDED, Step
 
 
@@ -125,8 +125,8 @@ class Comparison:
     def _compare_module(self, name: str) -> TensorResult:
         floors = {kind: self._expected.floors[kind].pop(name) for kind in ("propagated", "isolated")
                   if name in self._expected.floors.get(kind, {})}
-        result = compare(name, self._expected.recorded.pop(name), self._given.recorded.pop(name), FORWARD,
-                         self._given.view("isolated").pop(name, None), floors)
+        result = compare(name, self._expected.recorded.pop(name), self._given.recorded.pop(name),
+                         CEILING if floors else FORWARD, self._given.view("isolated").pop(name, None), floors)
         self._tensors[name] = result
         return result
 
@@ -138,7 +138,7 @@ class Comparison:
         told = {"inside": f"{name}: output" if name in self._modules else name, "small": f"{name}{PROBE}",
                 "arriving": self._places.sublayers.get(name, name)}[view]
         results = self._tensors if view == "small" else self._parts
-        results[told] = compare(told, expected, given, FORWARD, given, {"isolated": floor})
+        results[told] = compare(told, expected, given, CEILING, given, {"isolated": floor})
 
 
 def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:

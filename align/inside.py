@@ -54,6 +54,11 @@ class Places:
         return [pair for module in self.modules for pair in (module, *parts.get(module[1], []))]
 
     @cached_property
+    def names(self) -> set[str]:
+        """Paddle's names of all modules and sublayers."""
+        return {name for _, name in self.all}
+
+    @cached_property
     def judged(self) -> list[str]:
         """The names under which the parts of modules are reported."""
         return [told for (_, module), parts in self.found

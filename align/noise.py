@@ -14,8 +14,14 @@ and of K reordered ones are pooled, and Paddle's error is judged against the poo
 with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that, nor, in a channel
 or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms. The last
 three speak of distributions, and are asked only where there are enough rows or channels to have one. Where torch
-makes no error at all (a lookup), equality is asked. Where its own propagated error is above FORWARD the model is
-chaotic: single rows and channels then grow their errors at will, in torch too, and only total and typical are asked.
+makes no error at all (a lookup), equality is asked. A head of few elements (next-sentence scores, a small classifier)
+has no distribution at all, and luck decides how much its sums cancel; there it is
+
+    few      rms(e)                                 against  max(eps, rho) S,   S = rms(|h| |W|^T + |b|)
+
+alone, with h what enters the head's linear and rho the pooled relative error of h. Where torch's own propagated error
+is above FORWARD the model is chaotic: single rows and channels then grow their errors at will, in torch too, and only
+total and typical are asked.
 """
 
 from __future__ import annotations
@@ -56,11 +62,15 @@ class Judgement:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The pooled error of torch at one place of the model: s as ``spread``, M as ``largest``."""
+    """The pooled error of torch at one place of the model: s as ``spread``, M as ``largest``.
+
+    ``few`` is max(eps, rho) S for a head of few elements, else 0.
+    """
 
     oracle: np.ndarray
     spread: np.ndarray
     largest: float
+    few: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -71,12 +81,15 @@ class NoiseFloor:
     def relative(self) -> float:
         """max(T, u rms(x)) / rms(x): torch's own relative L2 error."""
         norm = _rms(self.oracle)
-        return max(_rms(self.spread), FLOOR_UNITS * EPS * norm) / norm if norm and not self.exact else 0.0
+        least = max(FLOOR_UNITS * EPS * norm, self.few)
+        return max(_rms(self.spread), least) / norm if norm and not self.exact else 0.0
 
     def judge(self, candidate: np.ndarray, kind: Kind) -> list[Judgement]:
         """All tests that apply, for a finite ``candidate`` of as many elements as the oracle has."""
         x, s = self.oracle, self.spread
         e = np.abs(candidate.astype(np.float64).reshape(x.shape) - x)
+        if self.few:
+            return [Judgement(kind, "few", _rms(e) / self.few, LIMITS[kind]["few"])]
         unit, least = (0.0, 0.0) if self.exact else (FLOOR_UNITS * EPS, EPS**2 * _rms(x))
         ratios = {
             "total": _ratio(_rms(e), max(_rms(s), unit * _rms(x))),
@@ -93,6 +106,11 @@ class NoiseFloor:
             ratios["channel"] = _largest_ratio(columns[2], np.maximum(columns[1], unit * columns[0] + least))
         asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
+
+
+def is_few(rows: np.ndarray) -> bool:
+    """Whether an output [rows, channels] has too few of both for tests of a distribution."""
+    return max(_rows(rows).shape) < ENOUGH
 
 
 class Pool:
@@ -113,6 +131,12 @@ class Pool:
 
     def floor(self) -> NoiseFloor:
         return NoiseFloor(self._oracle, np.sqrt(self._squares / self._runs), self._largest)
+
+    def with_run(self, run: np.ndarray) -> NoiseFloor:
+        """:meth:`floor` as it would be after :meth:`add` of ``run``."""
+        error = _rows(run) - self._oracle
+        return NoiseFloor(self._oracle, np.sqrt((self._squares + np.square(error)) / (self._runs + 1)),
+                          max(self._largest, float(np.abs(error).max(initial=0.0))))
 
 
 def _rows(array: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from convert.errors import BadInput, require
 from .inputs import Inputs
 from .inside import Places, small_input
 from .lockstep import halt, heard_by, in_step, in_turn, listener_here, together
-from .noise import Pool
+from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
 from .runs import Run
 from .tasks import token_rows
@@ -53,6 +55,15 @@ class Reference:
         for gate in self._gates:
             self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
 
+    @cached_property
+    def _heads(self) -> set[str]:
+        """Linears outside the recorded modules that give few channels."""
+        import torch
+        modules = {path for path, _ in self.run.modules}
+        found = {path: self.model.get_submodule(path) for path in self._gates if path not in modules}
+        return {path for path, module in found.items()
+                if isinstance(module, torch.nn.Linear) and module.out_features < ENOUGH}
+
     @property
     def present(self) -> list[str]:
         """Paddle's paths of the recorded modules that torch's class has."""
@@ -72,13 +83,14 @@ class Reference:
         places = Places.of(self.run)
         plain = _Plain(inputs, places)
         pooled = _Pooled(inputs, places, plain)
+        listened = [*places.all, *((path, path) for path in self._heads)]
         passes = [lambda: self._listen(plain, inputs.arrays)]
         for mode in (Float64(), *map(Reordered, range(1, REORDERED_RUNS + 1))):
             def run(mode: Any = mode) -> None:
                 with mode:
                     self._listen(pooled, _thrice(inputs.arrays))
             passes.append(run)
-        with self._hooks(places.all), in_step(passes, self._enter) as walks:
+        with self._hooks(listened), in_step(passes, self._enter) as walks:
             told = {"present": self.present}
             while walks.gate is not None:
                 walks.advance()
@@ -147,7 +159,7 @@ class Reference:
 
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named.get("hidden_states")
-            if listener_here() is None or value is None or not value.dtype.is_floating_point:
+            if listener_here() is None or name in self._heads or value is None or not value.dtype.is_floating_point:
                 return None
             given = listener_here().arrived(name, value.numpy())
             if given is None:
@@ -155,8 +167,11 @@ class Reference:
             given = torch.from_numpy(given).to(value.dtype)
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
-        def after(name: str, module: Any, output: Any) -> None:
+        def after(name: str, module: Any, arguments: tuple[Any, ...], output: Any) -> None:
             if listener_here() is None:
+                return
+            if name in self._heads:
+                listener_here().projected(name, arguments[0].numpy(), module)
                 return
             first = output[0] if isinstance(output, tuple) else output
             listener_here().answered(name, first.numpy())
@@ -170,7 +185,7 @@ class Reference:
                     hooks.callback(found[path].register_forward_pre_hook(
                         lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
                     hooks.callback(found[path].register_forward_hook(
-                        lambda module, _, output, name=name: after(name, module, output)).remove)
+                        lambda module, arguments, output, name=name: after(name, module, arguments, output)).remove)
             yield
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -205,6 +220,8 @@ class _Listener:
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
 
+    def projected(self, name: str, array: np.ndarray, linear: Any) -> None: ...
+
 
 class _Plain(_Listener):
     """The pass that everything is compared with."""
@@ -212,6 +229,7 @@ class _Plain(_Listener):
     def __init__(self, inputs: Inputs, places: Places) -> None:
         super().__init__(inputs, places)
         self.step = Step()
+        self.heads: dict[str, _Head] = {}
 
     def arrived(self, name: str, array: np.ndarray) -> None:
         self.step.view("entering")[name] = array.copy()
@@ -229,10 +247,25 @@ class _Plain(_Listener):
         small = self.step.view("small input")[name] = small_input(self.step.view("entering")[name])
         self.step.view("small")[name] = token_rows(name, norm(small), self.mask)
 
+    def projected(self, name: str, array: np.ndarray, linear: Any) -> None:
+        rows = token_rows(name, array, self.mask)
+        sums = np.abs(rows) @ np.abs(linear.weight.detach().numpy()).T
+        if linear.bias is not None:
+            sums += np.abs(linear.bias.detach().numpy())
+        self.heads[name] = _Head(rows, float(np.sqrt(np.mean(np.square(sums, dtype=np.float64)))))
+
     def take(self) -> Step:
         """What has been told since the last time."""
         step, self.step = self.step, Step()
         return step
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Rows of what enters a linear in the plain pass, and the rms of what its sums would be without cancelling."""
+
+    entering: np.ndarray
+    scale: float
 
 
 class _Pooled(_Listener):
@@ -246,6 +279,7 @@ class _Pooled(_Listener):
         super().__init__(inputs, places)
         self.plain = plain
         self.pools: dict[tuple[str, str], Pool] = {}
+        self.entering_heads: dict[tuple[str, str], Pool] = {}
 
     def arrived(self, name: str, array: np.ndarray) -> np.ndarray:
         own, alone, inside = np.split(array, 3)
@@ -270,17 +304,30 @@ class _Pooled(_Listener):
         """The floors by view and name, with the plain pass, which ``step`` holds, among the pooled ones."""
         floors: dict[str, dict[str, Any]] = {}
         for (view, name), pool in self.pools.items():
-            pool.add(step.views["recorded" if view in ("propagated", "isolated") else view][name])
-            floors.setdefault(view, {})[name] = pool.floor()
+            recorded = step.views["recorded" if view in ("propagated", "isolated") else view][name]
+            pool.add(recorded)
+            few = self._few(view) if name not in self.places.names and is_few(recorded) else 0.0
+            floors.setdefault(view, {})[name] = replace(pool.floor(), few=few)
         self.pools = {}
         return floors
 
-    def _add(self, view: str, name: str, array: np.ndarray) -> None:
+    def projected(self, name: str, array: np.ndarray, linear: Any) -> None:
+        own, alone, _ = np.split(array, 3)
+        self._add("propagated", name, own, self.entering_heads)
+        self._add("isolated", name, alone, self.entering_heads)
+
+    def _few(self, view: str) -> float:
+        """max(eps, rho) S of the heads, the largest where there are several; 0 where there is none."""
+        return max((max(EPS, self.entering_heads[view, name].with_run(head.entering).relative) * head.scale
+                    for name, head in self.plain.heads.items()), default=0.0)
+
+    def _add(self, view: str, name: str, array: np.ndarray, pools: dict[tuple[str, str], Pool] | None = None) -> None:
         rows = token_rows(name, array, self.mask)
-        if (view, name) in self.pools:
-            self.pools[view, name].add(rows)
+        pools = self.pools if pools is None else pools
+        if (view, name) in pools:
+            pools[view, name].add(rows)
         else:
-            self.pools[view, name] = Pool(rows)
+            pools[view, name] = Pool(rows)
 
 
 class _Once:

@@ -12,13 +12,14 @@ LOSS = 1e-6
 METRIC = 1e-6
 REPROD_LOG_MEAN = 1e-5
 
-# Ratios to the noise floor (see noise.py), fed the reference's input and in the model's own pass. FORWARD above is the
-# ceiling of the isolated error: no noisy reference lifts it.
+# Ratios to the noise floor (see noise.py), fed the reference's input and in the model's own pass. CEILING is the
+# isolated error that no noisy reference lifts. Torch's own is 2e-5 where a softmax is peaked (hidden 8, one head).
+CEILING = 1e-4
 FLOOR_UNITS = 0.5
 REORDERED_RUNS = 4
 LIMITS = {
-    "isolated": {"total": 4.0, "peak": 5.0, "typical": 3.0, "channel": 9.0, "row": 11.0},
-    "propagated": {"total": 6.0, "peak": 6.0, "typical": 3.0, "channel": 9.0, "row": 11.0},
+    "isolated": {"total": 4.0, "peak": 5.0, "typical": 3.0, "channel": 9.0, "row": 11.0, "few": 2.0},
+    "propagated": {"total": 6.0, "peak": 6.0, "typical": 3.0, "channel": 9.0, "row": 11.0, "few": 2.0},
 }
 
 

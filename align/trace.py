@@ -161,7 +161,7 @@ class StepFiles:
             yield Step({RECORDED: left})
 
 
-FLOOR = ("oracle", "spread", "largest")
+FLOOR = ("oracle", "spread", "largest", "few")
 
 
 def _read_step(file: Path) -> Step:
@@ -181,7 +181,8 @@ def _read_step(file: Path) -> Step:
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{file} cannot be read ({error}). Record this side again.") from error
     for (view, name), parts in floors.items():
-        step.floors.setdefault(view, {})[name] = NoiseFloor(parts["oracle"], parts["spread"], float(parts["largest"]))
+        step.floors.setdefault(view, {})[name] = NoiseFloor(parts["oracle"], parts["spread"], float(parts["largest"]),
+                                                               float(parts["few"]))
     return step
 
 
