@@ -94,12 +94,12 @@ FURTHER = {
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.full) for name in FURTHER)])
 def test_memory_is_bounded_and_flat_in_the_number_of_layers(variant, tmp_path):
-    """Two matrices of every layer fill a tile, so that each thread has one."""
+    """Two matrices of every layer fill a tile. With so many, both threads hold a full one at some time."""
     save, flags = (VARIANTS | FURTHER)[variant]
-    few, many = (peak(tmp_path / str(layers), save, flags, n_layer=layers) for layers in (2, 8))
+    few, many = (peak(tmp_path / str(layers), save, flags, n_layer=layers) for layers in (6, 12))
     print(f"{variant}: {few / 1e6:.0f} and {many / 1e6:.0f} MB")
     assert max(few, many) <= LIMIT
-    assert abs(many - few) <= 0.05 * few
+    assert many <= 1.05 * few
 
 
 @pytest.mark.full
