@@ -43,7 +43,7 @@ WHOLE_ROWS = sys.maxsize
 
 Advance = Callable[[int], None]
 Piece = tuple[int, np.ndarray]
-Take = Callable[[int, np.ndarray], None]
+Seen = Callable[[int | None, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,14 @@ class Buffers:
 
 
 def flow(matrix: Matrix | Loaded, buffers: Buffers, *, run: int = WHOLE_ROWS,
-         passing: Take = lambda start, array: None) -> Iterator[Piece]:
+         seen: Seen = lambda start, elements: None) -> Iterator[Piece]:
     """All elements of ``matrix`` in C order as (number of the first, elements); the memory of a piece is used again.
 
-    Who can take pieces out of order says how long a ``run`` of bytes each must be at least. Where the file holds the
-    transpose and whole rows of it are read, ``passing`` is told these as well: it sees the transpose in C order.
+    Who can take pieces out of order says how long a ``run`` of bytes each must be at least. ``seen`` is told every
+    element once, as it comes from the file and is still in the cache: with the number of the first in the order in
+    which the file has them, or None where they are not consecutive in it.
     """
-    return _straight(matrix.flat, buffers) if matrix.straight else _turned(matrix.T, buffers, run, passing)
+    return _straight(matrix.flat, buffers, seen) if matrix.straight else _turned(matrix.T, buffers, run, seen)
 
 
 def cast_flow(pieces: Iterator[Piece], source: Dtype, target: Dtype) -> Iterator[Piece]:
@@ -193,17 +194,19 @@ def _setting(stop: threading.Event) -> Iterator[None]:
         raise
 
 
-def _straight(matrix: Matrix | Loaded, buffers: Buffers) -> Iterator[Piece]:
+def _straight(matrix: Matrix | Loaded, buffers: Buffers, seen: Seen) -> Iterator[Piece]:
     per_piece = max(1, CHUNK // matrix.dtype.size)
     with buffers.borrow(_room()) as buffer:
         for rows in cut(range(matrix.rows), per_piece // max(1, matrix.columns)):
             for columns in cut(range(matrix.columns), per_piece):
                 block = _shaped(buffer, len(rows), len(columns), matrix.dtype)
                 matrix.read(rows, columns, block)
-                yield rows.start * matrix.columns + columns.start, block.reshape(-1)
+                start, piece = rows.start * matrix.columns + columns.start, block.reshape(-1)
+                seen(start, piece)
+                yield start, piece
 
 
-def _turned(matrix: Matrix, buffers: Buffers, run: int, passing: Take) -> Iterator[Piece]:
+def _turned(matrix: Matrix, buffers: Buffers, run: int, seen: Seen) -> Iterator[Piece]:
     """The transpose of ``matrix``, which lies row by row."""
     high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run)
     per_piece = max(1, CHUNK // matrix.dtype.size)
@@ -211,7 +214,7 @@ def _turned(matrix: Matrix, buffers: Buffers, run: int, passing: Take) -> Iterat
         for columns in cut(range(matrix.columns), wide):
             for rows in cut(range(matrix.rows), high):
                 tile = _shaped(buffer, len(columns), len(rows), matrix.dtype)
-                for strip_rows, strip in _strips(matrix, rows, columns, buffers, passing):
+                for strip_rows, strip in _strips(matrix, rows, columns, buffers, seen):
                     tile[:, strip_rows.start - rows.start: strip_rows.stop - rows.start] = strip.T
                 runs = tile.reshape(1, -1) if len(rows) == matrix.rows else tile
                 for column, values in zip(columns, runs, strict=False):
@@ -221,7 +224,7 @@ def _turned(matrix: Matrix, buffers: Buffers, run: int, passing: Take) -> Iterat
 
 
 def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
-            passing: Take) -> Iterator[tuple[range, np.ndarray]]:
+            seen: Seen) -> Iterator[tuple[range, np.ndarray]]:
     """Columns of ``matrix``, 64 rows at a time, in padded rows. Reading a short row whole is cheaper than a part."""
     size = matrix.dtype.size
     read = range(matrix.columns) if matrix.columns * size <= CHUNK // STRIP_ROWS else columns
@@ -230,8 +233,8 @@ def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
         for some in cut(rows, STRIP_ROWS):
             block = _shaped(plain, len(some), len(read), matrix.dtype)
             matrix.read(some, read, block)
-            if len(read) == matrix.columns and columns.start == 0:
-                passing(some.start * matrix.columns, block.reshape(-1))
+            if columns.start == 0 or read == columns:
+                seen(some.start * matrix.columns if len(read) == matrix.columns else None, block.reshape(-1))
             strip = _shaped(padded, len(some), len(columns) + STRIP_PADDING // size, matrix.dtype)[:, : len(columns)]
             np.copyto(strip, block[:, wanted])
             yield some, strip
@@ -254,7 +257,7 @@ class _Running:
     position: int = 0
     state: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
-    def take(self, start: int, array: np.ndarray) -> None:
+    def take(self, start: int | None, array: np.ndarray) -> None:
         if start == self.position:
             self.state.update(_bytes_of(array))
             self.position += array.size
@@ -289,10 +292,14 @@ class _Worker:
         file, offset = self.layout.places[move.target]
         source, target = _Running(prod(move.source_shape)), _Running(prod(move.shape))
         matrix = self.checkpoint.matrix(move.source)
-        wanted, passing = (move.rule.apply(matrix), source.take) if move.transposed else (matrix, _ignore)
-        pieces = flow(wanted, self.buffers, run=RUN, passing=passing)
-        pieces = self._finite(pieces, move.source_dtype, f"{move.source} holds NaN or inf")
-        results = cast_flow(pieces if move.transposed else source.watch(pieces), move.source_dtype, move.dtype)
+
+        def seen(start: int | None, elements: np.ndarray) -> None:
+            self._refuse_nonfinite(elements, move.source_dtype, f"{move.source} holds NaN or inf")
+            if matrix.straight:
+                source.take(start, elements)
+
+        pieces = flow(move.rule.apply(matrix) if move.transposed else matrix, self.buffers, run=RUN, seen=seen)
+        results = cast_flow(pieces, move.source_dtype, move.dtype)
         if move.dtype != move.source_dtype:
             results = self._finite(results, move.dtype, f"{move.source} overflows {move.dtype.name}")
         for start, result in target.watch(results):
@@ -352,13 +359,12 @@ class _Worker:
 
     def _finite(self, pieces: Iterator[Piece], dtype: Dtype, told: str) -> Iterator[Piece]:
         for start, piece in pieces:
-            if not self.allow_nonfinite and has_nonfinite(piece, dtype):
-                raise BadInput(f"{told}. Nothing was written. --allow-nonfinite converts it all the same.")
+            self._refuse_nonfinite(piece, dtype, told)
             yield start, piece
 
-
-def _ignore(start: int, array: np.ndarray) -> None:
-    """For whom nothing passes by."""
+    def _refuse_nonfinite(self, array: np.ndarray, dtype: Dtype, told: str) -> None:
+        if not self.allow_nonfinite and has_nonfinite(array, dtype):
+            raise BadInput(f"{told}. Nothing was written. --allow-nonfinite converts it all the same.")
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
