@@ -23,7 +23,8 @@ import numpy as np
 from .compare import measure
 from .inside import PROBE, Places, small_input
 from .noise import EPS, NoiseFloor
-from .stage import Findings, Session, Stage, main, paired
+from .recording import paired
+from .stage import Findings, Session, Stage, main
 from .tolerance import FORWARD
 
 if TYPE_CHECKING:

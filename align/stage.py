@@ -10,19 +10,16 @@ import os
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import errors
 
 if TYPE_CHECKING:
-    import numpy as np
 
     from .candidate import Candidate
     from .compare import TensorResult
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     from .reference import Reference
     from .report import StageResult
     from .runs import Run
-    from .trace import Provenance, Step, StepFiles, Trace
+    from .trace import Step
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,11 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     import warnings
     warnings.simplefilter("ignore")
     if options.only:
-        return _record(stage, options)
+        from .recording import record
+        with _progress(stage.name) as advance:
+            told = record(stage, _session(options, advance))
+        print(told)
+        return errors.ALIGNED
     result = run_stage(stage, options)
     report = result.save(_session(options).reports)
     result.print()
@@ -156,16 +157,16 @@ def _write_page(directory: Path) -> None:
 
 def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> StageResult:
     """Carry out ``stage`` and return its result; traces are saved, the report is not."""
+    from .recording import findings_of
     from .report import StageResult
     started = time.perf_counter()
     with _progress(stage.name) as advance:
         session = _session(options, advance)
-        look = (_look if isinstance(stage, Stage) else _compare if options.compare else _record_and_compare)
-        findings, reference, candidate = look(stage, session)
+        findings, reference, candidate = findings_of(stage, session)
         return StageResult(
             run=session.run.name, family=session.run.family.name, head=session.run.head.architecture, stage=stage.name,
             target=options.target, tensors=findings.tensors, weights_divergence=candidate.weights_divergence,
-            reference=_side(reference), candidate=_side(candidate), inputs_digest=reference.inputs_digest,
+            reference=reference.side, candidate=candidate.side, inputs_digest=reference.inputs_digest,
             notes=[*candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
             seconds=time.perf_counter() - started,
@@ -173,169 +174,13 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
         )
 
 
-Found = tuple[Findings, "Provenance", "Provenance"]
-Watch = Callable[["Step", "Step"], None]
-SIDES = ("torch", "paddle")
 EXACT_ON_GPU = {"NVIDIA_TF32_OVERRIDE": "0", "FLAGS_cudnn_deterministic": "1", "FLAGS_embedding_deterministic": "1"}
-
-
-def _look(stage: Stage, session: Session) -> Found:
-    if session.options.compare:
-        raise errors.BadInput(f"align.{stage.name} records nothing that --compare could compare: run it where the "
-                              "Paddle side is, without --compare.")
-    findings = stage.find(session)
-    return findings, *(_provenance(stage, session, side, None) for side in SIDES)
-
-
-def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
-    """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
-    from .trace import StepFiles, require_comparable
-    _, told = session.evidence
-    reference, candidate = _Recording(), _Recording()
-
-    def keep(step: Step, answer: Step) -> None:
-        reference.add(step)
-        candidate.add(answer)
-    findings = stage.judge(session, paired(stage, session, keep))
-    left = reference.trace(_provenance(stage, session, SIDES[0], reference.inputs_digest))
-    right = candidate.trace(_provenance(stage, session, SIDES[1], candidate.inputs_digest, told))
-    provenance = require_comparable(left.provenance, right.provenance,
-                                    same_framework=session.options.allow_same_framework)
-    traces = session.reports / "traces"
-    for trace, side in ((left, SIDES[0]), (right, SIDES[1])):
-        trace.save(traces, side)
-        StepFiles(traces, stage.name, side).remove()
-    _write_reprod_diff(stage, traces, left, right)
-    return findings, left.provenance, provenance
-
-
-def _compare(stage: RecordedStage, session: Session) -> Found:
-    """``--compare``: two recordings, and neither framework."""
-    from .trace import Step, require_comparable
-    (left, theirs), (right, ours) = (_recorded(stage, session, side) for side in SIDES)
-    provenance = require_comparable(left.provenance, right.provenance,
-                                    same_framework=session.options.allow_same_framework)
-    session.evidence = provenance.weights_divergence, list(provenance.notes)
-    findings = stage.judge(session, zip_longest(theirs.read(left), ours.read(right), fillvalue=Step()))
-    _write_reprod_diff(stage, session.reports / "traces", left, right)
-    return findings, left.provenance, provenance
-
-
-def _record(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
-    """``--only``: one side, for ``--compare`` to judge, perhaps in another environment."""
-    from .trace import StepFiles
-    if isinstance(stage, Stage):
-        raise errors.BadInput(f"align.{stage.name} has no side to record alone: run it where the Paddle side is, "
-                              "without --only.")
-    with _progress(stage.name) as advance:
-        session = _session(options, advance)
-        side, traces = ((SIDES[0], session.run.directory / "traces") if options.only == "reference" else
-                        (SIDES[1], session.reports / "traces"))
-        told: Sequence[str] = ()
-        if options.only == "reference":
-            steps = stage.reference(session)
-        else:
-            recorded, files = _recorded(stage, session, SIDES[0])
-            _, told = session.evidence
-            steps = stage.candidate(session, files.read(recorded))
-        recording = _Recording()
-        for step in StepFiles(traces, stage.name, side).write(steps):
-            recording.add(step)
-        provenance = _provenance(stage, session, side, recording.inputs_digest, told)
-        saved = recording.trace(provenance).save(traces, side)
-    then = "--only candidate, where Paddle is; then --compare" if options.only == "reference" else "--compare"
-    print(f"{stage.name}: {options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
-          f"next: python -m align.{stage.name} --run {session.run.name} {then}")
-    return errors.ALIGNED
-
-
-def _recorded(stage: RecordedStage, session: Session, side: str) -> tuple[Trace, StepFiles]:
-    """What ``--only`` recorded of ``side``; :class:`BadInput` when it is not there, or of another conversion."""
-    from .trace import StepFiles, load_trace
-    word, where = (("reference", "torch") if side == SIDES[0] else ("candidate", "Paddle"))
-    advice = f"Record it first, where {where} is: python -m align.{stage.name} --run {session.run.name} --only {word}"
-    places = [session.reports / "traces", session.run.directory / "traces"]
-    if side == SIDES[0]:
-        places.reverse()
-    else:
-        places = places[:1]
-    directory = next((place for place in places if (place / f"{stage.name}_{side}.npy").is_file()), places[0])
-    trace = load_trace(directory, stage.name, side, advice)
-    if trace.provenance.source_digest != session.run.conversion.source_digest:
-        raise errors.BadInput(f"the {word} in {directory} was recorded from another source than run {session.run.name} "
-                              f"converted ({trace.provenance.source_digest}). {advice}")
-    return trace, StepFiles(directory, stage.name, side)
-
-
-def paired(stage: RecordedStage, session: Session, watch: Watch = lambda step, answer: None,
-           ) -> Iterator[tuple[Step, Step]]:
-    """Each step of the reference with the candidate's answer to it, one at a time; the last answer stands alone."""
-    from .trace import Step
-    asked: deque[Step] = deque()
-
-    def told() -> Iterator[Step]:
-        for step in stage.reference(session):
-            asked.append(step)
-            yield step
-    for answer in stage.candidate(session, told()):
-        step = asked.popleft() if asked else Step()
-        watch(step, answer)
-        yield step, answer
-
-
-@dataclass
-class _Recording:
-    """What of a side's steps goes into its trace."""
-
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    inputs_digest: str | None = None
-
-    def add(self, step: Step) -> None:
-        self.arrays |= step.recorded
-        self.inputs_digest = step.told.get("inputs_digest", self.inputs_digest)
-
-    def trace(self, provenance: Provenance) -> Trace:
-        from .trace import Trace
-        return Trace(provenance, self.arrays)
-
-
-def _provenance(stage: Stage | RecordedStage, session: Session, side: str, inputs_digest: str | None,
-                told: Sequence[str] = ()) -> Provenance:
-    from .trace import Provenance
-    digest = session.run.source_digest
-    if side == SIDES[0]:
-        return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
-                          inputs_digest)
-    candidate, divergence = session.candidate, session.weights_divergence if isinstance(stage, RecordedStage) else None
-    return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
-                      candidate.weights_digest, digest, inputs_digest, divergence, tuple(told))
-
-
-def _side(provenance: Provenance) -> dict[str, str]:
-    return {name: getattr(provenance, name) for name in ("framework", "version", "weights_digest")}
-
-
-def _write_reprod_diff(stage: RecordedStage, traces: Path, left: Trace, right: Trace) -> None:
-    """What ReprodDiffHelper says. Its package wants paddle: where that is not installed, the text is left out."""
-    from importlib.util import find_spec
-
-    from .trace import write_reprod_diff
-    if left.arrays and right.arrays and find_spec("reprod_log") and find_spec("paddle"):
-        write_reprod_diff(left.arrays, right.arrays, traces / f"{stage.name}_diff.txt")
 
 
 def _session(options: argparse.Namespace, advance: Callable[[str], None] = lambda told: None) -> Session:
     from .runs import load_run
     family = Path(options.family) if options.family else None
     return Session(load_run(options.run, Path(options.reports), family), options, advance)
-
-
-def _torch_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-    try:
-        return version("torch")
-    except PackageNotFoundError:
-        return "not installed; its checkpoint was read as a file"
 
 
 @contextmanager

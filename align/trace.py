@@ -61,6 +61,11 @@ class Provenance:
     weights_divergence: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def side(self) -> dict[str, str]:
+        """What a report says of this side."""
+        return {name: getattr(self, name) for name in ("framework", "version", "weights_digest")}
+
 
 @dataclass(frozen=True)
 class Trace:

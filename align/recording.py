@@ -1,0 +1,161 @@
+"""Both sides recorded at once, or each by itself and then compared; the same steps are judged alike."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from convert.errors import BadInput
+
+from .stage import Findings, RecordedStage, Session, Stage
+from .trace import Provenance, Step, StepFiles, Trace, load_trace, require_comparable, write_reprod_diff
+
+Found = tuple[Findings, Provenance, Provenance]
+Watch = Callable[[Step, Step], None]
+SIDES = ("torch", "paddle")
+
+
+def findings_of(stage: Stage | RecordedStage, session: Session) -> Found:
+    """What ``stage`` finds, and where each side of it comes from."""
+    if isinstance(stage, Stage):
+        return _look(stage, session)
+    return _compare(stage, session) if session.options.compare else _record_and_compare(stage, session)
+
+
+def _look(stage: Stage, session: Session) -> Found:
+    if session.options.compare:
+        raise BadInput(f"align.{stage.name} records nothing that --compare could compare: run it where the "
+                       "Paddle side is, without --compare.")
+    findings = stage.find(session)
+    return findings, *(_provenance(stage, session, side, None) for side in SIDES)
+
+
+def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
+    """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
+    _, told = session.evidence
+    reference, candidate = _Recording(), _Recording()
+
+    def keep(step: Step, answer: Step) -> None:
+        reference.add(step)
+        candidate.add(answer)
+    findings = stage.judge(session, paired(stage, session, keep))
+    left = reference.trace(_provenance(stage, session, SIDES[0], reference.inputs_digest))
+    right = candidate.trace(_provenance(stage, session, SIDES[1], candidate.inputs_digest, told))
+    provenance = require_comparable(left.provenance, right.provenance,
+                                    same_framework=session.options.allow_same_framework)
+    traces = session.reports / "traces"
+    for trace, side in ((left, SIDES[0]), (right, SIDES[1])):
+        trace.save(traces, side)
+        StepFiles(traces, stage.name, side).remove()
+    _write_reprod_diff(stage, traces, left, right)
+    return findings, left.provenance, provenance
+
+
+def _compare(stage: RecordedStage, session: Session) -> Found:
+    """``--compare``: two recordings, and neither framework."""
+    (left, theirs), (right, ours) = (_recorded(stage, session, side) for side in SIDES)
+    provenance = require_comparable(left.provenance, right.provenance,
+                                    same_framework=session.options.allow_same_framework)
+    session.evidence = provenance.weights_divergence, list(provenance.notes)
+    findings = stage.judge(session, zip_longest(theirs.read(left), ours.read(right), fillvalue=Step()))
+    _write_reprod_diff(stage, session.reports / "traces", left, right)
+    return findings, left.provenance, provenance
+
+
+def record(stage: Stage | RecordedStage, session: Session) -> str:
+    """``--only``: one side, for ``--compare`` to judge, perhaps in another environment; returns what to tell of it."""
+    if isinstance(stage, Stage):
+        raise BadInput(f"align.{stage.name} has no side to record alone: run it where the Paddle side is, without "
+                       "--only.")
+    if session.options.only == "reference":
+        side, traces, then = SIDES[0], session.run.directory / "traces", "--only candidate, where Paddle is"
+        steps, told = stage.reference(session), []
+    else:
+        side, traces, then = SIDES[1], session.reports / "traces", "--compare"
+        recorded, files = _recorded(stage, session, SIDES[0])
+        told = session.evidence[1]
+        steps = stage.candidate(session, files.read(recorded))
+    recording = _Recording()
+    for step in StepFiles(traces, stage.name, side).write(steps):
+        recording.add(step)
+    saved = recording.trace(_provenance(stage, session, side, recording.inputs_digest, told)).save(traces, side)
+    return (f"{stage.name}: {session.options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
+            f"next: python -m align.{stage.name} --run {session.run.name} {then}")
+
+
+def _recorded(stage: RecordedStage, session: Session, side: str) -> tuple[Trace, StepFiles]:
+    """What ``--only`` recorded of ``side``; :class:`BadInput` when it is not there, or of another conversion."""
+    word, where = (("reference", "torch") if side == SIDES[0] else ("candidate", "Paddle"))
+    advice = f"Record it first, where {where} is: python -m align.{stage.name} --run {session.run.name} --only {word}"
+    places = [session.reports / "traces", session.run.directory / "traces"]
+    if side == SIDES[0]:
+        places.reverse()
+    else:
+        places = places[:1]
+    directory = next((place for place in places if (place / f"{stage.name}_{side}.npy").is_file()), places[0])
+    trace = load_trace(directory, stage.name, side, advice)
+    if trace.provenance.source_digest != session.run.conversion.source_digest:
+        raise BadInput(f"the {word} in {directory} was recorded from another source than run {session.run.name} "
+                              f"converted ({trace.provenance.source_digest}). {advice}")
+    return trace, StepFiles(directory, stage.name, side)
+
+
+def paired(stage: RecordedStage, session: Session, watch: Watch = lambda step, answer: None,
+           ) -> Iterator[tuple[Step, Step]]:
+    """Each step of the reference with the candidate's answer to it, one at a time; the last answer stands alone."""
+    asked: deque[Step] = deque()
+
+    def told() -> Iterator[Step]:
+        for step in stage.reference(session):
+            asked.append(step)
+            yield step
+    for answer in stage.candidate(session, told()):
+        step = asked.popleft() if asked else Step()
+        watch(step, answer)
+        yield step, answer
+
+
+@dataclass
+class _Recording:
+    """What of a side's steps goes into its trace."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs_digest: str | None = None
+
+    def add(self, step: Step) -> None:
+        self.arrays |= step.recorded
+        self.inputs_digest = step.told.get("inputs_digest", self.inputs_digest)
+
+    def trace(self, provenance: Provenance) -> Trace:
+        return Trace(provenance, self.arrays)
+
+
+def _provenance(stage: Stage | RecordedStage, session: Session, side: str, inputs_digest: str | None,
+                told: Sequence[str] = ()) -> Provenance:
+    digest = session.run.source_digest
+    if side == SIDES[0]:
+        return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
+                          inputs_digest)
+    candidate, divergence = session.candidate, session.weights_divergence if isinstance(stage, RecordedStage) else None
+    return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
+                      candidate.weights_digest, digest, inputs_digest, divergence, tuple(told))
+
+
+def _write_reprod_diff(stage: RecordedStage, traces: Path, left: Trace, right: Trace) -> None:
+    """What ReprodDiffHelper says. Its package wants paddle: where that is not installed, the text is left out."""
+    if left.arrays and right.arrays and find_spec("reprod_log") and find_spec("paddle"):
+        write_reprod_diff(left.arrays, right.arrays, traces / f"{stage.name}_diff.txt")
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "not installed; its checkpoint was read as a file"
