@@ -1,6 +1,8 @@
 """The engine that moves bytes: flows in every order, tiles of every shape, digests, casts; with tiny constants."""
 
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -425,3 +427,18 @@ def test_a_checkpoint_still_reads_rows_and_elements(tmp_path):
         assert np.array_equal(checkpoint.read("it"), values)
         assert np.array_equal(checkpoint.read_rows("it", 1, 3), values[1:3])
         assert np.array_equal(checkpoint.read_elements("it", 2, 7), values.reshape(-1)[2:7])
+
+
+@pytest.mark.parametrize("flag", ["--help", "--rules"])
+def test_what_only_prints_imports_nothing_heavy(flag):
+    program = """
+import sys
+from convert.cli import main
+from convert.gptj import FAMILY
+try:
+    main(FAMILY, sys.argv[1:])
+finally:
+    print(sorted({"numpy", "torch", "paddle", "transformers", "xxhash", "huggingface_hub"} & sys.modules.keys()))
+"""
+    result = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
