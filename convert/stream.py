@@ -1,13 +1,14 @@
 """Carrying out a plan in bounded memory: read, transpose, cast, hash, write, a piece at a time.
 
-Everything is a *flow*: the elements of a tensor in the order in which they are wanted, flat, in pieces that fit a
-core's cache, whatever order they lie in. A flow against the grain of its file goes through tiles: strips of 64 rows
-are read whole, put into rows padded by 64 bytes (at power-of-two widths the rows of an unpadded strip fall on the
-same cache sets and evict each other, which costs a factor of two to four) and transposed into the tile.
+Everything is a *flow*: the elements of a tensor in the order in which they are wanted, flat, in pieces of at most
+``CHUNK`` bytes, whatever order they lie in. A flow against the grain of its file goes through tiles: strips of 64 rows
+are read, put into rows padded by 64 bytes (at power-of-two widths the rows of an unpadded strip fall on the same
+cache sets and evict each other, which costs a factor of two to four) and transposed into the tile.
 
-A tile holds whole rows of what is wanted, so that it is written in one run: writing runs of 8 KiB takes five times
-as long a byte as writing a mebibyte at once, reading short or twice costs far less. Only where rows are longer than
-``RUN`` is a tile cut across them.
+A tile holds whole rows of what is wanted, so that it is written in one run: writing runs of 8 KiB took five times
+as long a byte as writing a mebibyte at once. Only where rows are longer than ``RUN`` is a tile cut across them. Rows
+of at most ``WIDE`` bytes are read whole, for every tile again: one long call costs less than 64 short ones, each of
+which also hands Python's lock to and fro between the threads.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from .errors import BadInput
 from .plan import Check, Move, Plan
 from .writer import Layout, Staging
 
-TILE = 34 << 20
+TILE = 32 << 20
 CHUNK = 1 << 20
-RUN = 32 << 10
+RUN = 128 << 10
+WIDE = 32 << 10
 STRIP_ROWS = 64
 STRIP_PADDING = 64
 LARGEST = 8
@@ -156,12 +158,12 @@ def alike(moves: Iterable[Move]) -> list[list[Move]]:
 def tiling(rows: int, columns: int, size: int, run: int) -> tuple[int, int]:
     """Rows and columns of the tiles in which a matrix of elements of ``size`` bytes is transposed, all about equal.
 
-    A column becomes a run of at least ``run`` bytes where it has so many; 64 rows of a tile have at most ``CHUNK``.
+    A column becomes a run of at least ``run`` bytes where it has so many; a row of a tile has at most ``WIDE``.
     """
     area = max(1, TILE // size)
     longest = min(rows, area, max(area // columns, _share(rows, max(1, rows * size // run))))
     high = _share(rows, -(-rows // longest))
-    widest = max(1, min(columns, area // high, CHUNK // STRIP_ROWS // size))
+    widest = max(1, min(columns, area // high, WIDE // size))
     return high, _share(columns, -(-columns // widest))
 
 
@@ -196,7 +198,7 @@ def _setting(stop: threading.Event) -> Iterator[None]:
 
 def _straight(matrix: Matrix | Loaded, buffers: Buffers, seen: Seen) -> Iterator[Piece]:
     per_piece = max(1, CHUNK // matrix.dtype.size)
-    with buffers.borrow(_room()) as buffer:
+    with buffers.borrow(max(CHUNK, LARGEST)) as buffer:
         for rows in cut(range(matrix.rows), per_piece // max(1, matrix.columns)):
             for columns in cut(range(matrix.columns), per_piece):
                 block = _shaped(buffer, len(rows), len(columns), matrix.dtype)
@@ -227,9 +229,10 @@ def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
             seen: Seen) -> Iterator[tuple[range, np.ndarray]]:
     """Columns of ``matrix``, 64 rows at a time, in padded rows. Reading a short row whole is cheaper than a part."""
     size = matrix.dtype.size
-    read = range(matrix.columns) if matrix.columns * size <= CHUNK // STRIP_ROWS else columns
+    read = range(matrix.columns) if matrix.columns * size <= WIDE else columns
     wanted = slice(columns.start - read.start, columns.stop - read.start)
-    with buffers.borrow(_room()) as plain, buffers.borrow(_room()) as padded:
+    room = STRIP_ROWS * (max(WIDE, LARGEST) + STRIP_PADDING)
+    with buffers.borrow(room) as plain, buffers.borrow(room) as padded:
         for some in cut(rows, STRIP_ROWS):
             block = _shaped(plain, len(some), len(read), matrix.dtype)
             matrix.read(some, read, block)
@@ -238,11 +241,6 @@ def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
             strip = _shaped(padded, len(some), len(columns) + STRIP_PADDING // size, matrix.dtype)[:, : len(columns)]
             np.copyto(strip, block[:, wanted])
             yield some, strip
-
-
-def _room() -> int:
-    """Bytes of a buffer that holds a piece, or a strip with its padding."""
-    return CHUNK + STRIP_ROWS * (LARGEST + STRIP_PADDING)
 
 
 def _shaped(buffer: np.ndarray, rows: int, columns: int, dtype: Dtype) -> np.ndarray:

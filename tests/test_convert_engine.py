@@ -1,6 +1,8 @@
 """The engine that moves bytes: flows in every order, tiles of every shape, digests, casts; with tiny constants."""
 
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -25,7 +27,7 @@ from convert.writer import Staging, make_layout
 UINTS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 SIZES = st.integers(0, 21)
 CONSTANTS = st.fixed_dictionaries({
-    "TILE": st.integers(1, 700), "CHUNK": st.integers(1, 300), "RUN": st.integers(1, 90),
+    "TILE": st.integers(1, 700), "CHUNK": st.integers(1, 300), "RUN": st.integers(1, 90), "WIDE": st.integers(1, 60),
     "STRIP_ROWS": st.integers(1, 9), "STRIP_PADDING": st.integers(0, 80)})
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
@@ -122,15 +124,16 @@ def test_tiles_cover_the_matrix_and_fit(rows, columns, size):
         high, wide = tiling(rows, columns, size, run)
         assert 1 <= high <= rows and 1 <= wide <= columns
         assert high * wide * size <= stream.TILE
-        assert wide * size * stream.STRIP_ROWS <= stream.CHUNK
+        assert wide * size <= stream.WIDE
         assert high == rows or wide == 1 or high * size >= min(run, rows * size // 2)
 
 
 @pytest.mark.parametrize("rows,columns,size,tile", [
     (4096, 4096, 2, (4096, 4096)), (16384, 4096, 2, (16384, 1024)), (4096, 16384, 2, (4096, 4096)),
-    (50400, 4096, 2, (16800, 1024)), (4096, 4096, 4, (4096, 2048))])
+    (50400, 4096, 2, (50400, 316)), (4096, 4096, 4, (4096, 2048)),
+    (250_000, 4096, 2, (83_334, 196))])
 def test_tiles_of_gptj(rows, columns, size, tile):
-    """Whole rows of the target wherever a tile holds a thousand of them; the head is cut once across its rows."""
+    """Whole rows of the target, also of its head; a vocabulary of a quarter million is cut across its rows."""
     assert tiling(rows, columns, size, stream.RUN) == tile
 
 
@@ -250,7 +253,7 @@ def converted(moves, source, output, file_format="safetensors", shard_size=1 << 
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("stored", FLOATS)
 def test_every_cast_in_every_orientation_is_torchs(stored, target, file_format, tmp_path, monkeypatch):
-    for name, value in {"TILE": 640, "CHUNK": 256, "RUN": 24, "STRIP_ROWS": 4}.items():
+    for name, value in {"TILE": 640, "CHUNK": 256, "RUN": 24, "WIDE": 32, "STRIP_ROWS": 4}.items():
         monkeypatch.setattr(stream, name, value)
     torch.manual_seed(0)
     shapes = {"tall": (37, 5), "wide": (5, 37), "square": (16, 16), "row": (1, 9), "column": (9, 1), "one": (1, 1)}
@@ -311,7 +314,7 @@ causal_mask_of_tests = causal_mask()
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
 def test_reading_back_sees_every_single_bit(shape, tmp_path, monkeypatch):
     """Whatever one bit of the result is turned, in any tile, strip or padding: it is found."""
-    for name, value in {"TILE": 48, "CHUNK": 32, "STRIP_ROWS": 2}.items():
+    for name, value in {"TILE": 48, "CHUNK": 32, "WIDE": 8, "STRIP_ROWS": 2}.items():
         monkeypatch.setattr(stream, name, value)
     values = np.arange(48, dtype=np.float16).reshape(shape)
     save_file({"it": torch.from_numpy(values)}, tmp_path / "some.safetensors")
@@ -424,3 +427,18 @@ def test_a_checkpoint_still_reads_rows_and_elements(tmp_path):
         assert np.array_equal(checkpoint.read("it"), values)
         assert np.array_equal(checkpoint.read_rows("it", 1, 3), values[1:3])
         assert np.array_equal(checkpoint.read_elements("it", 2, 7), values.reshape(-1)[2:7])
+
+
+@pytest.mark.parametrize("flag", ["--help", "--rules"])
+def test_what_only_prints_imports_nothing_heavy(flag):
+    program = """
+import sys
+from convert.cli import main
+from convert.gptj import FAMILY
+try:
+    main(FAMILY, sys.argv[1:])
+finally:
+    print(sorted({"numpy", "torch", "paddle", "transformers", "xxhash", "huggingface_hub"} & sys.modules.keys()))
+"""
+    result = subprocess.run([sys.executable, "-c", program, flag], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
