@@ -164,10 +164,13 @@ class Candidate:
         import paddle
         layers = dict(self.model.named_sublayers())
 
-        def before(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            listener = listener_here()
-            given = listener.arrived(name, arguments[0].numpy) if listener and arguments else None
-            return None if given is None else (paddle.to_tensor(given), *arguments[1:])
+        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            value, listener = arguments[0] if arguments else named.get("hidden_states"), listener_here()
+            given = None if listener is None or value is None else listener.arrived(name, value.numpy)
+            if given is None:
+                return None
+            new = paddle.to_tensor(given)
+            return ((new, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": new})
 
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
@@ -179,7 +182,7 @@ class Candidate:
             for _, name in modules:
                 if name in layers:
                     hooks.callback(layers[name].register_forward_pre_hook(
-                        lambda _, arguments, name=name: before(name, arguments)).remove)
+                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
                     hooks.callback(layers[name].register_forward_post_hook(
                         lambda layer, _, output, name=name: after(name, layer, output)).remove)
             yield
@@ -414,12 +417,21 @@ class _Own(_Listener):
 class _Isolated(_Listener):
     """Every module is fed what entered torch's."""
 
+    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
+        super().__init__(inputs, places, known)
+        self.fed: set[str] = set()
+
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        self.fed.add(name)
         return None if name in self.places.sublayers else self.known.entering.get(name)
 
     def answered(self, name: str, array: np.ndarray) -> None:
-        if name not in self.places.sublayers:
-            self.put("isolated", name, array)
+        if name in self.places.sublayers:
+            return
+        if name in self.known.entering and name not in self.fed:
+            raise BadInput(f"{name} is called in a way in which it cannot be fed what enters torch's. Call it as "
+                           "block(hidden_states, …) or block(hidden_states=…).")
+        self.put("isolated", name, array)
 
 
 class _Inside(_Listener):
@@ -473,6 +485,9 @@ def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
         known = next((name for name in names if name in checkpoint.tensors), None)
         if known is None:
             raise BadInput(f"{type(model).__name__} has a weight {names[0]} that {run.output} does not hold.")
+        found, wanted = tuple(checkpoint.tensors[known].shape), tuple(held[names[0]].shape)
+        if found != wanted and {math.prod(found), math.prod(wanted)} != {1}:
+            raise BadInput(f"{known} in {run.output} is {list(found)}; {type(model).__name__} needs {list(wanted)}.")
         return _Slot(model, names, held[names[0]], checkpoint, known)
     return Pages(divide({name: id(tensor) for name, tensor in held.items()}, gates), slot)
 

@@ -18,7 +18,7 @@ from .inside import PROBE, Places
 from .runs import Run
 from .scores import log_softmax
 from .stage import Findings, RecordedStage, Session, main
-from .tolerance import CEILING, FORWARD, REORDERED_RUNS, margin_noise
+from .tolerance import CEILING, REORDERED_RUNS, margin_noise
 from .trace import RECORDED, Step
 
 
@@ -62,7 +62,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     bad = first_bad(tensors, session.run)
     named = _named(sublayers, bad, session.run)
     probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
-    notes = [*found.notes, *_told(found), *unjudged(session.run, found.present, [*probes, *sublayers], found.floored),
+    notes = [*found.notes, *_told(found.inputs), *unjudged(session.run, found.present, [*probes, *sublayers]),
              *agreement(found.outputs["reference"], found.outputs["candidate"]), *lint(session.run)]
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
 
@@ -76,7 +76,6 @@ class Comparison:
     def __init__(self, run: Run) -> None:
         self.notes: list[str] = []
         self.present: list[str] = []
-        self.floored = False
         self.inputs = Inputs({})
         self.outputs: dict[str, dict[str, np.ndarray]] = {"reference": {}, "candidate": {}}
         self._run, self._places = run, Places.of(run)
@@ -91,7 +90,6 @@ class Comparison:
         self.notes += step.told.get("notes", [])
         self.present += step.told.get("present", [])
         self.inputs = Inputs(step.view("inputs")) if step.view("inputs") else self.inputs
-        self.floored |= bool(step.floors)
         self._order += step.recorded
         for side, one in (("reference", step), ("candidate", answer)):
             self.outputs[side] |= {name: array for name, array in one.recorded.items() if name not in self._modules}
@@ -100,8 +98,8 @@ class Comparison:
                 waiting.view(view).update(come.views[view])
         for view, floors in step.floors.items():
             self._expected.floors.setdefault(view, {}).update(floors)
-        told = [self._compare_module(name) for name in list(self._expected.recorded) if name in self._given.recorded
-                and (name in self._given.view("isolated") or not self._given.view("isolated"))]
+        told = [self._compare_module(name) for name in list(self._expected.recorded)
+                if name in self._given.recorded and name in self._given.view("isolated")]
         for view in ("inside", "arriving", "small"):
             for name in [name for name in self._expected.view(view) if name in self._given.view(view)]:
                 self._compare_part(view, name)
@@ -126,15 +124,13 @@ class Comparison:
         floors = {kind: self._expected.floors[kind].pop(name) for kind in ("propagated", "isolated")
                   if name in self._expected.floors.get(kind, {})}
         result = compare(name, self._expected.recorded.pop(name), self._given.recorded.pop(name),
-                         CEILING if floors else FORWARD, self._given.view("isolated").pop(name, None), floors)
+                         CEILING, self._given.view("isolated").pop(name), floors)
         self._tensors[name] = result
         return result
 
     def _compare_part(self, view: str, name: str) -> None:
-        floor = self._expected.floors.get(view, {}).pop(name, None)
+        floor = self._expected.floors[view].pop(name)
         expected, given = self._expected.view(view).pop(name), self._given.view(view).pop(name)
-        if floor is None:
-            return
         told = {"inside": f"{name}: output" if name in self._modules else name, "small": f"{name}{PROBE}",
                 "arriving": self._places.sublayers.get(name, name)}[view]
         results = self._tensors if view == "small" else self._parts
@@ -161,11 +157,8 @@ def position(name: str, run: Run) -> int:
     return max(holding, key=lambda number: len(paths[number]), default=len(paths))
 
 
-def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult], floored: bool) -> list[str]:
+def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult]) -> list[str]:
     """What was not judged on its own: sublayers of the modules ``present`` that this net has no module for."""
-    if not floored:
-        return ["Sublayers, and layer norms on a small input, were not judged: these traces came without a noise "
-                "floor."]
     judged = {part.name.removesuffix(PROBE) for part in parts}
     absent = [name for _, name in Places.of(run).all
               if name not in judged and any(name.startswith(f"{module}.") for module in present)]
@@ -227,15 +220,11 @@ def lint(run: Run) -> list[str]:
             for key in sorted(held.keys() | intended.keys()) if held.get(key) != intended.get(key)]
 
 
-def _told(found: Comparison) -> list[str]:
-    yardstick = (f"torch's own rounding error, pooled over float64 against {REORDERED_RUNS + 1} float32 runs with "
-                 "their sums reordered" if found.floored else
-                 "the fixed ceiling, because these traces came without a noise floor")
-    if not found.inputs.arrays:
-        return [f"Yardstick: {yardstick}."]
-    rows, tokens = found.inputs.mask.shape
+def _told(inputs: Inputs) -> list[str]:
+    rows, tokens = inputs.mask.shape
     return [f"Inputs: {rows} rows of {tokens} seeded tokens: {', '.join(PATTERNS[:rows])}; padded positions are not "
-            "compared.", f"Yardstick: {yardstick}."]
+            f"compared.", "Yardstick: torch's own rounding error, pooled over float64 against "
+            f"{REORDERED_RUNS + 1} float32 runs with their sums reordered."]
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:

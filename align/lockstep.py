@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .paging import Pages
 
 Enter = Callable[[str], None]
+TOGETHER = 16
 _thread = threading.local()
 
 
@@ -87,10 +88,11 @@ def in_turn(passes: Sequence[Callable[[], None]]) -> None:
 
 
 def together(passes: Sequence[Callable[[], None]], pages: Pages) -> None:
-    """All passes through each gate before the next, so that each page comes in once."""
-    with in_step(passes, pages.enter) as walks:
-        while walks.gate is not None:
-            walks.advance()
+    """Passes through each gate before the next, so that each page comes in once for as many as go together."""
+    for start in range(0, len(passes), TOGETHER):
+        with in_step(passes[start: start + TOGETHER], pages.enter) as walks:
+            while walks.gate is not None:
+                walks.advance()
     pages.leave()
 
 

@@ -109,7 +109,15 @@ def is_needed(run: Run, sides: int) -> bool:
 def available_memory() -> int:
     """Bytes that a new process could use without swapping, as Linux estimates it."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return min([free, *_left_to_container()])
+
+
+def _left_to_container() -> Iterator[int]:
+    """What a control group (version 2) leaves of its limit."""
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{word}" for word in ("max", "current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        yield max(0, int(limit.read_text()) - int(used.read_text()))
 
 
 def _give_memory_back() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -82,10 +82,11 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
         recorded, files = _recorded(stage, session, SIDES[0])
         told = session.evidence[1]
         steps = stage.candidate(session, files.read(recorded))
-    recording = _Recording()
-    for step in StepFiles(traces, stage.name, side).write(steps):
+    recording, written = _Recording(), StepFiles(traces, stage.name, side)
+    for step in written.write(steps):
         recording.add(step)
-    saved = recording.trace(_provenance(stage, session, side, recording.inputs_digest, told)).save(traces, side)
+    provenance = _provenance(stage, session, side, recording.inputs_digest, told)
+    saved = recording.trace(replace(provenance, steps_digest=written.digest)).save(traces, side)
     return (f"{stage.name}: {session.options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
             f"next: python -m align.{stage.name} --run {session.run.name} {then}")
 
@@ -142,7 +143,7 @@ def _provenance(stage: Stage | RecordedStage, session: Session, side: str, input
     digest = session.run.source_digest
     if side == SIDES[0]:
         return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
-                          inputs_digest)
+                          inputs_digest, None)
     candidate, divergence = session.candidate, session.weights_divergence if isinstance(stage, RecordedStage) else None
     return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
                       candidate.weights_digest, digest, inputs_digest, divergence, tuple(told))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from convert.errors import BadInput
 
@@ -48,7 +49,8 @@ class Step:
 class Provenance:
     """Where a trace comes from. ``source_digest`` is the torch checkpoint's, on both sides.
 
-    ``weights_divergence`` is the first weight by which what was run differs from the source, and ``notes`` says so.
+    ``weights_divergence`` is the first weight by which what was run differs from the source, None where none does;
+    ``notes`` says so. ``steps_digest`` is that of the step files beside a trace that was recorded by itself.
     """
 
     stage: str
@@ -58,8 +60,9 @@ class Provenance:
     weights_digest: str
     source_digest: str
     inputs_digest: str | None
-    weights_divergence: str | None = None
+    weights_divergence: str | None
     notes: tuple[str, ...] = ()
+    steps_digest: str | None = None
 
     @property
     def side(self) -> dict[str, str]:
@@ -107,28 +110,64 @@ def _read_npy(file: Path) -> Arrays:
     """The dictionary of arrays in an ``.npy`` file that ``ReprodLogger.save`` or :meth:`Trace.save` wrote."""
     try:
         with open(file, "rb") as handle:
-            np.lib.format.read_array_header_1_0(handle) if np.lib.format.read_magic(handle) == (1, 0) else None
-            content = _ArraysOnly(handle).load()
-        arrays = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
-        return {str(name): np.asarray(array) for name, array in arrays.items()}
+            np.lib.format.read_magic(handle)
+            np.lib.format.read_array_header_1_0(handle)
+            content = _Described(handle).load()
+        content = content.state[-1] if isinstance(content, _Array) else content
+        content = content[0] if isinstance(content, list) and len(content) == 1 else content
+        return {str(name): described.array() for name, described in content.items()}
     except BadInput:
         raise
     except Exception as error:  # whatever a damaged pickle makes its readers stumble over
         raise BadInput(f"{file} is not a trace ({type(error).__name__}: {error}). Record this side again.") from error
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Numpy arrays, scalars and dtypes; any other name wants to run code, and is refused by that name."""
+class _Described(pickle.Unpickler):
+    """Arrays and scalars as descriptions, never as numpy's own objects, whose ``__setstate__`` a stranger could misuse.
+
+    Any name beyond those of a plain array wants to run code, and is refused by that name.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
-            if name == "dtype":
-                return lambda code, *_: np.dtype(str(code), copy=True)
-            if name in ("ndarray", "scalar"):
-                return np.ndarray if name == "ndarray" else np.core.multiarray.scalar
-            if name == "_reconstruct":
-                return np.core.multiarray._reconstruct
-        raise BadInput(f"the trace asks for {module}.{name}, which is no array. Nothing of it was run.")
+        known = {"ndarray": _Array, "_reconstruct": lambda *_: _Array(), "dtype": _ArrayDtype, "scalar": _Array.scalar}
+        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in known:
+            raise BadInput(f"the trace asks for {module}.{name}, which is no array. Nothing of it was run.")
+        return known[name]
+
+
+class _ArrayDtype:
+    """A dtype by its code, as ``f4``."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", "|") or any(part is not None for part in state[2:5]):
+            raise ValueError(f"dtype {self.code} is not a plain one")
+
+
+class _Array:
+    """(version, shape, dtype, column order, bytes), as an array's pickle has it."""
+
+    state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    @classmethod
+    def scalar(cls, dtype: _ArrayDtype, content: bytes) -> _Array:
+        found = cls()
+        found.state = (1, (), dtype, False, content)
+        return found
+
+    def array(self) -> np.ndarray:
+        _, shape, dtype, across, content = self.state
+        if dtype.code not in PLAIN or not isinstance(content, bytes):
+            raise ValueError(f"an array of {dtype.code} is not one of numbers")
+        return np.frombuffer(content, dtype.code).reshape(shape, order="F" if across else "C")
+
+
+PLAIN = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 
 class StepFiles:
@@ -136,11 +175,14 @@ class StepFiles:
 
     def __init__(self, directory: Path, stage: str, side: str) -> None:
         self.directory = directory / f"{stage}_{side}.steps"
+        self._growing = directory / f".{stage}_{side}.steps"
 
     def write(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Pass ``steps`` on, each after it has been written; what an earlier recording left is removed first."""
-        self.remove()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Pass ``steps`` on, each after it has been written. Once all are, they replace those of an earlier recording;
+        one that was broken off is not read.
+        """
+        shutil.rmtree(self._growing, ignore_errors=True)
+        self._growing.mkdir(parents=True)
         for number, step in enumerate(steps):
             arrays = {f"view/{view}/{name}": array for view, found in step.views.items() if view != RECORDED
                       for name, array in found.items()}
@@ -148,15 +190,29 @@ class StepFiles:
                 for name, floor in floors.items():
                     arrays |= {f"floor/{view}/{name}/{part}": np.asarray(getattr(floor, part)) for part in FLOOR}
             told = np.frombuffer(json.dumps(step.told | {"recorded": list(step.recorded)}).encode(), np.uint8)
-            np.savez(self.directory / f"{number:05d}.npz", told=told, **arrays)
+            np.savez(self._growing / f"{number:05d}.npz", told=told, **arrays)
             yield step
+        self.remove()
+        self._growing.rename(self.directory)
 
     def remove(self) -> None:
         """Leave nothing of an earlier recording, which would not go with the trace of a later one."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    @property
+    def digest(self) -> str:
+        """xxh3-128 over names and bytes of all files, in order."""
+        hasher = xxhash.xxh3_128()
+        for file in sorted(self.directory.glob("*.npz")):
+            hasher.update(file.name.encode())
+            hasher.update(file.read_bytes())
+        return hasher.hexdigest()
+
     def read(self, trace: Trace) -> Iterator[Step]:
-        """The steps, with what they recorded taken from ``trace``; one step without floors where there are no files."""
+        """The steps, with what they recorded taken from ``trace``; :class:`BadInput` when these are not all its own."""
+        if trace.provenance.steps_digest != self.digest:
+            raise BadInput(f"what is in {self.directory} was not recorded with {self.directory.stem}.npy, or not all "
+                           "of it is there. Record this side again with --only.")
         left = dict(trace.arrays)
         for file in sorted(self.directory.glob("*.npz")):
             step = _read_step(file)
@@ -171,23 +227,20 @@ FLOOR = ("oracle", "spread", "largest", "few")
 
 def _read_step(file: Path) -> Step:
     step = Step()
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            step.told = json.loads(content["told"].tobytes())
-            floors: dict[tuple[str, str], dict[str, Any]] = {}
-            for key in content.files:
-                kind, _, rest = key.partition("/")
-                view, _, name = rest.partition("/")
-                if kind == "view":
-                    step.view(view)[name] = content[key]
-                elif kind == "floor":
-                    name, _, part = name.rpartition("/")
-                    floors.setdefault((view, name), {})[part] = content[key]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{file} cannot be read ({error}). Record this side again.") from error
+    with np.load(file, allow_pickle=False) as content:
+        step.told = json.loads(content["told"].tobytes())
+        floors: dict[tuple[str, str], dict[str, Any]] = {}
+        for key in content.files:
+            kind, _, rest = key.partition("/")
+            view, _, name = rest.partition("/")
+            if kind == "view":
+                step.view(view)[name] = content[key]
+            elif kind == "floor":
+                name, _, part = name.rpartition("/")
+                floors.setdefault((view, name), {})[part] = content[key]
     for (view, name), parts in floors.items():
         step.floors.setdefault(view, {})[name] = NoiseFloor(parts["oracle"], parts["spread"], float(parts["largest"]),
-                                                               float(parts["few"]))
+                                                            float(parts["few"]))
     return step
 
 

@@ -184,7 +184,7 @@ def test_a_tensor_that_only_one_side_recorded_fails(workshop, monkeypatch):
 
 def trace(**changed):
     told = dict(stage="forward", framework="torch", version="2", model="M", weights_digest="w", source_digest="s",
-                inputs_digest="i")
+                inputs_digest="i", weights_divergence=None)
     return Provenance(**{**told, **changed})
 
 

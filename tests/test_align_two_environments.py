@@ -60,7 +60,8 @@ def test_each_side_needs_only_its_own_framework(shop, stage):
                               cwd=PROJECT, capture_output=True, text=True)
     done = run(without("paddle", "paddlenlp", "reprod_log"), "--only", "reference")
     assert done.returncode == 0, done.stderr
-    assert shop.align(stage, "bert", "--only", "candidate").code == 0
+    done = run(without("torch", "transformers"), "--only", "candidate")
+    assert done.returncode == 0, done.stderr
     done = run(without("torch", "transformers", "paddle", "paddlenlp", "reprod_log"), "--compare")
     assert done.returncode == 0, done.stderr
     assert f"{stage}: aligned" in done.stdout
@@ -94,8 +95,8 @@ def test_a_pair_that_proves_nothing_is_refused(shop, field, value, told):
 
 def test_two_models_of_one_framework_are_compared_only_when_asked_for_and_the_report_says_so(shop):
     traces = recorded(shop)
-    for suffix in ("npy", "provenance"):
-        shutil.copyfile(traces / f"forward_torch.{suffix}", traces / f"forward_paddle.{suffix}")
+    told = traces / "forward_paddle.provenance"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"framework": "torch"}))
     assert shop.align("forward", "bert", "--compare").code == 2
     outcome = shop.align("forward", "bert", "--compare", "--allow-same-framework")
     assert outcome.code == 0
@@ -127,6 +128,64 @@ def test_weights_that_differed_when_recorded_diverge_the_comparison(shop, monkey
     assert (outcome.code, outcome.report["first_divergence"]) == (1, "bert.encoder.layers.1.norm1.weight")
 
 
+def halved(steps):
+    sorted(steps.glob("*.npz"))[-1].unlink()
+
+
+def damaged(steps):
+    file = sorted(steps.glob("*.npz"))[1]
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("side", ["torch", "paddle"])
+@pytest.mark.parametrize("harm", [shutil.rmtree, halved, damaged])
+def test_a_recording_that_is_not_whole_is_refused(shop, side, harm):
+    """Otherwise what is missing would silently not be judged."""
+    harm(recorded(shop) / f"forward_{side}.steps")
+    outcome = shop.align("forward", "bert", "--compare")
+    assert outcome.code == 2 and "Record this side again" in outcome.stderr and not outcome.report
+
+
+def test_steps_of_another_recording_are_refused(shop):
+    traces = recorded(shop)
+    shutil.copytree(traces / "forward_torch.steps", traces / "kept")
+    assert shop.align("forward", "bert", "--only", "reference", "--tokens", "70").code == 0
+    shutil.rmtree(traces / "forward_torch.steps")
+    (traces / "kept").rename(traces / "forward_torch.steps")
+    assert shop.align("forward", "bert", "--only", "candidate").code == 2
+    assert shop.align("forward", "bert", "--compare").code == 2
+
+
+def test_a_recording_that_is_broken_off_leaves_the_earlier_one(shop, monkeypatch):
+    from align.reference import Reference
+    recorded(shop)
+    steps = Reference.steps
+
+    def broken(self, inputs):
+        yield next(steps(self, inputs))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Reference, "steps", broken)
+    assert shop.align("forward", "bert", "--only", "reference").code == 130
+    monkeypatch.undo()
+    assert shop.align("forward", "bert", "--compare").code == 0
+
+
+def test_modules_that_the_reference_did_not_record_fail(shop):
+    file = recorded(shop) / "forward_torch.npy"
+    arrays = np.load(file, allow_pickle=True).item()
+    np.save(file, {name: array for name, array in arrays.items() if "logits" in name}, allow_pickle=True)
+    outcome = shop.align("forward", "bert", "--compare")
+    assert outcome.code == 1 and any("the reference did not record it" in told for told in outcome.report["failures"])
+
+
+def test_silence_about_the_weights_is_no_proof_of_them(shop):
+    file = recorded(shop) / "forward_paddle.provenance"
+    told = json.loads(file.read_text())
+    del told["weights_divergence"]
+    file.write_text(json.dumps(told))
+    assert shop.align("forward", "bert", "--compare").code == 2
+
+
 class Hostile:
     def __reduce__(self):
         return (eval, ("open('pwned', 'w')",))
@@ -140,6 +199,15 @@ def test_a_trace_from_a_stranger_runs_no_code(shop, tmp_path, monkeypatch):
     assert outcome.code == 2 and "eval" in outcome.stderr and not (tmp_path / "pwned").exists()
     file.write_bytes(pickle.dumps([1]))
     assert shop.align("forward", "bert", "--compare").code == 2
+
+
+@pytest.mark.parametrize("array", [np.array([1, "x"], object), np.zeros(2, [("a", "f4"), ("b", "O")]),
+                                   np.array(["text"]), np.zeros(2, ">f4"), np.zeros(2, "M8[s]")])
+def test_only_plain_numbers_come_out_of_a_trace(shop, array):
+    file = recorded(shop) / "forward_paddle.npy"
+    np.save(file, {"x": array}, allow_pickle=True)
+    outcome = shop.align("forward", "bert", "--compare")
+    assert outcome.code == 2 and "is not a trace" in outcome.stderr
 
 
 @pytest.mark.parametrize("flags", [("--only", "reference"), ("--only", "candidate"), ("--compare",)])

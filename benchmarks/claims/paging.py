@@ -15,6 +15,7 @@ from ..shapes import Scale, Shape
 ROWS, TOKENS = 2, 64
 MEGABYTES = 3000
 PERCENT = 5
+BESIDE = ("verdict", "sublayers", "values", "inputs_digest", "reference", "candidate")
 PASSES = "one torch-only and one Paddle-only paged pass"
 
 
@@ -116,7 +117,8 @@ def differing_tensors(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     names = [[tensor["name"] for tensor in report["tensors"]] for report in (left, right)]
     if names[0] != names[1]:
         return sorted(set(names[0]) ^ set(names[1])) or names[0]
-    return [one["name"] for one, other in zip(left["tensors"], right["tensors"], strict=True) if one != other]
+    beside = [key for key in BESIDE if left.get(key) != right.get(key)]
+    return beside + [one["name"] for one, other in zip(left["tensors"], right["tensors"], strict=True) if one != other]
 
 
 def deep(scale: Scale) -> tuple[Shape, ...]:
