@@ -67,7 +67,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
 
 
-COMPARED = {RECORDED, "isolated", "inside", "arriving", "small"}
+PARTS = ("inside", "arriving", "small")
+COMPARED = {RECORDED, "isolated", *PARTS}
 
 
 class Comparison:
@@ -81,6 +82,7 @@ class Comparison:
         self._run, self._places = run, Places.of(run)
         self._modules = {name for _, name in run.modules}
         self._expected, self._given = Step(), Step()
+        self._answered: set[str] = set()
         self._order: list[str] = []
         self._tensors: dict[str, TensorResult] = {}
         self._parts: dict[str, TensorResult] = {}
@@ -98,16 +100,23 @@ class Comparison:
                 waiting.view(view).update(come.views[view])
         for view, floors in step.floors.items():
             self._expected.floors.setdefault(view, {}).update(floors)
+        self._answered |= answer.recorded.keys() | answer.view("inside").keys()
         told = [self._compare_module(name) for name in list(self._expected.recorded)
                 if name in self._given.recorded and name in self._given.view("isolated")]
-        for view in ("inside", "arriving", "small"):
+        for view in PARTS:
             for name in [name for name in self._expected.view(view) if name in self._given.view(view)]:
                 self._compare_part(view, name)
         return next((f"{result.name} {'ok' if result.passed else 'FAIL'}, rel-L2 {result.measures.rel_l2:.1e}"
                      for result in reversed(told) if result.measures), "…")
 
     def results(self) -> tuple[list[TensorResult], list[TensorResult]]:
-        """(modules, probes and outputs; parts of modules), in the order of execution."""
+        """(modules, probes and outputs; parts of modules), in the order of execution.
+
+        Whatever was asked of a module that the candidate did run, and did not come, is a failure.
+        """
+        for view in PARTS:
+            for name in self._expected.view(view).keys() & self._answered:
+                self._part(view, name, missing(self._told(view, name), "candidate"))
         absent = self._modules - set(self.present)
         for name in self._expected.recorded:
             self._tensors[name] = missing(name, "candidate")
@@ -131,10 +140,16 @@ class Comparison:
     def _compare_part(self, view: str, name: str) -> None:
         floor = self._expected.floors[view].pop(name)
         expected, given = self._expected.view(view).pop(name), self._given.view(view).pop(name)
-        told = {"inside": f"{name}: output" if name in self._modules else name, "small": f"{name}{PROBE}",
+        told = self._told(view, name)
+        self._part(view, name, compare(told, expected, given, CEILING, given, {"isolated": floor}))
+
+    def _part(self, view: str, name: str, result: TensorResult) -> None:
+        (self._tensors if view == "small" else self._parts)[self._told(view, name)] = result
+
+    def _told(self, view: str, name: str) -> str:
+        """What a part is called in the report."""
+        return {"inside": f"{name}: output" if name in self._modules else name, "small": f"{name}{PROBE}",
                 "arriving": self._places.sublayers.get(name, name)}[view]
-        results = self._tensors if view == "small" else self._parts
-        results[told] = compare(told, expected, given, CEILING, given, {"isolated": floor})
 
 
 def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:

@@ -121,13 +121,10 @@ def _left_to_container() -> Iterator[int]:
 
 
 def _give_memory_back() -> None:
-    """Let glibc return freed weights to the system at once, and not gather one heap per thread.
-
-    Smaller blocks come from one heap, where they are used again without new pages of memory each time.
-    """
+    """Let glibc return freed arrays to the system at once, and not gather one heap per thread."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
         mallopt(M_ARENA_MAX, 1)
 
 

@@ -40,6 +40,22 @@ def test_paged_equals_unpaged_for_every_head(shop, head):
         assert same(shop, run, stage).code == 0
 
 
+def test_nothing_that_the_reference_asks_is_left_unanswered(shop, monkeypatch):
+    """Every module, sublayer, arrival and layer norm on a small input of the family has its figure in the report."""
+    run = shop.make("GPTJForCausalLM", "asked")
+    report = shop.align("forward", run).report
+    blocks = [f"transformer.h.{layer}" for layer in range(3)]
+    assert [tensor["name"] for tensor in report["tensors"]] == [
+        "transformer.drop", *(name for block in blocks for name in (block, f"{block}.ln_1 (small input)")),
+        "transformer.ln_f", "transformer.ln_f (small input)", "logits"]
+    assert len(report["sublayers"]) == 3 * (7 + 7 + 1)
+    from align.candidate import _Inside
+    monkeypatch.setattr(_Inside, "probed", lambda *_: None)
+    outcome = shop.align("forward", run)
+    assert outcome.code == 1
+    assert outcome.failing == [f"{block}.ln_1 (small input)" for block in blocks] + ["transformer.ln_f (small input)"]
+
+
 @pytest.mark.parametrize("head", ["GPTJForCausalLM", "BertForPreTraining", "BertForMaskedLM"])
 def test_paged_equals_unpaged_for_paddlenlp(shop, head):
     pytest.importorskip("paddlenlp")
