@@ -37,8 +37,8 @@ class Reordered(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in LINEAR:
             order = self._order(args[0].shape[-1])
-            return in_chunks(args[0][..., order], args[1], lambda rows: rows.index_select(1, order), *args[2:],
-                             **kwargs)
+            return in_chunks(args[0][..., order], args[1], lambda rows, to: torch.index_select(rows, 1, order, out=to),
+                             *args[2:], **kwargs)
         if func in MATMUL and args[1].dim() > 1:
             order = self._order(args[0].shape[-1])
             return func(args[0][..., order], args[1][..., order, :], *args[2:], **kwargs)
@@ -78,7 +78,7 @@ class Float64(TorchFunctionMode):
             return args[0].double() if narrowing else func(*args, **kwargs)
         if func in LINEAR:
             x, weight, *bias = args
-            return in_chunks(x.double(), weight, torch.Tensor.double, *map(_widened, bias),
+            return in_chunks(x.double(), weight, lambda rows, to: to.copy_(rows), *map(_widened, bias),
                              **{key: _widened(value) for key, value in kwargs.items()})
         if func is F.embedding:
             return func(*args, **kwargs).double()
@@ -93,16 +93,21 @@ UNTOUCHED = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguo
              "numpy", "data_ptr", "__len__", "double"}
 
 
-def in_chunks(x: torch.Tensor, weight: torch.Tensor, prepare: Callable[[torch.Tensor], torch.Tensor],
+def in_chunks(x: torch.Tensor, weight: torch.Tensor, prepare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
               bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear`` of x [..., k] with ``prepare`` of weight [n, k], some 4 million elements of it at a time."""
-    rows = max(1, CHUNK // weight.shape[1])
-    if rows >= weight.shape[0]:
-        return F.linear(x, prepare(weight), bias)
+    """``F.linear`` of x [..., k] with weight [n, k], some 4 million elements of it at a time.
+
+    ``prepare(rows, to)`` puts what is used of these rows into ``to``, of x's dtype; its memory is used again.
+    """
+    rows = min(weight.shape[0], max(1, CHUNK // weight.shape[1]))
+    buffer = x.new_empty((rows, weight.shape[1]))
+    if rows == weight.shape[0]:
+        return F.linear(x, prepare(weight, buffer), bias)
     found = x.new_empty((*x.shape[:-1], weight.shape[0]))
     for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        found[..., part] = F.linear(x, prepare(weight[part]), None if bias is None else bias[part])
+        part = weight[start: start + rows]
+        found[..., start: start + rows] = F.linear(x, prepare(part, buffer[: len(part)]),
+                                                   None if bias is None else bias[start: start + rows])
     return found
 
 
