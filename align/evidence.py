@@ -50,13 +50,15 @@ def evidence(session: Session) -> tuple[str | None, list[str]]:
     The comparison is skipped only while what the net holds has the digest that ``align.weights`` found aligned.
     """
     session.advance("weights")
+    dtype = session.run.conversion.dtype
+    rounded = "" if dtype == "keep" else f" rounded to {dtype}, on both sides,"
     verified = _verified(session.reports / "weights.json")
     if verified is not None and verified == (session.run.source_digest, session.candidate.weights_digest):
-        return None, ["Weights: equal to the source bit by bit, as align.weights found for this very digest."]
+        return None, [f"Weights: equal to the source{rounded} bit by bit, as align.weights found for this very digest."]
     results, _ = compare_weights(session.run, session.candidate)
     wrong = [result for result in results if not result.passed]
     if not wrong:
-        return None, [f"Weights: {len(results)} tensors compared with the source, equal bit by bit."]
+        return None, [f"Weights: {len(results)} tensors compared with the source{rounded}, equal bit by bit."]
     many = f"{len(wrong)} tensors" if len(wrong) > 1 else "one tensor"
     return wrong[0].name, [f"Weights differ from the source in {many}, so this stage is diverged whatever its outputs "
                            f"say. The first: {wrong[0].failure}."]

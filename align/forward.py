@@ -24,7 +24,8 @@ from .trace import RECORDED, Step
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's pass over the seeded inputs, module by module, with its noise floor."""
-    inputs = seeded(session.run.config, session.run.sizes, rows=session.options.rows, tokens=session.options.tokens)
+    inputs = seeded(session.run.config, session.run.sizes, rows=session.options.rows or ROWS,
+                    tokens=session.options.tokens or LENGTH)
     inputs.save(session.run.directory / "traces" / "forward_inputs.npz")
     told = {"inputs_digest": inputs.digest, "notes": list(inputs.notes)}
     for step in session.reference.steps(inputs):
@@ -37,6 +38,8 @@ def reference(session: Session) -> Iterator[Step]:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle's passes over the same inputs: one of its own, and two in which torch's activations are fed to it."""
+    if session.options.only == "candidate":
+        _refuse_other_inputs(session)
     steps = iter(steps)
     first = next(steps, Step())
     inputs = Inputs(first.view("inputs"))
@@ -55,6 +58,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
 
     A module that torch's class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
     """
+    if session.options.compare:
+        _refuse_other_inputs(session)
     found = Comparison(session.run)
     for step, answer in pairs:
         session.advance(found.add(step, answer))
@@ -64,6 +69,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
     notes = [*found.notes, *_told(found.inputs), *unjudged(session.run, found.present, [*probes, *sublayers]),
              *agreement(found.outputs["reference"], found.outputs["candidate"]), *lint(session.run)]
+    if session.options.compare and (named or session.weights_divergence):
+        notes.append("Why was not looked for: python -m align.diagnose does, where both frameworks are installed.")
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
 
 
@@ -242,10 +249,16 @@ def _told(inputs: Inputs) -> list[str]:
             f"{REORDERED_RUNS + 1} float32 runs with their sums reordered."]
 
 
+def _refuse_other_inputs(session: Session) -> None:
+    if session.options.rows or session.options.tokens:
+        raise BadInput("--rows and --tokens choose the reference's inputs, which are recorded already. Give them with "
+                       "--only reference.")
+
+
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--rows", type=positive, default=ROWS, help=f"rows of inputs; default {ROWS}")
-    add("--tokens", type=positive, default=LENGTH, help=f"tokens a row at most; default {LENGTH}")
+    add("--rows", type=positive, help=f"rows of inputs; default {ROWS}")
+    add("--tokens", type=positive, help=f"tokens a row at most; default {LENGTH}")
 
 
 STAGE = RecordedStage("forward", "Compare embeddings, blocks, final hidden states and logits.", reference, candidate,

@@ -55,7 +55,11 @@ def seeded(config: Config, sizes: Sizes, *, padded: bool = True, rows: int = ROW
     length = min(tokens, sizes["positions"])
     asked = f"The inputs are {length} tokens long, as asked for; {MINIMUM} or more show more."
     short = f"The model has {length} positions, so the inputs are {length} tokens long instead of {MINIMUM}."
-    notes = () if length >= MINIMUM else (short if length < tokens else asked,)
+    cut = f"The model has {length} positions, so the inputs are {length} tokens long instead of {tokens}."
+    if length >= MINIMUM:
+        notes = (cut,) if length < tokens != LENGTH else ()
+    else:
+        notes = (short if length < tokens else asked,)
     generator = np.random.default_rng(SEED + padded)
     pad = pad_token(config)
     ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), (rows, length))

@@ -75,7 +75,7 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
         raise BadInput(f"align.{stage.name} has no side to record alone: run it where the Paddle side is, without "
                        "--only.")
     if session.options.only == "reference":
-        side, traces, then = SIDES[0], session.run.directory / "traces", "--only candidate, where Paddle is"
+        side, traces, then = SIDES[0], session.run.directory / "traces", "--only candidate"
         steps, told = stage.reference(session), []
     else:
         side, traces, then = SIDES[1], session.reports / "traces", "--compare"
@@ -88,13 +88,22 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
     provenance = _provenance(stage, session, side, recording.inputs_digest, told)
     saved = recording.trace(replace(provenance, steps_digest=written.digest)).save(traces, side)
     return (f"{stage.name}: {session.options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
-            f"next: python -m align.{stage.name} --run {session.run.name} {then}")
+            f"next: {_command(stage, session)} {then}")
+
+
+def _command(stage: RecordedStage, session: Session) -> str:
+    """The command line of this stage on this run, with the flags that say which net is meant."""
+    options = session.options
+    chosen = [f" --{name} {value}" for name, value, usual in (
+        ("target", options.target, "models"), ("family", options.family, None), ("reports", options.reports, "reports"))
+        if value != usual]
+    return f"python -m align.{stage.name} --run {session.run.name}{''.join(chosen)}"
 
 
 def _recorded(stage: RecordedStage, session: Session, side: str) -> tuple[Trace, StepFiles]:
     """What ``--only`` recorded of ``side``; :class:`BadInput` when it is not there, or of another conversion."""
     word, where = (("reference", "torch") if side == SIDES[0] else ("candidate", "Paddle"))
-    advice = f"Record it first, where {where} is: python -m align.{stage.name} --run {session.run.name} --only {word}"
+    advice = f"Record it first, where {where} is: {_command(stage, session)} --only {word}"
     places = [session.reports / "traces", session.run.directory / "traces"]
     if side == SIDES[0]:
         places.reverse()
@@ -105,6 +114,9 @@ def _recorded(stage: RecordedStage, session: Session, side: str) -> tuple[Trace,
     if trace.provenance.source_digest != session.run.conversion.source_digest:
         raise BadInput(f"the {word} in {directory} was recorded from another source than run {session.run.name} "
                               f"converted ({trace.provenance.source_digest}). {advice}")
+    if trace.provenance.steps_digest is None:
+        raise BadInput(f"the {word} in {directory} comes from a run of both sides, which keeps too little of it. "
+                       f"{advice}")
     return trace, StepFiles(directory, stage.name, side)
 
 
@@ -144,7 +156,8 @@ def _provenance(stage: Stage | RecordedStage, session: Session, side: str, input
     if side == SIDES[0]:
         return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
                           inputs_digest, None)
-    candidate, divergence = session.candidate, session.weights_divergence if isinstance(stage, RecordedStage) else None
+    candidate = session.candidate
+    divergence, _ = vars(session).get("evidence", (None, []))  # the weights stage is the evidence and never asks
     return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
                       candidate.weights_digest, digest, inputs_digest, divergence, tuple(told))
 

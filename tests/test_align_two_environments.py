@@ -71,10 +71,30 @@ def test_each_side_needs_only_its_own_framework(shop, stage):
 def test_what_is_not_recorded_yet_is_asked_for(shop, stage):
     shutil.rmtree(shop.reports / "gptj" / "traces", ignore_errors=True)
     refused = shop.align(stage, "gptj", "--only", "candidate")
-    assert refused.code == 2 and f"align.{stage} --run gptj --only reference" in refused.stderr
+    command = f"align.{stage} --run gptj --reports {shop.reports} --only"
+    assert refused.code == 2 and f"{command} reference" in refused.stderr
     assert shop.align(stage, "gptj", "--only", "reference").code == 0
     refused = shop.align(stage, "gptj", "--compare")
-    assert refused.code == 2 and f"align.{stage} --run gptj --only candidate" in refused.stderr
+    assert refused.code == 2 and f"{command} candidate" in refused.stderr
+
+
+def test_what_to_do_next_names_the_net_that_was_recorded(shop):
+    recorded(shop)
+    told = shop.align("forward", "bert", "--only", "candidate", "--target", "paddlenlp").stdout
+    assert f"--run bert --target paddlenlp --reports {shop.reports} --compare" in told
+
+
+def test_a_run_of_both_sides_is_no_recording_and_says_so(shop):
+    assert shop.align("forward", "bert").code == 0
+    refused = shop.align("forward", "bert", "--only", "candidate")
+    assert refused.code == 2 and "a run of both sides" in refused.stderr and "--only reference" in refused.stderr
+
+
+def test_inputs_are_chosen_where_the_reference_is_recorded(shop):
+    recorded(shop)
+    for flags in (("--only", "candidate", "--rows", "3"), ("--compare", "--tokens", "70")):
+        refused = shop.align("forward", "bert", *flags)
+        assert refused.code == 2 and "--only reference" in refused.stderr
 
 
 def recorded(shop, family="bert", stage="forward"):
