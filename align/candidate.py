@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import math
 import re
@@ -314,6 +315,11 @@ class UserNet(Candidate):
             raise BadInput(f"--target {self._module}:{self._function} cannot be imported ({error}).") from error
         finally:
             sys.path.remove("")
+        try:
+            inspect.signature(build).bind({}, self.run.output)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{self._module}:{self._function} is called with the config (a dict) and the output "
+                           f"directory (a Path), which it does not take ({error}).") from error
         with self._blamed_on_it():
             net = build(dict(self.run.target_config), self.run.output)
         if not isinstance(net, paddle.nn.Layer):
