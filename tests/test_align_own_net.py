@@ -58,7 +58,8 @@ def test_its_wrong_activation_is_named_and_explained(forward):
 
 
 @pytest.mark.parametrize("target,says", [
-    ("paper_net:nothing", "NoneType"), ("paper_net:short", "is called with the config"), ("paper_net:tuples", "a mapping"), ("paper_net:absent", "cannot be imported"),
+    ("paper_net:nothing", "NoneType"), ("paper_net:short", "is called with the config"),
+    ("paper_net:tuples", "a mapping"), ("paper_net:absent", "cannot be imported"),
     ("no_such_module:build", "cannot be imported"), ("other", "is not one of")])
 def test_what_cannot_be_used_is_told_in_a_sentence(forward, target, says):
     code, said = forward(target)
