@@ -30,9 +30,10 @@ from convert.errors import BadInput, require
 
 from .inputs import Inputs
 from .inside import Places
-from .lockstep import halt, heard_by, in_step, in_turn, listener_here, together
+from .lockstep import heard_by, in_step, in_turn, listener_here
 from .paging import Pages, divide, gates_of
 from .runs import Run
+from .side import Side
 from .tasks import token_rows
 from .trace import RECORDED, Step
 
@@ -40,7 +41,7 @@ Modules = Sequence[tuple[str, str]]
 TARGETS = ("models", "paddlenlp")
 
 
-class Candidate:
+class Candidate(Side):
     """The model that is to be proved the same. ``paged``: its weights come in module by module, and leave again."""
 
     framework = "paddle"
@@ -53,7 +54,6 @@ class Candidate:
         _use_device(device)
         self.run = run
         self.version = paddle.__version__
-        self._pages: Pages | None = None
         self._digest: str | None = None
         self.model = self._build_empty() if paged else self._build()
         self.model.eval()
@@ -127,10 +127,6 @@ class Candidate:
             self._leave()
             yield taken()
 
-    def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
-        """As :meth:`Reference.sweep`."""
-        in_turn(passes) if self._pages is None else together(passes, self._pages)
-
     def record_inside(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray] = MappingProxyType({}),
                       ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Of these modules, each fed ``entering``: (its output, what would have entered it), rows of real tokens."""
@@ -140,24 +136,6 @@ class Candidate:
         self._leave()
         return found.given | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}, (
             found.arriving)
-
-    def _come_to(self, gate: str) -> None:
-        if not halt(gate):
-            self._enter(gate)
-
-    def _enter(self, gate: str) -> None:
-        if self._pages is not None:
-            self._pages.enter(gate)
-
-    def _leave(self) -> None:
-        if self._pages is not None:
-            self._pages.leave()
-
-    def _listen(self, listener: _Listener, arrays: Mapping[str, np.ndarray]) -> None:
-        with heard_by(listener):
-            outputs = self.outputs(arrays)
-        for name, array in outputs.items():
-            listener.answered(name, array)
 
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:

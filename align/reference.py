@@ -23,10 +23,11 @@ from convert.errors import BadInput, require
 
 from .inputs import Inputs
 from .inside import Places, small_input
-from .lockstep import halt, heard_by, in_step, in_turn, listener_here, together
+from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
 from .runs import Run
+from .side import Side
 from .tasks import token_rows
 from .tolerance import REORDERED_RUNS
 from .trace import Step
@@ -36,7 +37,7 @@ Arrays = dict[str, np.ndarray]
 Modules = Sequence[tuple[str, str]]
 
 
-class Reference:
+class Reference(Side):
     """The model that is right by definition. ``paged``: its weights come in module by module, and leave again."""
 
     framework = "torch"
@@ -48,7 +49,6 @@ class Reference:
         self.run = run
         self.version = torch.__version__
         self.weights_digest = run.source_digest
-        self._pages: Pages | None = None
         self.model = _load_empty(run) if paged else _load(run)
         self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
                                dict(self.model.named_parameters()),
@@ -103,10 +103,6 @@ class Reference:
                 self._leave()
                 yield step
 
-    def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
-        """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
-        in_turn(passes) if self._pages is None else together(passes, self._pages)
-
     def record_inside(self, inputs: Inputs, modules: Modules, replaced: Arrays | None = None) -> tuple[Arrays, Arrays]:
         """(rows of what these modules give, whole inputs of them); each is fed ``replaced`` where that has it."""
         found = _Once(inputs, replaced or {})
@@ -135,24 +131,6 @@ class Reference:
         import torch
         found = dict(self.model.named_modules())
         return [pair for pair in modules if isinstance(found.get(pair[0]), torch.nn.LayerNorm)]
-
-    def _come_to(self, gate: str) -> None:
-        if not halt(gate):
-            self._enter(gate)
-
-    def _enter(self, gate: str) -> None:
-        if self._pages is not None:
-            self._pages.enter(gate)
-
-    def _leave(self) -> None:
-        if self._pages is not None:
-            self._pages.leave()
-
-    def _listen(self, listener: _Listener, arrays: Mapping[str, np.ndarray]) -> None:
-        with heard_by(listener):
-            outputs = outputs_of(self.model, arrays)
-        for name, array in outputs.items():
-            listener.answered(name, array)
 
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:

@@ -1,0 +1,43 @@
+"""What the torch side and the Paddle side have in common: gates, pages, and passes that somebody listens to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .lockstep import halt, heard_by, in_turn, together
+from .paging import Pages
+
+
+class Side:
+    """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory."""
+
+    _pages: Pages | None = None
+
+    def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every floating tensor that the model returns, by transformers' names; ``loss`` when labels are given."""
+        raise NotImplementedError
+
+    def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
+        """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
+        in_turn(passes) if self._pages is None else together(passes, self._pages)
+
+    def _come_to(self, gate: str) -> None:
+        if not halt(gate):
+            self._enter(gate)
+
+    def _enter(self, gate: str) -> None:
+        if self._pages is not None:
+            self._pages.enter(gate)
+
+    def _leave(self) -> None:
+        if self._pages is not None:
+            self._pages.leave()
+
+    def _listen(self, listener: Any, arrays: Mapping[str, np.ndarray]) -> None:
+        with heard_by(listener):
+            outputs = self.outputs(arrays)
+        for name, array in outputs.items():
+            listener.answered(name, array)
