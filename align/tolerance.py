@@ -13,8 +13,8 @@ METRIC = 1e-6
 REPROD_LOG_MEAN = 1e-5
 
 # Ratios to the noise floor (see noise.py), fed the reference's input and in the model's own pass. CEILING is the
-# isolated error that no noisy reference lifts. It was 1e-5, the one bound here that was ever raised after a failure: of a
-# right model with a peaked softmax (hidden 8, one head), whose own error in torch is 1.9e-5 and in Paddle 2.1e-5.
+# isolated error that no noisy reference lifts. It was 1e-5, the one bound here that was ever raised after a failure:
+# of a right model with a peaked softmax (hidden 8, one head), whose own error in torch is 1.9e-5 and in Paddle 2.1e-5.
 CEILING = 1e-4
 FLOOR_UNITS = 0.5
 REORDERED_RUNS = 4
