@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +30,7 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .inputs import Inputs
-from .inside import Places
+from .inside import Places, small_input
 from .lockstep import heard_by, in_step, in_turn, listener_here
 from .paging import Pages, divide, gates_of
 from .runs import Run
@@ -95,18 +96,21 @@ class Candidate(Side):
         """For each of the reference's ``steps``, what this net gives as far as that goes, and then the rest.
 
         Views by name: ``recorded``, what modules and then the model give in one pass of its own; ``isolated``, the same
-        in a pass in which every module is fed what entered torch's; ``inside``, ``arriving`` and ``small`` from a pass
-        in which every sublayer is fed so too. All are rows of real tokens.
+        in a pass in which every module is fed what entered torch's; ``inside`` and ``arriving`` from a pass in which
+        every sublayer is fed so too; ``small`` from it and from one of the first row, where modules are fed that made
+        small. All are rows of real tokens.
         """
         places, known = Places.of(self.run), _Known()
-        listeners = [kind(inputs, places, known) for kind in (_Own, _Isolated, _Inside)]
+        asked = [(inputs, _Own), (inputs, _Isolated), (inputs.first, _Small), (inputs, _Inside)]
+        listeners = [kind(some, places, known) for some, kind in asked]
 
         def taken() -> Step:
             found = Step()
-            for listener in listeners:
-                found.views |= listener.take()
+            for view, arrays in chain.from_iterable(listener.take().items() for listener in listeners):
+                found.view(view).update(arrays)
             return found
-        passes = [lambda listener=listener: self._listen(listener, inputs.arrays) for listener in listeners]
+        passes = [lambda some=some, listener=listener: self._listen(listener, some.arrays)
+                  for (some, _), listener in zip(asked, listeners, strict=True)]
         if not self.reentrant:
             for step in list(steps):
                 known.learn(step)
@@ -416,6 +420,20 @@ class _Isolated(_Listener):
             raise BadInput(f"{name} is called in a way in which it cannot be fed what enters torch's. Call it as "
                            "block(hidden_states, …) or block(hidden_states=…).")
         self.put("isolated", name, array)
+
+
+class _Small(_Listener):
+    """Every module but a norm is fed what entered torch's, made small; of the first row."""
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        return small_input(self.known.entering[name][:1]) if self._is_asked(name) else None
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if self._is_asked(name):
+            self.put("small", name, array)
+
+    def _is_asked(self, name: str) -> bool:
+        return name in self.known.entering and name not in self.places.sublayers and name not in self.known.small
 
 
 class _Inside(_Listener):

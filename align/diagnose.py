@@ -66,9 +66,9 @@ def diagnose(session: Session, inputs: Inputs, name: str) -> Explanation | None:
     """
     from .explanations.place import Place
     if PROBE in name:
-        norms = session.reference.norms(Places.of(session.run).all)
-        pair = next((pair for pair in norms if pair[1] == name.replace(PROBE, "")), None)
-        found = pair and _by_probe(session, inputs, pair)
+        pair = next(pair for pair in Places.of(session.run).all if pair[1] == name.removesuffix(PROBE))
+        is_norm = bool(session.reference.norms([pair]))
+        found = (_by_probe if is_norm else _by_first_row)(session, inputs, pair)
         return found[0] if found else None
     wrong = list(_wrong_weights(session))
     parameter = next((weight for weight in wrong if weight.name == name), None)
@@ -209,12 +209,30 @@ def _by_probe(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found
     _, entering = session.reference.record_inside(inputs, [pair])
     if name not in entering:
         return None
-    small = {name: small_input(entering[name])}
-    plain = session.reference.record_inside(inputs, [pair], small)[0][name]
-    given = session.candidate.record_inside(inputs, [pair], small)[0].get(name)
+    small = small_input(entering[name])
+    return _on_small_input(session, inputs, pair, Alone(session.reference, inputs, path, name, small), small)
+
+
+def _by_first_row(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found | None:
+    """What is wrong with a module that fails on the first row made small."""
+    from .explanations.place import Fed
+    path, name = pair
+    entering = session.reference.record_inside(inputs, [pair])[1].get(name)
+    if entering is None:
+        return None
+    small = small_input(entering[:1])
+    return _on_small_input(session, inputs.first, pair, Fed(session.reference, inputs.first, name, small), small)
+
+
+def _on_small_input(session: Session, inputs: Inputs, pair: tuple[str, str], place: Place,
+                    small: np.ndarray) -> _Found | None:
+    """The operation that accounts for what both sides give at ``place`` for ``small``, [batch, tokens, width]."""
+    _, name = pair
+    plain = session.reference.record_inside(inputs, [pair], {name: small})[0][name]
+    given = session.candidate.record_inside(inputs, [pair], {name: small})[0].get(name)
     if given is None or given.shape != plain.shape or not np.isfinite(given).all():
         return None
-    case = _Case(session, inputs, Alone(session.reference, inputs, path, name, small[name]), plain, given)
+    case = _Case(session, inputs, place, plain, given)
     found = None if case.plainly_fits(given) else _by_operation(case, [])
     if found is None:
         return None

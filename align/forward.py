@@ -54,7 +54,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
-    """Every module propagated and isolated, layer norms on a small input, sublayers; then why, where something fails.
+    """Every module propagated, isolated and on a small input, norms too, sublayers; then why, where something fails.
 
     A module that torch's class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
     """
@@ -192,7 +192,8 @@ def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult]) ->
 def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run) -> str | None:
     """The first failing sublayer or operation, unless a module or a norm's epsilon fails in an earlier module."""
     inside = next((part.name for part in sublayers if not part.passed), None)
-    place = bad and bad.name.replace(PROBE, ": epsilon")
+    whole = bad and bad.name.removesuffix(PROBE) in Places.of(run).inside - Places.of(run).sublayers.keys()
+    place = bad and bad.name.replace(PROBE, ": on a small input" if whole else ": epsilon")
     if inside is None or place is None:
         return inside or place
     return place if position(place, run) < position(inside, run) else inside

@@ -33,6 +33,11 @@ class Inputs:
         return self.arrays["attention_mask"].astype(bool)
 
     @property
+    def first(self) -> Inputs:
+        """The first row alone, which has no padding."""
+        return Inputs({name: array[:1] for name, array in self.arrays.items()})
+
+    @property
     def digest(self) -> str:
         """xxh3-128 over names, shapes and bytes."""
         hasher = xxhash.xxh3_128()

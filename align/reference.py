@@ -77,21 +77,21 @@ class Reference(Side):
         """One forward pass and its noise floor, a step for what lies between two gates, in the order of execution.
 
         Views by name, Paddle's: ``recorded``, what modules and then the model give; ``inside``, what sublayers give;
-        ``arriving``, what comes to a sublayer; ``small``, what norms give for a small input; ``entering`` and
-        ``small input``, whole arrays [batch, tokens, width] for the candidate to be fed. All but the last two are rows
-        of real tokens. Floors are of the views ``propagated``, ``isolated``, ``inside``, ``arriving`` and ``small``:
+        ``arriving``, what comes to a sublayer; ``small``, what norms give for a small input, and every other module
+        for the first row made small; ``entering`` and ``small input``, whole arrays [batch, tokens, width] for the
+        candidate to be fed. All but the last two are rows of real tokens. Floors are of the views ``propagated``, ``isolated``, ``inside``, ``arriving`` and ``small``:
         the oracle is this very model in float64, the pool this pass and K passes with their sums reordered.
         """
         from .oracle import Float64, Reordered
         places = Places.of(self.run)
         plain = _Plain(inputs, places)
-        pooled = _Pooled(inputs, places, plain)
+        small, pooled = _Small(inputs, places, plain), _Pooled(inputs, places, plain)
         listened = [*places.all, *((path, path) for path in self._heads)]
-        passes = [lambda: self._listen(plain, inputs.arrays)]
+        passes = [lambda: self._listen(plain, inputs.arrays), lambda: self._listen(small, inputs.first.arrays)]
         for mode in (Float64(), *map(Reordered, range(1, REORDERED_RUNS + 1))):
             def run(mode: Any = mode) -> None:
                 with mode:
-                    self._listen(pooled, _thrice(inputs.arrays))
+                    self._listen(pooled, _copies(inputs))
             passes.append(run)
         with self._hooks(listened), in_step(passes, self._enter) as walks:
             told = {"present": self.present}
@@ -235,10 +235,30 @@ class _Plain(_Listener):
             sums += np.abs(linear.bias.detach().numpy())
         self.heads[name] = _Head(rows, float(np.sqrt(np.mean(np.square(sums, dtype=np.float64)))))
 
+    def small_row(self, name: str) -> np.ndarray | None:
+        """The first row of what entered a recorded module, made small; None for a norm, which is probed on all rows."""
+        entered = None if name in self.places.sublayers else self.step.view("entering").get(name)
+        return None if entered is None or name in self.step.view("small input") else small_input(entered[:1])
+
     def take(self) -> Step:
         """What has been told since the last time."""
         step, self.step = self.step, Step()
         return step
+
+
+class _Small(_Listener):
+    """The first row alone; every module is fed what entered it in the plain pass, made small."""
+
+    def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
+        super().__init__(inputs.first, places)
+        self.plain = plain
+
+    def arrived(self, name: str, array: np.ndarray) -> np.ndarray | None:
+        return self.plain.small_row(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if self.plain.small_row(name) is not None:
+            self.plain.step.view("small")[name] = token_rows(name, array, self.mask)
 
 
 @dataclass(frozen=True)
@@ -250,10 +270,11 @@ class _Head:
 
 
 class _Pooled(_Listener):
-    """The passes of the noise floor: three copies of every row, one below the other.
+    """The passes of the noise floor: three copies of every row, one below the other, and the first row once more.
 
-    The first goes its own way (``propagated``); the second is fed, at each recorded module, what entered the plain
-    pass's (``isolated``); the third also at each sublayer (``inside``). The first of these passes is the oracle.
+    The first copy goes its own way (``propagated``); the second is fed, at each recorded module, what entered the plain
+    pass's (``isolated``); the third also at each sublayer (``inside``); the last row is fed the same, made small. The
+    first of these passes is the oracle.
     """
 
     def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
@@ -264,21 +285,24 @@ class _Pooled(_Listener):
 
     def arrived(self, name: str, array: np.ndarray) -> np.ndarray:
         given = self.plain.step.view("entering")[name]
-        if not self._is_thrice(array):
+        if not self._is_copied(array):
             return given
-        own, alone, inside = np.split(array, 3)
+        own, alone, inside, row = self._parts(array)
         if name in self.places.sublayers:
             self._add("arriving", name, inside)
-            return np.concatenate([own, alone, given])
-        return np.concatenate([own, given, given])
+            return np.concatenate([own, alone, given, row])
+        small = self.plain.small_row(name)
+        return np.concatenate([own, given, given, row if small is None else small])
 
     def answered(self, name: str, array: np.ndarray) -> None:
-        own, alone, inside = np.split(array, 3) if self._is_thrice(array) else [array] * 3
+        own, alone, inside, row = self._parts(array) if self._is_copied(array) else [array] * 4
         if name not in self.places.sublayers:
             self._add("propagated", name, own)
             self._add("isolated", name, alone)
         if name in self.places.inside:
             self._add("inside", name, inside)
+        if self.plain.small_row(name) is not None:
+            self._add("small", name, row, self.mask[:1])
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
         self._add("small", name, norm(self.plain.step.view("small input")[name]))
@@ -295,26 +319,34 @@ class _Pooled(_Listener):
         return floors
 
     def projected(self, name: str, array: np.ndarray, linear: Any) -> None:
-        own, alone, _ = np.split(array, 3)
-        self._add("propagated", name, own, self.entering_heads)
-        self._add("isolated", name, alone, self.entering_heads)
+        own, alone, *_ = self._parts(array)
+        for view, part in (("propagated", own), ("isolated", alone)):
+            _put(self.entering_heads, (view, name), token_rows(name, part, self.mask))
 
-    def _is_thrice(self, array: np.ndarray) -> bool:
+    def _is_copied(self, array: np.ndarray) -> bool:
         """Whether the copies lie one below the other; a table of positions, [1, tokens, width], is one for all."""
-        return array.ndim > 0 and array.shape[0] % (3 * len(self.mask)) == 0
+        return array.ndim > 0 and array.shape[0] % (3 * len(self.mask) + 1) == 0
+
+    def _parts(self, array: np.ndarray) -> list[np.ndarray]:
+        """The three copies, and the row that is made small. A row may be several of the array's: [batch * tokens, …]"""
+        rows = array.shape[0] // (3 * len(self.mask) + 1) * len(self.mask)
+        return np.split(array, [rows, 2 * rows, 3 * rows])
 
     def _few(self, view: str) -> float:
         """max(eps, rho) S of the heads, the largest where there are several; 0 where there is none."""
         return max((max(EPS, self.entering_heads[view, name].with_run(head.entering).relative) * head.scale
                     for name, head in self.plain.heads.items()), default=0.0)
 
-    def _add(self, view: str, name: str, array: np.ndarray, pools: dict[tuple[str, str], Pool] | None = None) -> None:
-        rows = token_rows(name, array, self.mask)
-        pools = self.pools if pools is None else pools
-        if (view, name) in pools:
-            pools[view, name].add(rows)
-        else:
-            pools[view, name] = Pool(rows)
+    def _add(self, view: str, name: str, array: np.ndarray, mask: np.ndarray | None = None) -> None:
+        _put(self.pools, (view, name), token_rows(name, array, self.mask if mask is None else mask))
+
+
+def _put(pools: dict[tuple[str, str], Pool], key: tuple[str, str], rows: np.ndarray) -> None:
+    """The first rows of a key are the oracle's."""
+    if key in pools:
+        pools[key].add(rows)
+    else:
+        pools[key] = Pool(rows)
 
 
 class _Once:
@@ -335,8 +367,8 @@ class _Once:
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
 
 
-def _thrice(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    return {name: np.concatenate([array] * 3) for name, array in arrays.items()}
+def _copies(inputs: Inputs) -> Arrays:
+    return {name: np.concatenate([array, array, array, array[:1]]) for name, array in inputs.arrays.items()}
 
 
 def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
