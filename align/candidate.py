@@ -1,73 +1,47 @@
-"""The Paddle side: a net of ``models/`` or PaddleNLP's class, loaded from the conversion's output.
-
-Both answer the same calls as the reference, so the stages need not know which one is behind them.
-"""
+"""The Paddle side: a net of ``models/`` or PaddleNLP's class, loaded from the conversion's output."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import logging
 import math
 import re
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import xxhash
 
 from convert.checkpoint import Checkpoint, open_checkpoint, opened, read_config
 from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
-from .inputs import Inputs
-from .inside import Places, small_input
-from .lockstep import heard_by, in_step, in_turn, listener_here
-from .paging import Pages, divide, gates_of
+from .answers import Candidate
+from .lockstep import listener_here
+from .paging import Pages, divide
 from .runs import Run
-from .side import Side
-from .tasks import token_rows
-from .trace import RECORDED, Step
+from .side import Modules
 
-Modules = Sequence[tuple[str, str]]
 TARGETS = ("models", "paddlenlp")
 
 
-class Candidate(Side):
-    """The model that is to be proved the same. ``paged``: its weights come in module by module, and leave again."""
+class PaddleNet(Candidate):
+    """A ``paddle.nn.Layer``."""
 
     framework = "paddle"
-    reentrant = True
-    """Whether several passes of the net may be under way at once; a net that keeps state while it runs is not."""
 
     def __init__(self, run: Run, device: str = "cpu", paged: bool = False) -> None:
         require("paddle")
         import paddle
-        _use_device(device)
-        self.run = run
+        use_device(device)
         self.version = paddle.__version__
-        self._digest: str | None = None
-        self.model = self._build_empty() if paged else self._build()
-        self.model.eval()
-        layers = dict(self.model.named_sublayers())
-        self._gates = gates_of([name for _, name in run.modules if name in layers], self.model.state_dict().keys(),
-                               {path for path, layer in layers.items() if not any(layer.children())})
-        if paged:
-            self._pages = _pages_of(run, self.model, self._gates)
-        for gate in self._gates:
-            layers[gate].register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
+        super().__init__(run, paged)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every parameter and buffer that the net holds, by name, in Paddle's layout."""
         if self._pages is None:
             for name, tensor in self.model.state_dict().items():
                 yield name, tensor.numpy()
@@ -76,74 +50,8 @@ class Candidate(Side):
             array = _looked_at(slot.tensor)
             yield from ((name, array) for name in slot.names)
 
-    def hashed_state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """:meth:`state`, after which :attr:`weights_digest` costs nothing."""
-        lines = []
-        for name, array in self.state():
-            lines.append(f"{name} {list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}\n")
-            yield name, array
-        self._digest = xxhash.xxh3_128("".join(sorted(lines)).encode()).hexdigest()
-
-    @property
-    def weights_digest(self) -> str:
-        """xxh3-128 over names, shapes and bytes of what the net holds, sorted by name."""
-        if self._digest is None:
-            for _ in self.hashed_state():
-                pass
-        return self._digest
-
-    def answers(self, inputs: Inputs, steps: Iterable[Step]) -> Iterator[Step]:
-        """For each of the reference's ``steps``, what this net gives as far as that goes, and then the rest.
-
-        Views by name: ``recorded``, what modules and then the model give in one pass of its own; ``isolated``, the same
-        in a pass in which every module is fed what entered torch's; ``inside`` and ``arriving`` from a pass in which
-        every sublayer is fed so too; ``small`` from it and from one of the first row, where modules are fed that made
-        small. All are rows of real tokens.
-        """
-        places, known = Places.of(self.run), _Known()
-        asked = [(inputs, _Own), (inputs, _Isolated), (inputs.first, _Small), (inputs, _Inside)]
-        listeners = [kind(some, places, known) for some, kind in asked]
-
-        def taken() -> Step:
-            found = Step()
-            for view, arrays in chain.from_iterable(listener.take().items() for listener in listeners):
-                found.view(view).update(arrays)
-            return found
-        passes = [lambda some=some, listener=listener: self._listen(listener, some.arrays)
-                  for (some, _), listener in zip(asked, listeners, strict=True)]
-        if not self.reentrant:
-            for step in list(steps):
-                known.learn(step)
-                yield Step()
-            with self._hooks(places.all):
-                in_turn(passes)
-            yield taken()
-            return
-        with self._hooks(places.all), in_step(passes, self._enter) as walks:
-            for step in steps:
-                known.learn(step)
-                while walks.gate is not None and not known.lacks(walks.gate):
-                    walks.advance()
-                self._leave()
-                yield taken()
-            while walks.gate is not None:
-                walks.advance()
-            self._leave()
-            yield taken()
-
-    def record_inside(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray] = MappingProxyType({}),
-                      ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Of these modules, each fed ``entering``: (its output, what would have entered it), rows of real tokens."""
-        found = _Once(inputs, entering)
-        with self._hooks(modules), heard_by(found):
-            outputs = self.outputs(inputs.arrays)
-        self._leave()
-        return found.given | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}, (
-            found.arriving)
-
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:
-        """The layers tell whoever listens what arrives at them and what they give."""
         import paddle
         layers = dict(self.model.named_sublayers())
 
@@ -179,7 +87,7 @@ class Candidate(Side):
                 if isinstance(value, paddle.Tensor) and value.is_floating_point()}
 
     def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
-        """As :meth:`Reference.contrastive_loss`, with ``models.loss``."""
+        """With ``models.loss``."""
         import paddle
 
         from models.loss import contrastive_loss, mean_pool
@@ -187,22 +95,20 @@ class Candidate(Side):
         first, second = paddle.split(pooled, 2)
         return contrastive_loss(first, second, scale).numpy()
 
-    def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """As :meth:`Reference.token_loss`, with the loss of the target."""
-        raise AssertionError("a target has its own loss")
+    def _paged(self) -> Pages:
+        return _pages_of(self.run, self.model, self._gates)
 
-    def _build(self) -> Any:
-        raise AssertionError("a target builds its own net")
+    def _layers(self) -> dict[str, Any]:
+        return dict(self.model.named_sublayers())
 
-    def _build_empty(self) -> Any:
-        """The net under ``paddle.LazyGuard``: no weight is allocated."""
-        raise AssertionError("a target builds its own net")
+    def _path(self, pair: tuple[str, str]) -> str:
+        return pair[1]
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         raise AssertionError("a target has its own call")
 
 
-class OwnNet(Candidate):
+class OwnNet(PaddleNet):
     """The family's net in ``models/``."""
 
     def _build(self) -> Any:
@@ -227,7 +133,7 @@ class OwnNet(Candidate):
         return cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels), reduction="none").numpy()
 
 
-class PaddleNLPNet(Candidate):
+class PaddleNLPNet(PaddleNet):
     """PaddleNLP's class for the family, with its own loss."""
 
     def _build(self) -> Any:
@@ -275,203 +181,17 @@ def _initialise_all_but_weights(net: Any) -> None:
                 net._init_weights(layer)
 
 
-class UserNet(Candidate):
-    """A net of the user's: ``package.module:build`` is called with the config and the output directory.
-
-    It returns a ``paddle.nn.Layer`` with its weights loaded, whose parameters and modules have the family's Paddle
-    names, and which takes transformers' arguments and returns a mapping with transformers' output names.
-    """
-
-    reentrant = False
-
-    def __init__(self, run: Run, device: str, paged: bool, target: str) -> None:
-        self._module, _, self._function = target.partition(":")
-        super().__init__(run, device, paged)
-
-    def _build(self) -> Any:
-        import paddle
-        sys.path.insert(0, "")
-        try:
-            build = getattr(importlib.import_module(self._module), self._function)
-        except (ImportError, AttributeError) as error:
-            raise BadInput(f"--target {self._module}:{self._function} cannot be imported ({error}).") from error
-        finally:
-            sys.path.remove("")
-        try:
-            inspect.signature(build).bind({}, self.run.output)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"{self._module}:{self._function} is called with the config (a dict) and the output "
-                           f"directory (a Path), which it does not take ({error}).") from error
-        with self._blamed_on_it():
-            net = build(dict(self.run.target_config), self.run.output)
-        if not isinstance(net, paddle.nn.Layer):
-            raise BadInput(f"{self._module}:{self._function} returned a {type(net).__name__}; a paddle.nn.Layer is "
-                           "needed.")
-        return net
-
-    def _build_empty(self) -> Any:
-        raise BadInput(f"--paging on cannot be had for {self._module}:{self._function}: it loads its weights itself. "
-                       "Use --paging off.")
-
-    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        with self._blamed_on_it():
-            result = self.model(**tensors)
-        if not hasattr(result, "items"):
-            raise BadInput(f"{self._module}:{self._function}: the net returned a {type(result).__name__}; a mapping "
-                           "with transformers' output names is needed, as {'logits': …}.")
-        return result
-
-    @contextmanager
-    def _blamed_on_it(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            first = next(iter(str(error).splitlines()), "")
-            raise BadInput(f"your net {self._module}:{self._function} failed at {Path(last.filename).name}:"
-                           f"{last.lineno}: {type(error).__name__}: {first}") from error
-
-    token_loss = PaddleNLPNet.token_loss
-
-
-def open_candidate(run: Run, target: str, device: str, paged: bool = False) -> Candidate:
+def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,
+                   allow_same_framework: bool = False) -> Candidate:
     """The candidate that ``--target`` names."""
     if target == "models":
         return OwnNet(run, device, paged)
     if target == "paddlenlp":
         return PaddleNLPNet(run, device, paged)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
-        return UserNet(run, device, paged, target)
+        from .own_net import open_own
+        return open_own(run, target, device, paged, allow_same_framework)
     raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
-
-
-# What the hooks of a pass tell ----------------------------------------------------------------------------------------
-
-class _Known:
-    """What the reference has told so far: what entered its modules and sublayers, and which modules it is done with."""
-
-    def __init__(self) -> None:
-        self.entering: dict[str, np.ndarray] = {}
-        self.small: dict[str, np.ndarray] = {}
-        self._awaited: set[str] = set()
-
-    def learn(self, step: Step) -> None:
-        self._awaited |= set(step.told.get("present", ()))
-        self._awaited -= step.recorded.keys()
-        self.entering |= step.view("entering")
-        self.small |= step.view("small input")
-
-    def lacks(self, gate: str) -> bool:
-        """Whether torch has this module, and has not told yet what enters it."""
-        return gate in self._awaited
-
-    def forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.entering.pop(name, None)
-            self.small.pop(name, None)
-
-
-class _Listener:
-    """``arrived(name, read)`` returns what a module is to be fed instead, whole arrays."""
-
-    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
-        self.mask, self.places, self.known = inputs.mask, places, known
-        self.views: dict[str, dict[str, np.ndarray]] = {}
-
-    def take(self) -> dict[str, dict[str, np.ndarray]]:
-        """What has been told since the last time."""
-        views, self.views = self.views, {}
-        return views
-
-    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        return None
-
-    def answered(self, name: str, array: np.ndarray) -> None: ...
-
-    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
-
-    def put(self, view: str, name: str, array: np.ndarray) -> None:
-        self.views.setdefault(view, {})[name] = token_rows(name, array, self.mask)
-
-
-class _Own(_Listener):
-    """The net's own pass."""
-
-    def answered(self, name: str, array: np.ndarray) -> None:
-        if name not in self.places.sublayers:
-            self.put(RECORDED, name, array)
-
-
-class _Isolated(_Listener):
-    """Every module is fed what entered torch's."""
-
-    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
-        super().__init__(inputs, places, known)
-        self.fed: set[str] = set()
-
-    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        self.fed.add(name)
-        return None if name in self.places.sublayers else self.known.entering.get(name)
-
-    def answered(self, name: str, array: np.ndarray) -> None:
-        if name in self.places.sublayers:
-            return
-        if name in self.known.entering and name not in self.fed:
-            raise BadInput(f"{name} is called in a way in which it cannot be fed what enters torch's. Call it as "
-                           "block(hidden_states, …) or block(hidden_states=…).")
-        self.put("isolated", name, array)
-
-
-class _Small(_Listener):
-    """Every module but a norm is fed what entered torch's, made small; of the first row."""
-
-    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        return small_input(self.known.entering[name][:1]) if self._is_asked(name) else None
-
-    def answered(self, name: str, array: np.ndarray) -> None:
-        if self._is_asked(name):
-            self.put("small", name, array)
-
-    def _is_asked(self, name: str) -> bool:
-        return name in self.known.entering and name not in self.places.sublayers and name not in self.known.small
-
-
-class _Inside(_Listener):
-    """Every module and every sublayer is fed what entered torch's; what came to a sublayer is told too."""
-
-    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        if name in self.places.sublayers and name in self.known.entering:
-            self.put("arriving", name, read())
-        return self.known.entering.get(name)
-
-    def answered(self, name: str, array: np.ndarray) -> None:
-        if name in self.places.inside:
-            self.put("inside", name, array)
-        if name not in self.places.sublayers:
-            self.known.forget([name, *(part for part in self.places.sublayers if part.startswith(f"{name}."))])
-
-    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
-        if name in self.known.small:
-            self.put("small", name, norm(self.known.small[name]))
-
-
-class _Once:
-    """One pass, recorded whole."""
-
-    def __init__(self, inputs: Inputs, entering: Mapping[str, np.ndarray]) -> None:
-        self.mask, self.entering = inputs.mask, entering
-        self.given: dict[str, np.ndarray] = {}
-        self.arriving: dict[str, np.ndarray] = {}
-
-    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        if name in self.entering:
-            self.arriving[name] = token_rows(name, read(), self.mask)
-        return self.entering.get(name)
-
-    def answered(self, name: str, array: np.ndarray) -> None:
-        self.given[name] = token_rows(name, array, self.mask)
-
-    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
 
 
 # A net larger than memory ---------------------------------------------------------------------------------------------
@@ -549,7 +269,7 @@ def _shared(array: np.ndarray) -> Any:
     return paddle.utils.dlpack.from_dlpack(array.__dlpack__()) if array.size and array.ndim else paddle.to_tensor(array)
 
 
-def _use_device(device: str) -> None:
+def use_device(device: str) -> None:
     import paddle
     try:
         paddle.set_device(device)

@@ -127,7 +127,7 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
         return
     run = session.run
     moves = {move.target: move for move in run.plan.moves}
-    paths = {target: path for path, target in _names(session).items()}
+    paths = {target: path for path, target in session.run.paddle_names.items()}
     model = dict(session.reference.model.named_parameters(remove_duplicate=False))
 
     def inverted(move: Move, array: np.ndarray) -> np.ndarray:
@@ -158,15 +158,6 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
         yield _Wrong(name, path if path in model else None, array, kind, found.told, found.peer)
 
 
-def _names(session: Session) -> dict[str, str]:
-    """Paddle's name of every parameter that the family knows, by torch's."""
-    from convert.plan import layers_of, name_in
-    run = session.run
-    layers = layers_of(run.family, run.config)
-    return {name_in(rule.source, layer): name_in(rule.target, layer) for rule in run.family.rules_of(run.head)
-            if rule.source and rule.target for layer in range(layers if rule.per_layer else 1)}
-
-
 def _heads(session: Session) -> int | None:
     config = session.reference.model.config
     return getattr(config, "num_attention_heads", None)
@@ -178,7 +169,7 @@ def _place_of(session: Session, inputs: Inputs, parameter: str) -> str:
     for name in modules:
         if parameter.startswith(name + "."):
             return name
-    torch_path = {target: path for path, target in _names(session).items()}.get(parameter, "")
+    torch_path = {target: path for path, target in session.run.paddle_names.items()}.get(parameter, "")
     if session.reference.looks_up(torch_path):
         return modules[0]
     outputs = session.reference.record_inside(inputs, [])[0]
@@ -216,7 +207,7 @@ def _by_probe(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found
 def _by_first_row(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found | None:
     """What is wrong with a module that fails on the first row made small."""
     from .explanations.place import Fed
-    path, name = pair
+    _, name = pair
     entering = session.reference.record_inside(inputs, [pair])[1].get(name)
     if entering is None:
         return None

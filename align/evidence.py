@@ -14,7 +14,7 @@ from convert.checkpoint import Checkpoint
 from convert.dtypes import BY_NAME, cast
 from convert.plan import Move
 
-from .candidate import Candidate
+from .answers import Candidate
 from .compare import Measures, TensorResult, compare, missing
 from .report import ALIGNED
 from .runs import Run

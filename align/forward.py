@@ -202,7 +202,7 @@ def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run
 def _diagnosis(session: Session, inputs: Inputs, bad: TensorResult | None) -> Explanation | None:
     """Why: of the weight that differs, else of the first bad place; only where both models are at hand."""
     name = session.weights_divergence or (bad and bad.name)
-    if name is None or session.options.compare or session.candidate.framework == "torch":
+    if name is None or session.options.compare:
         return None
     session.advance(f"looking for an explanation of {name}")
     return diagnose(session, inputs, name)

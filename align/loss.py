@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .candidate import Candidate
+from .answers import Candidate
 from .compare import compare, missing
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .candidate import Candidate
+from .answers import Candidate
 from .compare import TensorResult, compare, missing
 from .inputs import Inputs, batches, positive
 from .reference import Reference

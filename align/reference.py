@@ -27,20 +27,18 @@ from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
 from .runs import Run
-from .side import Side
+from .side import Modules
 from .tasks import token_rows
 from .tolerance import REORDERED_RUNS
+from .torch_side import TorchSide, floating, tensors_of
 from .trace import Step
 
 OURS = str(Path(__file__).parent)
 Arrays = dict[str, np.ndarray]
-Modules = Sequence[tuple[str, str]]
 
 
-class Reference(Side):
+class Reference(TorchSide):
     """The model that is right by definition. ``paged``: its weights come in module by module, and leave again."""
-
-    framework = "torch"
 
     def __init__(self, run: Run, paged: bool = False) -> None:
         for framework in ("torch", "transformers"):
@@ -79,21 +77,21 @@ class Reference(Side):
         Views by name, Paddle's: ``recorded``, what modules and then the model give; ``inside``, what sublayers give;
         ``arriving``, what comes to a sublayer; ``small``, what norms give for a small input, and every other module
         for the first row made small; ``entering`` and ``small input``, whole arrays [batch, tokens, width] for the
-        candidate to be fed. All but the last two are rows of real tokens. Floors are of the views ``propagated``, ``isolated``, ``inside``, ``arriving`` and ``small``:
-        the oracle is this very model in float64, the pool this pass and K passes with their sums reordered.
+        candidate to be fed. All but the last two are rows of real tokens. Floors are of the views ``propagated``,
+        ``isolated``, ``inside``, ``arriving`` and ``small``: the oracle is this very model in float64, the pool this
+        pass and K passes with their sums reordered.
         """
         from .oracle import Float64, Reordered
         places = Places.of(self.run)
         plain = _Plain(inputs, places)
         small, pooled = _Small(inputs, places, plain), _Pooled(inputs, places, plain)
-        listened = [*places.all, *((path, path) for path in self._heads)]
         passes = [lambda: self._listen(plain, inputs.arrays), lambda: self._listen(small, inputs.first.arrays)]
         for mode in (Float64(), *map(Reordered, range(1, REORDERED_RUNS + 1))):
             def run(mode: Any = mode) -> None:
                 with mode:
                     self._listen(pooled, _copies(inputs))
             passes.append(run)
-        with self._hooks(listened), in_step(passes, self._enter) as walks:
+        with self._hooks(places.all), self._heads_heard(), in_step(passes, self._enter) as walks:
             told = {"present": self.present}
             while walks.gate is not None:
                 walks.advance()
@@ -132,60 +130,25 @@ class Reference(Side):
         found = dict(self.model.named_modules())
         return [pair for pair in modules if isinstance(found.get(pair[0]), torch.nn.LayerNorm)]
 
-    @contextmanager
-    def _hooks(self, modules: Modules) -> Iterator[None]:
-        """The modules tell whoever listens what arrives at them and what they give."""
-        import torch
-        found = dict(self.model.named_modules())
-
-        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            value = arguments[0] if arguments else named.get("hidden_states")
-            if listener_here() is None or name in self._heads or value is None or not value.dtype.is_floating_point:
-                return None
-            given = listener_here().arrived(name, value.numpy())
-            if given is None:
-                return None
-            given = torch.from_numpy(given).to(value.dtype)
-            return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
-
-        def after(name: str, module: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            if listener_here() is None:
-                return
-            if name in self._heads:
-                listener_here().projected(name, arguments[0].numpy(), module)
-                return
-            first = output[0] if isinstance(output, tuple) else output
-            listener_here().answered(name, first.numpy())
-            if isinstance(module, torch.nn.LayerNorm):
-                listener_here().probed(
-                    name, lambda array: module.forward(torch.from_numpy(array).to(first.dtype)).numpy())
-
-        with ExitStack() as hooks:
-            for path, name in modules:
-                if path in found:
-                    hooks.callback(found[path].register_forward_pre_hook(
-                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                    hooks.callback(found[path].register_forward_hook(
-                        lambda module, arguments, output, name=name: after(name, module, arguments, output)).remove)
-            yield
-
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
         return outputs_of(self.model, arrays)
 
-    def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Cross entropy without reduction, 0 where the label is -100. logits [n, classes], labels [n]."""
+    def _is_probed(self, module: Any) -> bool:
         import torch
-        return torch.nn.functional.cross_entropy(
-            torch.from_numpy(logits), torch.from_numpy(labels), reduction="none").numpy()
+        return isinstance(module, torch.nn.LayerNorm)
 
-    def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
-        """In-batch contrastive loss of mean-pooled rows: the first half against the second half, as MiniLM trained."""
-        import torch
-        weights = torch.from_numpy(mask.astype(np.float32)).unsqueeze(-1)
-        pooled = (torch.from_numpy(hidden) * weights).sum(1) / weights.sum(1)
-        first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
-        return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
+    @contextmanager
+    def _heads_heard(self) -> Iterator[None]:
+        """The heads tell whoever listens what arrives at them."""
+        def after(name: str, head: Any, arguments: tuple[Any, ...]) -> None:
+            if listener_here() is not None:
+                listener_here().projected(name, arguments[0].numpy(), head)
+        with ExitStack() as hooks:
+            for name in self._heads:
+                hooks.callback(self.model.get_submodule(name).register_forward_hook(
+                    lambda head, arguments, _, name=name: after(name, head, arguments)).remove)
+            yield
+
 
 
 class _Listener:
@@ -194,7 +157,7 @@ class _Listener:
     def __init__(self, inputs: Inputs, places: Places) -> None:
         self.mask, self.places = inputs.mask, places
 
-    def arrived(self, name: str, array: np.ndarray) -> np.ndarray | None:
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         return None
 
     def answered(self, name: str, array: np.ndarray) -> None: ...
@@ -212,8 +175,8 @@ class _Plain(_Listener):
         self.step = Step()
         self.heads: dict[str, _Head] = {}
 
-    def arrived(self, name: str, array: np.ndarray) -> None:
-        self.step.view("entering")[name] = array.copy()
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> None:
+        array = self.step.view("entering")[name] = read().copy()
         if name in self.places.sublayers:
             self.step.view("arriving")[name] = token_rows(name, array, self.mask)
 
@@ -253,7 +216,7 @@ class _Small(_Listener):
         super().__init__(inputs.first, places)
         self.plain = plain
 
-    def arrived(self, name: str, array: np.ndarray) -> np.ndarray | None:
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         return self.plain.small_row(name)
 
     def answered(self, name: str, array: np.ndarray) -> None:
@@ -283,8 +246,8 @@ class _Pooled(_Listener):
         self.pools: dict[tuple[str, str], Pool] = {}
         self.entering_heads: dict[tuple[str, str], Pool] = {}
 
-    def arrived(self, name: str, array: np.ndarray) -> np.ndarray:
-        given = self.plain.step.view("entering")[name]
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        array, given = read(), self.plain.step.view("entering")[name]
         if not self._is_copied(array):
             return given
         own, alone, inside, row = self._parts(array)
@@ -357,8 +320,8 @@ class _Once:
         self.given: Arrays = {}
         self.entering: Arrays = {}
 
-    def arrived(self, name: str, array: np.ndarray) -> np.ndarray | None:
-        self.entering[name] = array.copy()
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        self.entering[name] = read().copy()
         return self.replaced.get(name)
 
     def answered(self, name: str, array: np.ndarray) -> None:
@@ -375,14 +338,13 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     import torch
     try:
         with torch.no_grad():
-            result = model(**{name: torch.from_numpy(array) for name, array in arrays.items()}, return_dict=True)
+            result = model(**tensors_of(arrays), return_dict=True)
     except (RuntimeError, IndexError, ValueError) as error:
         if any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:]):
             raise  # by a hook of ours, not by the model
         raise BadInput(f"transformers' own {type(model).__name__} fails on this checkpoint, so there is nothing to "
                        f"compare with: {next(iter(str(error).splitlines()), '')}.") from error
-    return {name: value.numpy() for name, value in result.items()
-            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+    return floating(result)
 
 
 def _load(run: Run) -> Any:

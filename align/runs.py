@@ -10,7 +10,7 @@ from convert.__main__ import family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.cli import target_config
 from convert.errors import BadInput
-from convert.plan import Plan, layers_of, make_plan, name_in
+from convert.plan import Plan, expand, layers_of, make_plan, name_in
 from convert.report import Conversion, latest_run, load_conversion
 from convert.rules import Config, Family, Head, Sizes
 from convert.stream import chunks_of, digest_of
@@ -66,6 +66,19 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         return make_plan(self.family, self.config, self.checkpoint.tensors, self.conversion.dtype)
+
+    @cached_property
+    def paddle_names(self) -> dict[str, str]:
+        """Paddle's name of every parameter of the head, by its path in torch's class."""
+        rules = [rule for rule in self.family.rules_of(self.head) if rule.source and rule.target]
+        return {name_in(rule.source, layer): name_in(rule.target, layer)
+                for rule, layer in expand(rules, layers_of(self.family, self.config))}
+
+    @cached_property
+    def dropped(self) -> set[str]:
+        """Torch's names of what the Paddle side has no place for."""
+        rules = [rule for rule in self.family.rules_of(self.head) if not rule.target]
+        return {name_in(rule.source, layer) for rule, layer in expand(rules, layers_of(self.family, self.config))}
 
     @cached_property
     def modules(self) -> list[tuple[str, str]]:

@@ -10,6 +10,9 @@ import numpy as np
 from .lockstep import halt, heard_by, in_turn, together
 from .paging import Pages
 
+Modules = Sequence[tuple[str, str]]
+"""(torch path, Paddle path) of each."""
+
 
 class Side:
     """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory."""

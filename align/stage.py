@@ -21,7 +21,7 @@ from convert import errors
 
 if TYPE_CHECKING:
 
-    from .candidate import Candidate
+    from .answers import Candidate
     from .compare import TensorResult
     from .diagnose import Explanation
     from .reference import Reference
@@ -61,7 +61,8 @@ class Session:
         from .candidate import open_candidate
         self.advance("loading paddle")
         return open_candidate(self.run, self.options.target, self.options.device,
-                              self.paged and (":" not in self.options.target or self.options.paging == "on"))
+                              self.paged and (":" not in self.options.target or self.options.paging == "on"),
+                              allow_same_framework=self.options.allow_same_framework)
 
     @cached_property
     def paged(self) -> bool:

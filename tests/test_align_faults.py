@@ -11,7 +11,7 @@ from align_fixtures import Workshop, all_aligned
 from safetensors.numpy import load_file, save_file
 
 import models
-from align.candidate import Candidate
+from align.candidate import PaddleNet
 from align.inputs import seeded
 from models.activation import activation
 
@@ -193,8 +193,8 @@ def test_a_tensor_lost_or_added_is_refused(workshop, change, told):
     (lambda held: {name: array for name, array in held.items() if name != K}, K, "the candidate did not record it"),
 ])
 def test_a_net_that_holds_more_or_less_than_the_source_is_diverged(workshop, monkeypatch, state, name, told):
-    hold = Candidate.state
-    monkeypatch.setattr(Candidate, "state", lambda self: iter(state(dict(hold(self))).items()))
+    hold = PaddleNet.state
+    monkeypatch.setattr(PaddleNet, "state", lambda self: iter(state(dict(hold(self))).items()))
     outcome = workshop.align("weights", "bert")
     monkeypatch.undo()
     assert workshop.align("weights", "bert").code == 0

@@ -41,15 +41,16 @@ def test_paged_equals_unpaged_for_every_head(shop, head):
 
 
 def test_nothing_that_the_reference_asks_is_left_unanswered(shop, monkeypatch):
-    """Every module, sublayer, arrival and layer norm on a small input of the family has its figure in the report."""
+    """Every module, sublayer and arrival, and every module and norm on a small input, has its figure in the report."""
     run = shop.make("GPTJForCausalLM", "asked")
     report = shop.align("forward", run).report
     blocks = [f"transformer.h.{layer}" for layer in range(3)]
     assert [tensor["name"] for tensor in report["tensors"]] == [
-        "transformer.drop", *(name for block in blocks for name in (block, f"{block}.ln_1 (small input)")),
+        "transformer.drop", "transformer.drop (small input)",
+        *(name for block in blocks for name in (block, f"{block}.ln_1 (small input)", f"{block} (small input)")),
         "transformer.ln_f", "transformer.ln_f (small input)", "logits"]
     assert len(report["sublayers"]) == 3 * (7 + 7 + 1)
-    from align.candidate import _Inside
+    from align.answers import _Inside
     monkeypatch.setattr(_Inside, "probed", lambda *_: None)
     outcome = shop.align("forward", run)
     assert outcome.code == 1

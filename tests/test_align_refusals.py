@@ -12,7 +12,7 @@ import pytest
 from align_fixtures import STAGES, Workshop
 
 from align import forward
-from align.candidate import Candidate
+from align.candidate import PaddleNet
 from align.stage import Findings, main
 from align.trace import Provenance, require_comparable
 from convert.errors import BadInput
@@ -157,7 +157,7 @@ def test_weights_need_no_torch_and_work_from_any_directory(workshop, tmp_path):
 def test_a_crash_is_no_verdict_and_leaves_a_traceback_in_a_file(workshop, monkeypatch, stage):
     def crash(*arguments, **options):
         raise ZeroDivisionError("planted\non two lines")
-    monkeypatch.setattr(Candidate, "state" if stage == "weights" else "outputs", crash)
+    monkeypatch.setattr(PaddleNet, "state" if stage == "weights" else "outputs", crash)
     outcome = workshop.align(stage, "bert")
     assert refused(outcome, 4, "ZeroDivisionError: planted", "fault of paddle-parity")
     log = Path(re.search(r"traceback in (\S+\.log)", outcome.stderr).group(1))
@@ -173,8 +173,8 @@ def test_comparing_nothing_is_diverged(workshop, capsys):
 
 
 def test_a_tensor_that_only_one_side_recorded_fails(workshop, monkeypatch):
-    outputs = Candidate.outputs
-    monkeypatch.setattr(Candidate, "outputs", lambda self, arrays: {
+    outputs = PaddleNet.outputs
+    monkeypatch.setattr(PaddleNet, "outputs", lambda self, arrays: {
         name.replace("logits", "elsewhere"): array for name, array in outputs(self, arrays).items()})
     outcome = workshop.align("forward", "bert")
     assert (outcome.code, outcome.failing) == (1, ["logits", "elsewhere"])

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.plan import expand, layers_of, name_in
-
 from ..inputs import Inputs
 from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
@@ -124,26 +122,19 @@ class Place:
             found[self.name] = self.run(dtype)
         return found
 
-    @cached_property
-    def paddle_names(self) -> dict[str, str]:
-        """The Paddle name of every parameter of the model, by its torch path."""
-        run = self.reference.run
-        rules = [rule for rule in run.family.rules_of(run.head) if rule.source and rule.target]
-        return {name_in(rule.source, layer): name_in(rule.target, layer)
-                for rule, layer in expand(rules, layers_of(run.family, run.config))}
-
     def paddle(self, path: str) -> str:
         """The Paddle name of a parameter or module below the root; for a module without parameters, its parent's."""
+        known = self.reference.run.paddle_names
         full = ".".join(part for part in (self.path, path) if part)
-        if full in self.paddle_names:
-            return self.paddle_names[full]
+        if full in known:
+            return known[full]
         for kind in (".weight", ".bias"):
-            if full + kind in self.paddle_names:
-                return self.paddle_names[full + kind].removesuffix(kind)
+            if full + kind in known:
+                return known[full + kind].removesuffix(kind)
         if full in {torch_path: name for name, torch_path in self.torch_paths.items()}:
             return next(name for name, torch_path in self.torch_paths.items() if torch_path == full)
         while full:
-            below = sorted(name.rpartition(".")[0].rpartition(".")[0] for torch_path, name in self.paddle_names.items()
+            below = sorted(name.rpartition(".")[0].rpartition(".")[0] for torch_path, name in known.items()
                            if torch_path.startswith(full + ".") and torch_path.count(".") == full.count(".") + 2)
             if below:
                 return below[0]

@@ -1,0 +1,277 @@
+"""What a candidate answers to the steps of the reference: a pass of its own, and passes fed torch's activations.
+
+Every target answers the same calls as the reference, so the stages need not know which one is behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from convert.errors import BadInput
+
+from .inputs import Inputs
+from .inside import Places, small_input
+from .lockstep import heard_by, in_step, in_turn
+from .paging import Pages, gates_of
+from .runs import Run
+from .side import Modules, Side
+from .tasks import token_rows
+from .trace import RECORDED, Step
+
+
+class Candidate(Side):
+    """The model that is to be proved the same. ``paged``: its weights come in module by module, and leave again."""
+
+    framework: str
+    version: str
+    model: Any
+    reentrant = True
+    """Whether several passes of the net may be under way at once; a net that keeps state while it runs is not."""
+
+    def __init__(self, run: Run, paged: bool = False) -> None:
+        self.run = run
+        self._digest: str | None = None
+        self.model = self._build_empty() if paged else self._build()
+        self.model.eval()
+        layers = self._layers()
+        recorded = {self._path(pair): pair[1] for pair in run.modules}
+        self._gates = gates_of([path for path in recorded if path in layers], self.model.state_dict().keys(),
+                               {path for path, layer in layers.items() if not any(layer.children())})
+        if paged:
+            self._pages = self._paged()
+        for path in self._gates:
+            name = recorded.get(path, path)
+            layers[path].register_forward_pre_hook(lambda *_, name=name: self._come_to(name))
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every parameter and buffer that the net holds, by Paddle's name, in Paddle's layout."""
+        raise NotImplementedError
+
+    def hashed_state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """:meth:`state`, after which :attr:`weights_digest` costs nothing."""
+        lines = []
+        for name, array in self.state():
+            lines.append(f"{name} {list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}\n")
+            yield name, array
+        self._digest = xxhash.xxh3_128("".join(sorted(lines)).encode()).hexdigest()
+
+    @property
+    def weights_digest(self) -> str:
+        """xxh3-128 over names, shapes and bytes of what the net holds, sorted by name."""
+        if self._digest is None:
+            for _ in self.hashed_state():
+                pass
+        return self._digest
+
+    def answers(self, inputs: Inputs, steps: Iterable[Step]) -> Iterator[Step]:
+        """For each of the reference's ``steps``, what this net gives as far as that goes, and then the rest.
+
+        Views by name: ``recorded``, what modules and then the model give in one pass of its own; ``isolated``, the same
+        in a pass in which every module is fed what entered torch's; ``inside`` and ``arriving`` from a pass in which
+        every sublayer is fed so too; ``small`` from it and from one of the first row, where modules are fed that made
+        small. All are rows of real tokens.
+        """
+        places, known = Places.of(self.run), _Known()
+        asked = [(inputs, _Own), (inputs, _Isolated), (inputs.first, _Small), (inputs, _Inside)]
+        listeners = [kind(some, places, known) for some, kind in asked]
+
+        def taken() -> Step:
+            found = Step()
+            for view, arrays in chain.from_iterable(listener.take().items() for listener in listeners):
+                found.view(view).update(arrays)
+            return found
+        passes = [lambda some=some, listener=listener: self._listen(listener, some.arrays)
+                  for (some, _), listener in zip(asked, listeners, strict=True)]
+        if not self.reentrant:
+            for step in list(steps):
+                known.learn(step)
+                yield Step()
+            with self._hooks(places.all):
+                in_turn(passes)
+            yield taken()
+            return
+        with self._hooks(places.all), in_step(passes, self._enter) as walks:
+            for step in steps:
+                known.learn(step)
+                while walks.gate is not None and not known.lacks(walks.gate):
+                    walks.advance()
+                self._leave()
+                yield taken()
+            while walks.gate is not None:
+                walks.advance()
+            self._leave()
+            yield taken()
+
+    def record_inside(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray] = MappingProxyType({}),
+                      ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Of these modules, each fed ``entering``: (its output, what would have entered it), rows of real tokens."""
+        found = _Once(inputs, entering)
+        with self._hooks(modules), heard_by(found):
+            outputs = self.outputs(inputs.arrays)
+        self._leave()
+        return found.given | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}, (
+            found.arriving)
+
+    def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Cross entropy without reduction, with the loss of the target. logits [n, classes], labels [n]."""
+        raise NotImplementedError
+
+    def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+        """In-batch contrastive loss of mean-pooled rows, as the reference's."""
+        raise NotImplementedError
+
+    def _build(self) -> Any:
+        raise NotImplementedError
+
+    def _build_empty(self) -> Any:
+        """The net without memory for its weights."""
+        raise NotImplementedError
+
+    def _paged(self) -> Pages:
+        raise NotImplementedError
+
+    def _layers(self) -> dict[str, Any]:
+        """Every module of the net by its path, itself under no name."""
+        raise NotImplementedError
+
+    def _path(self, pair: tuple[str, str]) -> str:
+        """Which of a module's (torch, Paddle) paths is the one in this net."""
+        raise NotImplementedError
+
+    def _hooks(self, modules: Modules) -> AbstractContextManager[None]:
+        """The modules tell whoever listens what arrives at them and what they give."""
+        raise NotImplementedError
+
+
+class _Known:
+    """What the reference has told so far: what entered its modules and sublayers, and which modules it is done with."""
+
+    def __init__(self) -> None:
+        self.entering: dict[str, np.ndarray] = {}
+        self.small: dict[str, np.ndarray] = {}
+        self._awaited: set[str] = set()
+
+    def learn(self, step: Step) -> None:
+        self._awaited |= set(step.told.get("present", ()))
+        self._awaited -= step.recorded.keys()
+        self.entering |= step.view("entering")
+        self.small |= step.view("small input")
+
+    def lacks(self, gate: str) -> bool:
+        """Whether torch has this module, and has not told yet what enters it."""
+        return gate in self._awaited
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.entering.pop(name, None)
+            self.small.pop(name, None)
+
+
+class _Listener:
+    """``arrived(name, read)`` returns what a module is to be fed instead, whole arrays."""
+
+    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
+        self.mask, self.places, self.known = inputs.mask, places, known
+        self.views: dict[str, dict[str, np.ndarray]] = {}
+
+    def take(self) -> dict[str, dict[str, np.ndarray]]:
+        """What has been told since the last time."""
+        views, self.views = self.views, {}
+        return views
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        return None
+
+    def answered(self, name: str, array: np.ndarray) -> None: ...
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
+
+    def put(self, view: str, name: str, array: np.ndarray) -> None:
+        self.views.setdefault(view, {})[name] = token_rows(name, array, self.mask)
+
+
+class _Own(_Listener):
+    """The net's own pass."""
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if name not in self.places.sublayers:
+            self.put(RECORDED, name, array)
+
+
+class _Isolated(_Listener):
+    """Every module is fed what entered torch's."""
+
+    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
+        super().__init__(inputs, places, known)
+        self.fed: set[str] = set()
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        self.fed.add(name)
+        return None if name in self.places.sublayers else self.known.entering.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if name in self.places.sublayers:
+            return
+        if name in self.known.entering and name not in self.fed:
+            raise BadInput(f"{name} is called in a way in which it cannot be fed what enters torch's. Call it as "
+                           "block(hidden_states, …) or block(hidden_states=…).")
+        self.put("isolated", name, array)
+
+
+class _Small(_Listener):
+    """Every module but a norm is fed what entered torch's, made small; of the first row."""
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        return small_input(self.known.entering[name][:1]) if self._is_asked(name) else None
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if self._is_asked(name):
+            self.put("small", name, array)
+
+    def _is_asked(self, name: str) -> bool:
+        return name in self.known.entering and name not in self.places.sublayers and name not in self.known.small
+
+
+class _Inside(_Listener):
+    """Every module and every sublayer is fed what entered torch's; what came to a sublayer is told too."""
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        if name in self.places.sublayers and name in self.known.entering:
+            self.put("arriving", name, read())
+        return self.known.entering.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        if name in self.places.inside:
+            self.put("inside", name, array)
+        if name not in self.places.sublayers:
+            self.known.forget([name, *(part for part in self.places.sublayers if part.startswith(f"{name}."))])
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
+        if name in self.known.small:
+            self.put("small", name, norm(self.known.small[name]))
+
+
+class _Once:
+    """One pass, recorded whole."""
+
+    def __init__(self, inputs: Inputs, entering: Mapping[str, np.ndarray]) -> None:
+        self.mask, self.entering = inputs.mask, entering
+        self.given: dict[str, np.ndarray] = {}
+        self.arriving: dict[str, np.ndarray] = {}
+
+    def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+        if name in self.entering:
+            self.arriving[name] = token_rows(name, read(), self.mask)
+        return self.entering.get(name)
+
+    def answered(self, name: str, array: np.ndarray) -> None:
+        self.given[name] = token_rows(name, array, self.mask)
+
+    def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...

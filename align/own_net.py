@@ -1,0 +1,151 @@
+"""``--target package.module:build``: a net of the user's own, in Paddle, or in torch to be compared with torch.
+
+``build`` is called with the config (a dict) and the output directory (a Path), and returns the net with its weights
+loaded. The net takes transformers' arguments and returns a mapping with transformers' output names. Parameters and
+modules of a ``paddle.nn.Layer`` have the family's Paddle names, those of a ``torch.nn.Module`` its torch names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import BadInput
+
+from .answers import Candidate
+from .candidate import PaddleNet, PaddleNLPNet, use_device
+from .runs import Run
+from .torch_side import TorchSide, floating, tensors_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """``package.module:build`` by name; what goes wrong in it is told as the user's."""
+
+    name: str
+
+    def build(self, run: Run) -> Any:
+        """The net; :class:`BadInput` where ``build`` cannot be imported, takes other arguments, or fails."""
+        module, _, function = self.name.partition(":")
+        sys.path.insert(0, "")
+        try:
+            build = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise BadInput(f"--target {self.name} cannot be imported ({error}).") from error
+        finally:
+            sys.path.remove("")
+        try:
+            inspect.signature(build).bind({}, run.output)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{self.name} is called with the config (a dict) and the output directory (a Path), which "
+                           f"it does not take ({error}).") from error
+        with self.blamed():
+            return build(dict(run.target_config), run.output)
+
+    def call(self, net: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        with self.blamed():
+            result = net(**tensors)
+        if not hasattr(result, "items"):
+            raise BadInput(f"{self.name}: the net returned a {type(result).__name__}; a mapping with transformers' "
+                           "output names is needed, as {'logits': …}.")
+        return result
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except BadInput:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            first = next(iter(str(error).splitlines()), "")
+            raise BadInput(f"your net {self.name} failed at {Path(last.filename).name}:{last.lineno}: "
+                           f"{type(error).__name__}: {first}") from error
+
+
+class _OwnNet(Candidate):
+    """What is built already; its passes go one after the other, for it may keep state while it runs."""
+
+    reentrant = False
+    target: Target
+    built: Any
+
+    def _build(self) -> Any:
+        return self.built
+
+    def _build_empty(self) -> Any:
+        raise BadInput(f"--paging on cannot be had for {self.target.name}: it loads its weights itself. Use --paging "
+                       "off.")
+
+
+class OwnPaddleNet(_OwnNet, PaddleNet):
+    """A ``paddle.nn.Layer`` of the user's."""
+
+    token_loss = PaddleNLPNet.token_loss
+
+    def __init__(self, run: Run, device: str, paged: bool, target: Target, built: Any) -> None:
+        self.target, self.built = target, built
+        super().__init__(run, device, paged)
+
+    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+        return self.target.call(self.model, tensors)
+
+
+class OwnTorchNet(TorchSide, _OwnNet):
+    """A ``torch.nn.Module`` of the user's."""
+
+    def __init__(self, run: Run, paged: bool, target: Target, built: Any) -> None:
+        import torch
+        self.target, self.built, self.version = target, built, torch.__version__
+        super().__init__(run, paged)
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        moves = {move.target: move for move in self.run.plan.moves}
+        for path, tensor in self.model.state_dict().items():
+            name = self.run.paddle_names.get(path, path)
+            with self.target.blamed():
+                array = tensor.numpy()
+            if path not in self.run.dropped:
+                yield name, moves[name].rule.apply(array) if name in moves else array
+
+    def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+        with torch.no_grad():
+            return floating(self.target.call(self.model, tensors_of(arrays)))
+
+    def _layers(self) -> dict[str, Any]:
+        return dict(self.model.named_modules())
+
+    def _path(self, pair: tuple[str, str]) -> str:
+        return pair[0]
+
+
+def open_own(run: Run, name: str, device: str, paged: bool, allow_same_framework: bool) -> Candidate:
+    """The net that ``name`` builds; :class:`BadInput` for a torch net unless two of one framework are allowed."""
+    if find_spec("paddle"):
+        use_device(device)
+    target = Target(name)
+    built = target.build(run)
+    if _is_of("torch", "Module", built):
+        if not allow_same_framework:
+            raise BadInput(f"{name} returned a torch.nn.Module, and the reference is torch too: that proves nothing "
+                           "about Paddle. --allow-same-framework compares two torch models all the same.")
+        return OwnTorchNet(run, paged, target, built)
+    if not _is_of("paddle", "Layer", built):
+        raise BadInput(f"{name} returned a {type(built).__name__}; a paddle.nn.Layer is needed.")
+    return OwnPaddleNet(run, device, paged, target, built)
+
+
+def _is_of(framework: str, kind: str, built: Any) -> bool:
+    """Whether ``built`` is a module of a framework, which it could not be were that not imported."""
+    return framework in sys.modules and isinstance(built, getattr(sys.modules[framework].nn, kind))

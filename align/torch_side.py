@@ -1,0 +1,83 @@
+"""A torch module that is listened to and called: the reference, or a candidate of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from .lockstep import listener_here
+from .side import Modules, Side
+
+
+class TorchSide(Side):
+    """A side whose ``model`` is a ``torch.nn.Module`` on the CPU; its modules have the family's torch paths."""
+
+    framework = "torch"
+    model: Any
+
+    def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Cross entropy without reduction, 0 where the label is -100. logits [n, classes], labels [n]."""
+        import torch
+        return torch.nn.functional.cross_entropy(
+            torch.from_numpy(logits), torch.from_numpy(labels), reduction="none").numpy()
+
+    def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+        """In-batch contrastive loss of mean-pooled rows: the first half against the second half, as MiniLM trained."""
+        import torch
+        weights = torch.from_numpy(mask.astype(np.float32)).unsqueeze(-1)
+        pooled = (torch.from_numpy(hidden) * weights).sum(1) / weights.sum(1)
+        first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
+        return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
+
+    def _is_probed(self, module: Any) -> bool:
+        """Whether a module is run on a small input too, where its listener knows one."""
+        return True
+
+    @contextmanager
+    def _hooks(self, modules: Modules) -> Iterator[None]:
+        """The modules, by (torch path, Paddle's name), tell whoever listens what arrives at them and what they give."""
+        import torch
+        found = dict(self.model.named_modules())
+
+        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            value = arguments[0] if arguments else named.get("hidden_states")
+            if listener_here() is None or value is None or not value.dtype.is_floating_point:
+                return None
+            given = listener_here().arrived(name, value.numpy)
+            if given is None:
+                return None
+            given = torch.from_numpy(given).to(value.dtype)
+            return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
+
+        def after(name: str, module: Any, output: Any) -> None:
+            if listener_here() is None:
+                return
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if self._is_probed(module):
+                listener_here().probed(
+                    name, lambda array: module.forward(torch.from_numpy(array).to(first.dtype)).numpy())
+            listener_here().answered(name, first.numpy())
+
+        with ExitStack() as hooks:
+            for path, name in modules:
+                if path in found:
+                    hooks.callback(found[path].register_forward_pre_hook(
+                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                    hooks.callback(found[path].register_forward_hook(
+                        lambda module, _, output, name=name: after(name, module, output)).remove)
+            yield
+
+
+def floating(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The floating tensors among what a model returned."""
+    import torch
+    return {name: value.numpy() for name, value in outputs.items()
+            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+
+
+def tensors_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    import torch
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
