@@ -21,6 +21,7 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .answers import Candidate
+from .lint import Description, describe
 from .lockstep import listener_here
 from .paging import Pages, divide
 from .runs import Run
@@ -94,6 +95,9 @@ class PaddleNet(Candidate):
         pooled = mean_pool(paddle.to_tensor(hidden), paddle.to_tensor(mask.astype(np.int64)))
         first, second = paddle.split(pooled, 2)
         return contrastive_loss(first, second, scale).numpy()
+
+    def described(self) -> Description:
+        return describe(self.model, self._layers(), self.model.state_dict(), self.run, str)
 
     def _paged(self) -> Pages:
         return _pages_of(self.run, self.model, self._gates)

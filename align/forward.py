@@ -15,6 +15,7 @@ from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
 from .inputs import LENGTH, PATTERNS, ROWS, Inputs, positive, seeded
 from .inside import PROBE, Places
+from .lint import Description, differences
 from .runs import Run
 from .scores import log_softmax
 from .stage import Findings, RecordedStage, Session, main
@@ -46,7 +47,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     if not inputs.arrays:
         raise BadInput("the reference was recorded without its inputs, so the candidate cannot be fed them. Record it "
                        "again: python -m align.forward --only reference")
-    told = {"inputs_digest": inputs.digest}
+    told = {"inputs_digest": inputs.digest, "described": session.candidate.described()}
     for answer in session.candidate.answers(inputs, chain([first], steps)):
         answer.told, told = told, {}
         session.advance(f"paddle {next(reversed(answer.recorded), '')}")
@@ -68,7 +69,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     named = _named(sublayers, bad, session.run)
     probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
     notes = [*found.notes, *_told(found.inputs), *unjudged(session.run, found.present, [*probes, *sublayers]),
-             *agreement(found.outputs["reference"], found.outputs["candidate"]), *lint(session.run)]
+             *agreement(found.outputs["reference"], found.outputs["candidate"]), *config_lint(session.run),
+             *differences(found.described["reference"], found.described["candidate"])]
     if session.options.compare and (named or session.weights_divergence):
         notes.append("Why was not looked for: python -m align.diagnose does, where both frameworks are installed.")
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
@@ -84,6 +86,7 @@ class Comparison:
     def __init__(self, run: Run) -> None:
         self.notes: list[str] = []
         self.present: list[str] = []
+        self.described: dict[str, Description] = {}
         self.inputs = Inputs({})
         self.outputs: dict[str, dict[str, np.ndarray]] = {"reference": {}, "candidate": {}}
         self._run, self._places = run, Places.of(run)
@@ -101,6 +104,7 @@ class Comparison:
         self.inputs = Inputs(step.view("inputs")) if step.view("inputs") else self.inputs
         self._order += step.recorded
         for side, one in (("reference", step), ("candidate", answer)):
+            self.described |= {side: one.told["described"]} if "described" in one.told else {}
             self.outputs[side] |= {name: array for name, array in one.recorded.items() if name not in self._modules}
         for waiting, come in ((self._expected, step), (self._given, answer)):
             for view in COMPARED & come.views.keys():
@@ -236,7 +240,7 @@ def top_agreement(expected: np.ndarray, found: np.ndarray, count: int) -> tuple[
     return count, int(((best[0] == best[1]).all(-1) & sure).sum()), int(sure.sum())
 
 
-def lint(run: Run) -> list[str]:
+def config_lint(run: Run) -> list[str]:
     """What the output's config says differently from what the conversion of this source writes."""
     held, intended = run.target_config, run.intended_config
     return [f"config.json: {key} is {held.get(key)!r} in the output; the conversion wrote {intended.get(key)!r}."

@@ -92,7 +92,7 @@ class Reference(TorchSide):
                     self._listen(pooled, _copies(inputs))
             passes.append(run)
         with self._hooks(places.all), self._heads_heard(), in_step(passes, self._enter) as walks:
-            told = {"present": self.present}
+            told = {"present": self.present, "described": self.described()}
             while walks.gate is not None:
                 walks.advance()
                 step = plain.take()

@@ -74,6 +74,14 @@ class Run:
         return {name_in(rule.source, layer): name_in(rule.target, layer)
                 for rule, layer in expand(rules, layers_of(self.family, self.config))}
 
+    def paddle_path(self, path: str) -> str:
+        """Paddle's path of a torch module or parameter: by its weights, else by the recorded module that holds it."""
+        for ending in ("", ".weight", ".bias"):
+            if path + ending in self.paddle_names:
+                return self.paddle_names[path + ending].removesuffix(ending)
+        return next((paddle + path.removeprefix(torch) for torch, paddle in self.modules
+                     if f"{path}.".startswith(f"{torch}.")), path)
+
     @cached_property
     def dropped(self) -> set[str]:
         """Torch's names of what the Paddle side has no place for."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from .lint import Description
 from .lockstep import halt, heard_by, in_turn, together
 from .paging import Pages
+from .runs import Run
 
 Modules = Sequence[tuple[str, str]]
 """(torch path, Paddle path) of each."""
@@ -17,10 +19,15 @@ Modules = Sequence[tuple[str, str]]
 class Side:
     """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory."""
 
+    run: Run
     _pages: Pages | None = None
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the model returns, by transformers' names; ``loss`` when labels are given."""
+        raise NotImplementedError
+
+    def described(self) -> Description:
+        """What this net says of itself as built."""
         raise NotImplementedError
 
     def sweep(self, passes: Sequence[Callable[[], None]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .lint import Description, describe
 from .lockstep import listener_here
 from .side import Modules, Side
 
@@ -17,6 +18,10 @@ class TorchSide(Side):
 
     framework = "torch"
     model: Any
+
+    def described(self) -> Description:
+        weights = dict([*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()])
+        return describe(self.model, dict(self.model.named_modules()), weights, self.run, self.run.paddle_path)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Cross entropy without reduction, 0 where the label is -100. logits [n, classes], labels [n]."""

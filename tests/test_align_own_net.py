@@ -7,6 +7,7 @@ from align_fixtures import save_checkpoint
 
 from align.forward import STAGE as FORWARD
 from align.stage import main as align
+from convert.bert import FAMILY as BERT
 from convert.cli import main as convert
 from convert.gptj import FAMILY
 
@@ -60,6 +61,13 @@ class ByKeyword(GPTJForCausalLM):
 
 def by_keyword(config, directory):
     return ByKeyword.from_pretrained(directory)
+
+def other_settings(config, directory):
+    net = build(config, directory)
+    net.transformer.h[1].mlp.dropout.p = 0.25
+    net.transformer.h[2].ln_1._epsilon = 1.0001e-5
+    net.config = {"n_head": 8, "activation_function": "gelu_new", "rotary_dim": None, "unknown": object()}
+    return net
 
 def late_epsilon(config, directory):
     net = by_keyword(config, directory)
@@ -130,13 +138,60 @@ def test_blocks_called_by_keyword_are_fed_too(forward):
 def test_an_epsilon_of_a_norm_without_a_module_shows_at_its_block_on_a_small_input(forward, tmp_path):
     """2 % of an epsilon of 1e-5 in the last block: nothing on ordinary inputs, where variances are 1 and more."""
     forward.make(directory=tmp_path / "source")
-    code, said = forward("paper_net:late_epsilon")
+    code, _ = forward("paper_net:late_epsilon")
     report = json.loads((tmp_path / "reports/own/paper_net.late_epsilon/forward.json").read_text())
     assert code == 1
     assert [tensor["name"] for tensor in report["tensors"] if not tensor["passed"]] == [
         "transformer.h.2 (small input)"]
     assert report["named"] == "transformer.h.2: on a small input"
     assert "epsilon" in report["diagnosis"]["sentence"] and "transformer.h.2.ln_1" in report["diagnosis"]["sentence"]
+
+
+def test_lint_tells_what_outputs_do_not_show(forward, tmp_path):
+    forward("paper_net:other_settings")
+    notes = json.loads((tmp_path / "reports/demo-gptj/paper_net.other_settings/forward.json").read_text())["notes"]
+    assert [note for note in notes if note.startswith("Lint")] == [
+        "Lint: heads (n_head) is 4 in torch's config and 8 in the candidate's.",
+        "Lint: rotary dimension (rotary_dim) is 8 in torch's config and None in the candidate's.",
+        "Lint: the epsilon of transformer.h.2.ln_1 is 1e-05 in torch and 1.0001e-05 in the candidate. An ordinary "
+        "input may not show it.",
+        "Lint: dropout in transformer.h.1 is none in torch and 0.25 in the candidate. Outputs do not show it, training "
+        "does.",
+        "Lint of both nets as built: 4 differences in activation, heads, rotary dimension, each norm's epsilon, each "
+        "module's dropout."]
+
+
+def test_lint_finds_no_difference_in_the_familys_own_net(forward, tmp_path):
+    forward("models")
+    notes = json.loads((tmp_path / "reports/demo-gptj/forward.json").read_text())["notes"]
+    assert [note for note in notes if note.startswith("Lint")] == [
+        "Lint of both nets as built: no differences in activation, dropout, epsilon, heads, rotary dimension, tied "
+        "weights, each norm's epsilon, each module's dropout."]
+
+
+def test_lint_tells_a_weight_that_is_no_longer_tied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "untied_net.py").write_text("""
+import paddle
+from models.bert import BertForMaskedLM
+
+class Untied(BertForMaskedLM):
+    pass
+
+def build(config, directory):
+    net = Untied.from_pretrained(directory)
+    head = net.cls.predictions
+    weight = net.bert.embeddings.word_embeddings.weight.clone()
+    head.decoder.weight = paddle.create_parameter(weight.shape, "float32")
+    head.decoder.weight.set_value(weight)
+    return net
+""")
+    save_checkpoint(tmp_path / "source", "BertForMaskedLM")
+    assert convert(BERT, ["--source", "source", "--output", "out/bert"]) == 0
+    assert align(FORWARD, ["--target", "untied_net:build"]) == 0
+    notes = json.loads((tmp_path / "reports/bert/untied_net.build/forward.json").read_text())["notes"]
+    assert any("word_embeddings.weight and cls.predictions.decoder.weight are one weight in torch and several"
+               in note for note in notes)
 
 
 class TestTorchNet:

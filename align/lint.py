@@ -1,0 +1,114 @@
+"""What the two nets say of themselves as built: settings that the outputs of a pass may not show.
+
+Dropout and tied weights show in training only, an epsilon on small inputs only, a mask value on masks only. Each side
+describes itself by Paddle's names, in values that JSON holds, so that the two may run in different environments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runs import Run
+
+Description = dict[str, Any]
+
+SETTINGS = {
+    "epsilon": (("layer_norm_epsilon", "layer_norm_eps"),),
+    "activation": (("activation_function", "hidden_act"),),
+    "heads": (("n_head", "num_attention_heads"),),
+    "rotary dimension": (("rotary_dim",),),
+    "dropout": (("resid_pdrop",), ("embd_pdrop",), ("attn_pdrop",), ("hidden_dropout_prob",),
+                ("attention_probs_dropout_prob",), ("classifier_dropout",)),
+    "tied weights": (("tie_word_embeddings",),),
+}
+EPSILONS = ("eps", "_epsilon", "epsilon", "variance_epsilon")
+LOWEST = -3.4028234663852886e38
+SHOWN = 3
+
+
+def describe(model: Any, modules: Mapping[str, Any], weights: Mapping[str, Any], run: Run,
+             named: Callable[[str], str]) -> Description:
+    """``modules`` and ``weights`` (parameters and buffers) of ``model`` by its paths; ``named`` makes them Paddle's.
+
+    Dropouts are told by the recorded module that holds them. A weight that is paged out has no value to tell.
+    """
+    found: Description = {"settings": _settings(getattr(model, "config", None)), "epsilon": {}, "dropout": {},
+                          "mask value": {}}
+    for path, module in modules.items():
+        kind, name = type(module).__name__, named(path)
+        if "Norm" in kind and any(hasattr(module, key) for key in EPSILONS):
+            found["epsilon"][name] = float(next(getattr(module, key) for key in EPSILONS if hasattr(module, key)))
+        if "Dropout" in kind and isinstance(getattr(module, "p", None), (int, float)):
+            home = next((place for _, place in run.modules if f"{name}.".startswith(f"{place}.")), "the other modules")
+            found["dropout"][home] = sorted({*found["dropout"].get(home, ()), float(module.p)})
+    shared: dict[int, list[str]] = {}
+    for path, weight in weights.items():
+        shared.setdefault(id(weight), []).append(named(path))
+        if "masked_bias" in path and math.prod(weight.shape) == 1 and float(weight):
+            found["mask value"][named(path)] = float(weight)
+    return found | {"tied": sorted(sorted(names) for names in shared.values() if len(names) > 1),
+                    "weights": sorted(named(path) for path in weights)}
+
+
+def differences(torch: Description, candidate: Description) -> list[str]:
+    """A sentence for each difference, and one on what was compared."""
+    settings = {key for key in torch["settings"] if key in candidate["settings"]}
+    told = [f"{concept} ({key}) is {torch['settings'][key][1]!r} in torch's config and "
+            f"{candidate['settings'][key][1]!r} in the candidate's."
+            for key in sorted(settings) for concept in [torch["settings"][key][0]]
+            if torch["settings"][key][1] != candidate["settings"][key][1]]
+    norms = [name for name in torch["epsilon"] if name in candidate["epsilon"]]
+    told += _grouped("the epsilon of", torch["epsilon"], candidate["epsilon"], norms,
+                     "An ordinary input may not show it.")
+    homes = [name for name in torch["dropout"] if name in candidate["dropout"]]
+    told += _grouped("dropout in", *({name: [p for p in side["dropout"][name] if p] for name in homes}
+                                     for side in (torch, candidate)), homes,
+                     "Outputs do not show it, training does.")
+    held = set(candidate["weights"])
+    tied = [[name for name in names if name in held] for names in torch["tied"]]
+    parted = [names for names in tied if len(names) > 1 and not any(
+        set(names) <= set(others) for others in candidate["tied"])]
+    told += [f"{' and '.join(names)} are one weight in torch and several in the candidate: equal or not now, they part "
+             "in training." for names in parted]
+    values = sorted(set(candidate["mask value"].values()) - {LOWEST})
+    told += [f"the mask value of the candidate is {value:g}; torch's class adds {LOWEST:.1e}. A row whose scores are "
+             "lower still would show it." for value in values]
+    compared = [*sorted({torch["settings"][key][0] for key in settings}), *(["each norm's epsilon"] * bool(norms)),
+                *(["each module's dropout"] * bool(homes)), *(["shared weights"] * any(len(one) > 1 for one in tied))]
+    return [*(f"Lint: {one}" for one in told),
+            f"Lint of both nets as built: {len(told) or 'no'} difference{'s' * (len(told) != 1)} in "
+            f"{', '.join(compared)}." if compared else "Lint: this net says nothing of itself that could be compared."]
+
+
+def _settings(config: Any) -> dict[str, tuple[str, Any]]:
+    """(what it is, value) of every known setting of a config, a mapping or an object, by its first key's name."""
+    if config is None:
+        return {}
+    held = (config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else
+            dataclasses.asdict(config) if dataclasses.is_dataclass(config) else vars(config))
+    found = {}
+    for concept, groups in SETTINGS.items():
+        for keys in groups:
+            key = next((key for key in keys if key in held), None)
+            if key is not None and isinstance(held[key], (str, int, float, type(None))):
+                found[keys[0]] = (concept, held[key])
+    return found
+
+
+def _grouped(what: str, torch: Mapping[str, Any], candidate: Mapping[str, Any], names: Sequence[str],
+             therefore: str) -> list[str]:
+    """One sentence for all names that differ in the same way."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        if torch[name] != candidate[name]:
+            alike.setdefault((_shown(torch[name]), _shown(candidate[name])), []).append(name)
+    return [f"{what} {', '.join(names[:SHOWN])}{f' (+{len(names) - SHOWN} more)' if len(names) > SHOWN else ''} is "
+            f"{left} in torch and {right} in the candidate. {therefore}" for (left, right), names in alike.items()]
+
+
+def _shown(value: Any) -> str:
+    return " and ".join(f"{one:g}" for one in value) or "none" if isinstance(value, list) else f"{value:g}"
