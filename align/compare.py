@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .noise import Judgement, Kind, NoiseFloor
-from .tolerance import LIMITS
+from .tolerance import CEILING, DOUBTFUL, LIMITS
 
 CHUNK = 1 << 22
 
@@ -48,6 +48,13 @@ class TensorResult:
     def share(self) -> float | None:
         """The largest share of a limit of the noise floor that is used up, None where there is no floor."""
         return max((found.share for found in self.judgements), default=None)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether this is a failure by so little that too few runs of torch may be to blame."""
+        measured = [found.rel_l2 for found in (self.isolated,) if found]
+        return (not self.passed and self.share is not None and 1 < self.share <= DOUBTFUL
+                and all(error <= CEILING for error in measured))
 
 
 def compare(name: str, reference: np.ndarray, candidate: np.ndarray, allowed: float,

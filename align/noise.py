@@ -17,7 +17,7 @@ three speak of distributions, and are asked only where there are enough rows or 
 makes no error at all (a lookup), equality is asked. A head of few elements (next-sentence scores, a small classifier)
 has no distribution at all, and luck decides how much its sums cancel; there it is
 
-    few      rms(e)                                 against  max(eps, rho) S,   S = rms(|h| |W|^T + |b|)
+    few      rms(e)                                 against  max(T, max(eps, rho) S),   S = rms(|h| |W|^T + |b|)
 
 alone, with h what enters the head's linear and rho the pooled relative error of h. Where torch's own propagated error
 is above FORWARD the model is chaotic: single rows and channels then grow their errors at will, in torch too, and only
@@ -89,7 +89,7 @@ class NoiseFloor:
         x, s = self.oracle, self.spread
         e = np.abs(candidate.astype(np.float64).reshape(x.shape) - x)
         if self.few:
-            return [Judgement(kind, "few", _rms(e) / self.few, LIMITS[kind]["few"])]
+            return [Judgement(kind, "few", _rms(e) / max(_rms(s), self.few), LIMITS[kind]["few"])]
         unit, least = (0.0, 0.0) if self.exact else (FLOOR_UNITS * EPS, EPS**2 * _rms(x))
         ratios = {
             "total": _ratio(_rms(e), max(_rms(s), unit * _rms(x))),

@@ -71,7 +71,7 @@ class Reference(TorchSide):
         found = dict(self.model.named_modules())
         return [name for path, name in self.run.modules if path in found]
 
-    def steps(self, inputs: Inputs) -> Iterator[Step]:
+    def steps(self, inputs: Inputs, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
         """One forward pass and its noise floor, a step for what lies between two gates, in the order of execution.
 
         Views by name, Paddle's: ``recorded``, what modules and then the model give; ``inside``, what sublayers give;
@@ -79,14 +79,14 @@ class Reference(TorchSide):
         for the first row made small; ``entering`` and ``small input``, whole arrays [batch, tokens, width] for the
         candidate to be fed. All but the last two are rows of real tokens. Floors are of the views ``propagated``,
         ``isolated``, ``inside``, ``arriving`` and ``small``: the oracle is this very model in float64, the pool this
-        pass and K passes with their sums reordered.
+        pass and ``reordered`` ones with their sums in other orders.
         """
         from .oracle import Float64, Reordered
         places = Places.of(self.run)
         plain = _Plain(inputs, places)
         small, pooled = _Small(inputs, places, plain), _Pooled(inputs, places, plain)
         passes = [lambda: self._listen(plain, inputs.arrays), lambda: self._listen(small, inputs.first.arrays)]
-        for mode in (Float64(), *map(Reordered, range(1, REORDERED_RUNS + 1))):
+        for mode in (Float64(), *map(Reordered, range(1, reordered + 1))):
             def run(mode: Any = mode) -> None:
                 with mode:
                     self._listen(pooled, _copies(inputs))
