@@ -35,6 +35,7 @@ def _run(options: argparse.Namespace, scale: Scale) -> int:
     if options.list:
         print(listed(chosen))
         return ALIGNED
+    results, readme = _places(options)
     parent = Path(options.directory)
     refuse_full_disk(chosen, scale, parent)
     with _interruptible(), _scratch(parent, options.keep) as directory:
@@ -44,11 +45,18 @@ def _run(options: argparse.Namespace, scale: Scale) -> int:
             outcomes = []
             for outcome in measure_all(chosen, bench):
                 outcomes.append(outcome)
-                held = save(Path(options.results), scale.name, [outcome], on)
+                held = save(results, scale.name, [outcome], on)
                 tell(f"{outcome.name}: {outcome.judgement}{f', {outcome.why}' if outcome.why else ''}", True)
     print(table(scale.name, outcomes, on))
-    publish(Path(options.readme), published(held))
+    if readme:
+        publish(readme, published(held))
     return DIVERGED if any(outcome.judgement in (FAILED, MISSED) for outcome in outcomes) else ALIGNED
+
+
+def _places(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Where results and table go. Results that go elsewhere do not replace the project's table."""
+    readme = options.readme or (None if options.results else ROOT / "README.md")
+    return Path(options.results or ROOT / "benchmarks" / "results.json"), readme and Path(readme)
 
 
 def measure_all(claims: Sequence[Claim], bench: Bench) -> Iterator[Outcome]:
@@ -186,10 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the claims and stop")
     add("--directory", metavar="DIR", default="out", help="where the directory for what is generated goes; default out")
     add("--keep", action="store_true", help="do not delete what was generated and is left at the end")
-    add("--results", metavar="FILE", default=str(ROOT / "benchmarks" / "results.json"),
+    add("--results", metavar="FILE",
         help="default benchmarks/results.json of this project")
-    add("--readme", metavar="FILE", default=str(ROOT / "README.md"),
-        help="gets the table between its benchmarks markers; default README.md of this project")
+    add("--readme", metavar="FILE",
+        help="gets the table between its benchmarks markers; default README.md of this project, or none with --results")
     return parser
 
 
