@@ -24,7 +24,7 @@ REORDERED_RUNS = 4
 # rows, with 21 in 1 of 3,000 million. So what fails by less than DOUBTFUL limits is judged once more, by SECOND_LOOK
 # reordered runs.
 SECOND_LOOK = 20
-DOUBTFUL = 10.0
+DOUBTFUL = 4.0
 LIMITS = {
     "isolated": {"total": 4.0, "peak": 5.0, "typical": 3.0, "channel": 9.0, "row": 11.0, "few": 2.0},
     "propagated": {"total": 6.0, "peak": 6.0, "typical": 3.0, "channel": 9.0, "row": 11.0, "few": 2.0},
