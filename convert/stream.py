@@ -36,7 +36,7 @@ from .plan import Check, Move, Plan
 from .writer import Layout, Staging
 
 TILES = (64 << 20, 12 << 20)
-CHUNK = 512 << 10
+CHUNK = 256 << 10
 BLOCK = 512 << 10
 RUN = 128 << 10
 WIDE = 32 << 10
