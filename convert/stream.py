@@ -197,8 +197,8 @@ def run_all(tasks: Sequence[Task], stop: threading.Event) -> None:
     def work(tile: int, take: Callable[[], Task]) -> None:
         buffers = Buffers(tile)
         try:
-            while waiting and not stop.is_set():
-                take()(buffers)
+            while (task := _next(take)) is not None and not stop.is_set():
+                task(buffers)
         except BaseException as error:
             failures.append(error)
             stop.set()
@@ -212,6 +212,14 @@ def run_all(tasks: Sequence[Task], stop: threading.Event) -> None:
             thread.join()
     if failures:
         raise failures[0]
+
+
+def _next(take: Callable[[], Task]) -> Task | None:
+    """The next task, None when another thread has taken the last one."""
+    try:
+        return take()
+    except IndexError:
+        return None
 
 
 @contextmanager
