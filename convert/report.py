@@ -161,7 +161,7 @@ def print_rules(family: Family) -> None:
 
 def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> None:
     """What a conversion would do: every tensor, bytes, shards, expected memory."""
-    from .stream import CHUNK, THREADS, TILE
+    from .stream import CHUNK, TILES
     console = _console()
     console.print(_table(f"{plan.family.name} ({plan.head.architecture}): {len(plan.moves)} tensors",
                          ("name", "shape in Paddle", "dtype", "bytes", "T"), [
@@ -171,7 +171,7 @@ def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> No
         console.print(_table("dropped", ("torch", "why"), plan.dropped))
     for name, size in files:
         console.print(f"{output / name}: {size:,} bytes")
-    memory = 45_000_000 + THREADS * (TILE + 6 * CHUNK)
+    memory = 45_000_000 + sum(tile + 6 * CHUNK for tile in TILES)
     console.print(f"in all {plan.nbytes:,} bytes of tensors in {len(files)} file(s); expected memory at most "
                   f"{memory / 1e6:,.0f} MB. Nothing was written (--dry-run).")
 

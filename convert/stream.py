@@ -6,18 +6,21 @@ are read, put into rows padded by 64 bytes (at power-of-two widths the rows of a
 cache sets and evict each other, which costs a factor of two to four) and transposed into the tile.
 
 A tile holds whole rows of what is wanted, so that it is written in one run: writing runs of 8 KiB took five times
-as long a byte as writing a mebibyte at once. Only where rows are longer than ``RUN`` is a tile cut across them. Rows
-of at most ``WIDE`` bytes are read whole, for every tile again: one long call costs less than 64 short ones, each of
-which also hands Python's lock to and fro between the threads.
+as long a byte as writing a mebibyte at once. Only where rows are longer than ``RUN`` is a tile cut across them.
+For the first tile rows of at most ``WIDE`` bytes are read whole: so every element is hashed and checked in the order
+of the file, and nothing is read once more for it. For the other tiles they are read whole where less than ``GAP``
+bytes are unwanted: a call costs as much as reading these.
+
+The fewer tiles, the fewer times a file is read. So the threads do not get tiles of equal size: the one with the large
+tile begins with the largest matrices against the grain, the other with what needs no tile, and they meet in between.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,20 +35,22 @@ from .errors import BadInput
 from .plan import Check, Move, Plan
 from .writer import Layout, Staging
 
-TILE = 32 << 20
-CHUNK = 1 << 20
+TILES = (64 << 20, 12 << 20)
+CHUNK = 256 << 10
+BLOCK = 512 << 10
 RUN = 128 << 10
 WIDE = 32 << 10
+GAP = 8 << 10
 STRIP_ROWS = 64
 STRIP_PADDING = 64
 LARGEST = 8
 CAST_BYTES = 16
-THREADS = 2
 WHOLE_ROWS = sys.maxsize
 
 Advance = Callable[[int], None]
 Piece = tuple[int, np.ndarray]
 Seen = Callable[[int | None, np.ndarray], None]
+Task = Callable[["Buffers"], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def carry_out(plan: Plan, checkpoint: Checkpoint, layout: Layout, staging: Stagi
     tasks = [partial(worker.make, group) if group[0].source is None else partial(worker.carry, *group)
              for group in alike(plan.moves)]
     tasks += [partial(worker.hash_source, name) for name in sorted(unmoved)]
-    tasks += [lambda check=check: worker.check(check) for check in plan.checks]
+    tasks += [partial(worker.check, check) for check in plan.checks]
     run_all(tasks, worker.stop)
     return Digests(worker.source_digests, worker.target_digests)
 
@@ -83,14 +88,21 @@ def digest_of(tensors: Mapping[str, TensorInfo | Move], digests: Mapping[str, st
 
 
 def chunks_of(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """The elements of a tensor in C order, flat, in pieces of at most 1 MiB. The memory of a piece is used again."""
+    """The elements of a tensor in C order, flat, in pieces of at most ``CHUNK`` bytes.
+
+    The memory of a piece is used again.
+    """
     return (piece for _, piece in flow(checkpoint.matrix(name), Buffers()))
 
 
 class Buffers:
-    """Memory for tiles and strips that is used again: a fresh 32 MiB costs all its page faults every time."""
+    """The memory of one thread for a tile and strips, used again: fresh memory costs its page faults every time.
 
-    def __init__(self) -> None:
+    ``tile`` is how many bytes a tile has at most.
+    """
+
+    def __init__(self, tile: int | None = None) -> None:
+        self.tile = max(tile or TILES[0], LARGEST)
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
 
     @contextmanager
@@ -148,19 +160,23 @@ def made(move: Move) -> Iterator[Piece]:
 
 
 def alike(moves: Iterable[Move]) -> list[list[Move]]:
-    """``moves`` as tasks, the largest first: those that make the same tensor together, any other by itself."""
+    """``moves`` as tasks: those that make the same tensor together, any other by itself.
+
+    The largest transpose comes first, and what is not transposed behind the smallest, the largest last.
+    """
     groups: dict[object, list[Move]] = defaultdict(list)
     for move in moves:
         groups[(move.filling, move.shape, move.dtype) if move.source is None else move.target].append(move)
-    return sorted(groups.values(), key=lambda group: -sum(move.nbytes for move in group))
+    return sorted(groups.values(),
+                  key=lambda group: sum(-move.nbytes if move.transposed else move.nbytes for move in group))
 
 
-def tiling(rows: int, columns: int, size: int, run: int) -> tuple[int, int]:
-    """Rows and columns of the tiles in which a matrix of elements of ``size`` bytes is transposed, all about equal.
+def tiling(rows: int, columns: int, size: int, run: int, nbytes: int) -> tuple[int, int]:
+    """Rows and columns of tiles of at most ``nbytes`` in which elements of ``size`` bytes are transposed, about equal.
 
     A column becomes a run of at least ``run`` bytes where it has so many; a row of a tile has at most ``WIDE``.
     """
-    area = max(1, TILE // size)
+    area = max(1, nbytes // size)
     longest = min(rows, area, max(area // columns, _share(rows, max(1, rows * size // run))))
     high = _share(rows, -(-rows // longest))
     widest = max(1, min(columns, area // high, WIDE // size))
@@ -171,19 +187,39 @@ def _share(whole: int, parts: int) -> int:
     return -(-whole // parts)
 
 
-def run_all(tasks: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """Carry out ``tasks`` on all threads; the first failure, or Ctrl-C, sets ``stop`` and is raised."""
-    def attempt(task: Callable[[], None]) -> None:
-        if not stop.is_set():
-            with _setting(stop):
-                task()
+def run_all(tasks: Sequence[Task], stop: threading.Event) -> None:
+    """Carry out ``tasks`` on a thread for each of ``TILES``; the first failure, or Ctrl-C, sets ``stop`` and is raised.
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(attempt, task) for task in tasks]
+    The thread with the largest tile takes from the front, the others from the back.
+    """
+    waiting, failures = deque(tasks), []
+
+    def work(tile: int, take: Callable[[], Task]) -> None:
+        buffers = Buffers(tile)
+        try:
+            while (task := _next(take)) is not None and not stop.is_set():
+                task(buffers)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=work, args=(tile, waiting.pop if number else waiting.popleft))
+               for number, tile in enumerate(TILES)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
         with _setting(stop):
-            wait(futures)
-    for future in futures:
-        future.result()
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _next(take: Callable[[], Task]) -> Task | None:
+    """The next task, None when another thread has taken the last one."""
+    try:
+        return take()
+    except IndexError:
+        return None
 
 
 @contextmanager
@@ -210,9 +246,9 @@ def _straight(matrix: Matrix | Loaded, buffers: Buffers, seen: Seen) -> Iterator
 
 def _turned(matrix: Matrix, buffers: Buffers, run: int, seen: Seen) -> Iterator[Piece]:
     """The transpose of ``matrix``, which lies row by row."""
-    high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run)
+    high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run, buffers.tile)
     per_piece = max(1, CHUNK // matrix.dtype.size)
-    with buffers.borrow(max(TILE, LARGEST)) as buffer:
+    with buffers.borrow(buffers.tile) as buffer:
         for columns in cut(range(matrix.columns), wide):
             for rows in cut(range(matrix.rows), high):
                 tile = _shaped(buffer, len(columns), len(rows), matrix.dtype)
@@ -227,20 +263,24 @@ def _turned(matrix: Matrix, buffers: Buffers, run: int, seen: Seen) -> Iterator[
 
 def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
             seen: Seen) -> Iterator[tuple[range, np.ndarray]]:
-    """Columns of ``matrix``, 64 rows at a time, in padded rows. Reading a short row whole is cheaper than a part."""
-    size = matrix.dtype.size
-    read = range(matrix.columns) if matrix.columns * size <= WIDE else columns
+    """Columns of ``matrix``, 64 rows at a time, in padded rows; see the top for what is read along with them."""
+    size, everything = matrix.dtype.size, range(matrix.columns)
+    first, narrow = columns.start == 0, matrix.columns * size <= WIDE
+    unwanted = (matrix.columns - len(columns)) * size
+    read = everything if narrow and (first or unwanted <= GAP) else columns
     wanted = slice(columns.start - read.start, columns.stop - read.start)
-    room = STRIP_ROWS * (max(WIDE, LARGEST) + STRIP_PADDING)
-    with buffers.borrow(room) as plain, buffers.borrow(room) as padded:
-        for some in cut(rows, STRIP_ROWS):
-            block = _shaped(plain, len(some), len(read), matrix.dtype)
-            matrix.read(some, read, block)
-            if columns.start == 0 or read == columns:
-                seen(some.start * matrix.columns if len(read) == matrix.columns else None, block.reshape(-1))
-            strip = _shaped(padded, len(some), len(columns) + STRIP_PADDING // size, matrix.dtype)[:, : len(columns)]
-            np.copyto(strip, block[:, wanted])
-            yield some, strip
+    with (buffers.borrow(max(BLOCK, WIDE, LARGEST)) as plain,
+          buffers.borrow(STRIP_ROWS * (max(WIDE, LARGEST) + STRIP_PADDING)) as padded):
+        for strip_rows in cut(rows, STRIP_ROWS):
+            strip = _shaped(padded, len(strip_rows), len(columns) + STRIP_PADDING // size,
+                            matrix.dtype)[:, : len(columns)]
+            for some in cut(strip_rows, BLOCK // (len(read) * size)):
+                block = _shaped(plain, len(some), len(read), matrix.dtype)
+                matrix.read(some, read, block)
+                if first or not narrow:
+                    seen(some.start * matrix.columns if read == everything else None, block.reshape(-1))
+                np.copyto(strip[some.start - strip_rows.start: some.stop - strip_rows.start], block[:, wanted])
+            yield strip_rows, strip
 
 
 def _shaped(buffer: np.ndarray, rows: int, columns: int, dtype: Dtype) -> np.ndarray:
@@ -280,12 +320,11 @@ class _Worker:
         self.allow_nonfinite, self.advance = allow_nonfinite, advance
         self.source_digests: dict[str, str] = {}
         self.target_digests: dict[str, str] = {}
-        self.buffers = Buffers()
         self.stop = threading.Event()
         for info in checkpoint.tensors.values():
             checkpoint.handle(info)
 
-    def carry(self, move: Move) -> None:
+    def carry(self, move: Move, buffers: Buffers) -> None:
         """Move one tensor, and hash it on both sides: while it passes by, or else once more from its file."""
         file, offset = self.layout.places[move.target]
         source, target = _Running(prod(move.source_shape)), _Running(prod(move.shape))
@@ -296,7 +335,7 @@ class _Worker:
             if matrix.straight:
                 source.take(start, elements)
 
-        pieces = flow(move.rule.apply(matrix) if move.transposed else matrix, self.buffers, run=RUN, seen=seen)
+        pieces = flow(move.rule.apply(matrix) if move.transposed else matrix, buffers, run=RUN, seen=seen)
         results = cast_flow(pieces, move.source_dtype, move.dtype)
         if move.dtype != move.source_dtype:
             results = self._finite(results, move.dtype, f"{move.source} overflows {move.dtype.name}")
@@ -306,11 +345,11 @@ class _Worker:
             self.staging.write(file, _bytes_of(result), offset + start * move.dtype.size)
             self.advance(result.nbytes)
         written = self.staging.matrix(file, offset, move.dtype, target.size)
-        self.target_digests[move.target] = self._digest(target, written)
+        self.target_digests[move.target] = self._digest(target, written, buffers)
         if move.filling is None:
-            self.source_digests[move.source] = self._digest(source, matrix)
+            self.source_digests[move.source] = self._digest(source, matrix, buffers)
 
-    def make(self, moves: Sequence[Move]) -> None:
+    def make(self, moves: Sequence[Move], buffers: Buffers) -> None:
         """Tensors that are made alike are made once."""
         running = _Running(prod(moves[0].shape))
         for start, piece in running.watch(made(moves[0])):
@@ -322,35 +361,36 @@ class _Worker:
                 self.advance(piece.nbytes)
         self.target_digests.update(dict.fromkeys((move.target for move in moves), running.state.hexdigest()))
 
-    def hash_source(self, name: str) -> None:
+    def hash_source(self, name: str, buffers: Buffers) -> None:
         matrix = self.checkpoint.matrix(name)
-        self.source_digests[name] = self._digest(_Running(matrix.rows * matrix.columns), matrix)
+        self.source_digests[name] = self._digest(_Running(matrix.rows * matrix.columns), matrix, buffers)
 
-    def check(self, check: Check) -> None:
+    def check(self, check: Check, buffers: Buffers) -> None:
         """A source tensor that is made anew must hold what is made: the same bits, or for a mask the same truth."""
         filling, held = check.move.filling, self.checkpoint.tensors[check.source]
         if filling.copies:
             copied = self.checkpoint.tensors[filling.copies]
-            agree = held.shape == copied.shape and held.dtype == copied.dtype and self._same(check.source, copied.name)
+            agree = (held.shape == copied.shape and held.dtype == copied.dtype
+                     and self._same(check.source, copied.name, buffers))
             told = f"is not the same as {filling.copies}, although the two are tied"
         else:
             agree = held.shape == check.move.shape and all(
                 np.array_equal(left != 0, right != 0)
-                for left, right in together(flow(self.checkpoint.matrix(check.source), self.buffers),
+                for left, right in together(flow(self.checkpoint.matrix(check.source), buffers),
                                             made(check.move)))
             told = f"is not the {filling.name} that this family has"
         if not agree:
             raise BadInput(f"{check.source} in the source {told}. Nothing was written.")
 
-    def _same(self, one: str, other: str) -> bool:
+    def _same(self, one: str, other: str, buffers: Buffers) -> bool:
         sides = in_one_order(self.checkpoint.matrix(one), self.checkpoint.matrix(other))
         return all(np.array_equal(left.view(np.uint8), right.view(np.uint8))
-                   for left, right in together(*(flow(side, self.buffers) for side in sides)))
+                   for left, right in together(*(flow(side, buffers) for side in sides)))
 
-    def _digest(self, running: _Running, matrix: Matrix | Loaded) -> str:
+    def _digest(self, running: _Running, matrix: Matrix | Loaded, buffers: Buffers) -> str:
         if not running.whole:
             running = _Running(running.size)
-            for _ in running.watch(flow(matrix, self.buffers)):
+            for _ in running.watch(flow(matrix, buffers)):
                 if self.stop.is_set():
                     break
         return running.state.hexdigest()

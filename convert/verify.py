@@ -45,25 +45,24 @@ class _Reading:
 
     def __init__(self, source: Checkpoint, held: Checkpoint, advance: Advance) -> None:
         self.source, self.held, self.advance = source, held, advance
-        self.buffers = Buffers()
         self.stop = threading.Event()
 
-    def compare(self, move: Move) -> None:
+    def compare(self, move: Move, buffers: Buffers) -> None:
         """The result, inverted, against the source."""
         held = self.held.matrix(move.target)
         source, inverted = in_one_order(self.source.matrix(move.source),
                                         move.rule.invert(held) if move.transposed else held)
-        right = cast_flow(flow(source, self.buffers), move.source_dtype, move.dtype)
-        for expected, found in together(right, flow(inverted, self.buffers)):
+        right = cast_flow(flow(source, buffers), move.source_dtype, move.dtype)
+        for expected, found in together(right, flow(inverted, buffers)):
             if self.stop.is_set():
                 return
             self._require_equal(move, found, expected)
 
-    def compare_made(self, moves: Sequence[Move]) -> None:
+    def compare_made(self, moves: Sequence[Move], buffers: Buffers) -> None:
         """Tensors that are made alike are made once more, each time for all of them."""
         for move in moves:
             held = self.held.matrix(move.target)
-            for expected, found in together(made(move), flow(held, self.buffers)):
+            for expected, found in together(made(move), flow(held, buffers)):
                 if self.stop.is_set():
                     return
                 self._require_equal(move, found, expected)

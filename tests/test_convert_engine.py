@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ from convert.writer import Staging, make_layout
 UINTS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 SIZES = st.integers(0, 21)
 CONSTANTS = st.fixed_dictionaries({
-    "TILE": st.integers(1, 700), "CHUNK": st.integers(1, 300), "RUN": st.integers(1, 90), "WIDE": st.integers(1, 60),
+    "TILES": st.tuples(st.integers(1, 700), st.integers(1, 700)), "CHUNK": st.integers(1, 300),
+    "BLOCK": st.integers(1, 200), "RUN": st.integers(1, 90), "WIDE": st.integers(1, 60), "GAP": st.integers(0, 60),
     "STRIP_ROWS": st.integers(1, 9), "STRIP_PADDING": st.integers(0, 80)})
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
@@ -120,21 +122,21 @@ def test_every_element_is_seen_once_and_in_the_order_of_the_file_where_it_says_s
 
 @given(rows=st.integers(1, 10**6), columns=st.integers(1, 10**6), size=st.sampled_from([1, 2, 4, 8]))
 def test_tiles_cover_the_matrix_and_fit(rows, columns, size):
-    for run in (stream.RUN, stream.WHOLE_ROWS):
-        high, wide = tiling(rows, columns, size, run)
+    for run, tile in product((stream.RUN, stream.WHOLE_ROWS), stream.TILES):
+        high, wide = tiling(rows, columns, size, run, tile)
         assert 1 <= high <= rows and 1 <= wide <= columns
-        assert high * wide * size <= stream.TILE
+        assert high * wide * size <= tile
         assert wide * size <= stream.WIDE
         assert high == rows or wide == 1 or high * size >= min(run, rows * size // 2)
 
 
 @pytest.mark.parametrize("rows,columns,size,tile", [
-    (4096, 4096, 2, (4096, 4096)), (16384, 4096, 2, (16384, 1024)), (4096, 16384, 2, (4096, 4096)),
-    (50400, 4096, 2, (50400, 316)), (4096, 4096, 4, (4096, 2048)),
-    (250_000, 4096, 2, (83_334, 196))])
+    (4096, 4096, 2, (4096, 4096)), (16384, 4096, 2, (16384, 2048)), (4096, 16384, 2, (4096, 8192)),
+    (50400, 4096, 2, (50400, 586)), (4096, 4096, 4, (4096, 4096)),
+    (250_000, 4096, 2, (83_334, 373))])
 def test_tiles_of_gptj(rows, columns, size, tile):
     """Whole rows of the target, also of its head; a vocabulary of a quarter million is cut across its rows."""
-    assert tiling(rows, columns, size, stream.RUN) == tile
+    assert tiling(rows, columns, size, stream.RUN, 64 << 20) == tile
 
 
 @given(st.integers(-5, 50), st.integers(0, 60), st.integers(-1, 9))
@@ -253,7 +255,7 @@ def converted(moves, source, output, file_format="safetensors", shard_size=1 << 
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("stored", FLOATS)
 def test_every_cast_in_every_orientation_is_torchs(stored, target, file_format, tmp_path, monkeypatch):
-    for name, value in {"TILE": 640, "CHUNK": 256, "RUN": 24, "WIDE": 32, "STRIP_ROWS": 4}.items():
+    for name, value in {"TILES": (640, 320), "CHUNK": 256, "RUN": 24, "WIDE": 32, "STRIP_ROWS": 4}.items():
         monkeypatch.setattr(stream, name, value)
     torch.manual_seed(0)
     shapes = {"tall": (37, 5), "wide": (5, 37), "square": (16, 16), "row": (1, 9), "column": (9, 1), "one": (1, 1)}
@@ -271,6 +273,28 @@ def test_every_cast_in_every_orientation_is_torchs(stored, target, file_format, 
         assert held[move.target].tobytes() == right
         assert digests.target[move.target] == xxhash.xxh3_128(right).hexdigest()
         assert digests.source[move.source] == xxhash.xxh3_128(bits(value, stored)).hexdigest()
+
+
+@pytest.mark.parametrize("shape,times", [((40, 24), 1), ((24, 40), 1), ((40, 100), 2)])
+def test_a_matrix_is_read_once_for_each_tile_and_never_for_its_digest(shape, times, tmp_path, monkeypatch):
+    """The third does not fit into a tile, and what its second tile leaves out of a row is less than a call."""
+    for name, value in {"TILES": (2 * 40 * 60, 8), "WIDE": 256, "STRIP_ROWS": 8}.items():
+        monkeypatch.setattr(stream, name, value)
+    values = torch.arange(shape[0] * shape[1], dtype=torch.int16).reshape(shape).view(torch.float16).nan_to_num(0, 0, 0)
+    save_file({"it": values}, tmp_path / "some.safetensors")
+    read, elements = Matrix.read, []
+
+    def counted(matrix, rows, columns, out):
+        elements.append(out.size)
+        read(matrix, rows, columns, out)
+    monkeypatch.setattr(Matrix, "read", counted)
+    plan = plan_of([linear("it", shape, "float16", "float16")])
+    layout = make_layout(plan.moves, "safetensors", 1 << 40)
+    with open_checkpoint(tmp_path / "some.safetensors") as checkpoint, Staging(tmp_path / "out") as staging:
+        staging.allocate(layout)
+        digests = carry_out(plan, checkpoint, layout, staging)
+    assert sum(elements) == times * values.numel()
+    assert digests.source["it"] == xxhash.xxh3_128(values.numpy().tobytes()).hexdigest()
 
 
 def bits(tensor, dtype):
@@ -314,7 +338,7 @@ causal_mask_of_tests = causal_mask()
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
 def test_reading_back_sees_every_single_bit(shape, tmp_path, monkeypatch):
     """Whatever one bit of the result is turned, in any tile, strip or padding: it is found."""
-    for name, value in {"TILE": 48, "CHUNK": 32, "WIDE": 8, "STRIP_ROWS": 2}.items():
+    for name, value in {"TILES": (48, 24), "CHUNK": 32, "WIDE": 8, "STRIP_ROWS": 2}.items():
         monkeypatch.setattr(stream, name, value)
     values = np.arange(48, dtype=np.float16).reshape(shape)
     save_file({"it": torch.from_numpy(values)}, tmp_path / "some.safetensors")
@@ -398,15 +422,15 @@ def test_widening_float16_is_torchs_on_every_bit_pattern():
 def test_the_first_failure_stops_the_others():
     stop, began = threading.Event(), threading.Event()
 
-    def failing():
+    def failing(buffers):
         began.wait()
         raise KeyError("this one")
 
-    def waiting():
+    def waiting(buffers):
         began.set()
         assert stop.wait(20)
     with pytest.raises(KeyError, match="this one"):
-        run_all([failing, waiting, *[lambda: pytest.fail("started after the failure")] * 20], stop)
+        run_all([failing, *[lambda buffers: pytest.fail("started after the failure")] * 20, waiting], stop)
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_told(file):
