@@ -15,7 +15,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,20 +26,21 @@ from unittest.mock import patch
 import numpy as np
 import xxhash
 
-from convert.checkpoint import Checkpoint, open_checkpoint, opened, read_config
+from convert.checkpoint import Checkpoint, cut, open_checkpoint, opened, read_config
 from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .inputs import Inputs
 from .inside import Places
 from .lockstep import heard_by, in_step, in_turn, listener_here
-from .paging import Pages, divide, gates_of
+from .paging import Pages, divide, gates_of, threads
 from .runs import Run
 from .side import Side
 from .tasks import token_rows
 from .trace import RECORDED, Step
 
 Modules = Sequence[tuple[str, str]]
+Look = Callable[[str, np.ndarray], None]
 TARGETS = ("models", "paddlenlp")
 
 
@@ -54,7 +57,7 @@ class Candidate(Side):
         _use_device(device)
         self.run = run
         self.version = paddle.__version__
-        self._digest: str | None = None
+        self._hashes: dict[str, str] = {}
         self.model = self._build_empty() if paged else self._build()
         self.model.eval()
         layers = dict(self.model.named_sublayers())
@@ -75,21 +78,36 @@ class Candidate(Side):
             array = _looked_at(slot.tensor)
             yield from ((name, array) for name in slot.names)
 
-    def hashed_state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """:meth:`state`, after which :attr:`weights_digest` costs nothing."""
-        lines = []
-        for name, array in self.state():
-            lines.append(f"{name} {list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}\n")
-            yield name, array
-        self._digest = xxhash.xxh3_128("".join(sorted(lines)).encode()).hexdigest()
+    def show(self, look: Look = lambda name, array: None) -> None:
+        """``look`` is shown what :meth:`state` gives, each tensor once, and all of it is hashed on the way.
 
-    @property
+        Weights in memory are shown now. Those of a paged net are shown when they come in for the first time, so that
+        they need not come in for that alone; :meth:`show_rest` brings in what nothing has asked for until then.
+        """
+        self._hashes = {}
+
+        def seen(name: str, array: np.ndarray) -> None:
+            self._hashes[name] = f"{list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}"
+            look(name, array)
+        if self._pages is None:
+            for name, array in self.state():
+                seen(name, array)
+        else:
+            self._pages.show(lambda slot: [seen(name, _looked_at(slot.tensor)) for name in slot.names])
+
+    def show_rest(self) -> None:
+        """Show what no pass has asked for since :meth:`show`."""
+        if self._pages is not None:
+            self._pages.show_rest()
+
+    @cached_property
     def weights_digest(self) -> str:
         """xxh3-128 over names, shapes and bytes of what the net holds, sorted by name."""
-        if self._digest is None:
-            for _ in self.hashed_state():
-                pass
-        return self._digest
+        if not self._hashes:
+            self.show()
+        self.show_rest()
+        lines = (f"{name} {line}\n" for name, line in sorted(self._hashes.items()))
+        return xxhash.xxh3_128("".join(lines).encode()).hexdigest()
 
     def answers(self, inputs: Inputs, steps: Iterable[Step]) -> Iterator[Step]:
         """For each of the reference's ``steps``, what this net gives as far as that goes, and then the rest.
@@ -458,7 +476,7 @@ class _Once:
 
 # A net larger than memory ---------------------------------------------------------------------------------------------
 
-PART = 64 << 20
+PIECE = 1 << 17
 
 
 def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
@@ -490,8 +508,13 @@ class _Slot:
         self.tensor: Any = None
         self.release()
 
-    def fill(self) -> None:
-        self.tensor = _shared(_read_float32(self._checkpoint, self._key, self._shape))
+    @property
+    def elements(self) -> int:
+        return math.prod(self._shape)
+
+    def fill(self, memory: np.ndarray) -> None:
+        _read_float32(self._checkpoint, self._key, memory)
+        self.tensor = _shared(memory.reshape(self._shape))
         self._put(self.tensor)
 
     def release(self) -> None:
@@ -507,17 +530,17 @@ def _is_lazy(tensor: Any) -> bool:
     return not tensor._is_initialized()
 
 
-def _read_float32(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as float32 in ``shape``, widened part by part; 64-byte aligned, as Paddle allocates."""
+def _read_float32(checkpoint: Checkpoint, key: str, memory: np.ndarray) -> None:
+    """Fill ``memory``, float32 [elements], on all cores, in pieces so small that they are widened in the cache."""
     info = checkpoint.tensors[key]
-    elements = math.prod(info.shape)
-    buffer = np.empty(elements * 4 + 64, np.uint8)
-    skip = -buffer.ctypes.data % 64
-    array = buffer[skip: skip + elements * 4].view(np.float32)
-    for start in range(0, elements, PART // 4):
-        stop = min(start + PART // 4, elements)
-        array[start:stop] = to_float32(checkpoint.read_elements(key, start, stop), info.dtype.name)
-    return array.reshape(shape)
+    checkpoint.handle(info)
+
+    def read(part: range) -> None:
+        for piece in cut(part, PIECE):
+            stored = checkpoint.read_elements(key, piece.start, piece.stop)
+            memory[piece.start: piece.stop] = to_float32(stored, info.dtype.name)
+    with ThreadPoolExecutor(threads()) as pool:
+        list(pool.map(read, cut(range(len(memory)), -(-len(memory) // threads()))))
 
 
 def _looked_at(tensor: Any) -> np.ndarray:
@@ -532,12 +555,14 @@ def _shared(array: np.ndarray) -> Any:
 
 
 def _use_device(device: str) -> None:
+    """Compute on ``device``; on the CPU with as many threads as torch has, where Paddle takes one of itself."""
     import paddle
     try:
         paddle.set_device(device)
     except Exception as error:
         raise BadInput(f"--device {device} cannot be used by this Paddle ({next(iter(str(error).splitlines()), '')}). "
                        "Try --device cpu.") from error
+    paddle.base.core.set_num_threads(threads())
 
 
 def _refuse_foreign_models() -> None:
