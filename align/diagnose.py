@@ -642,8 +642,9 @@ class _Case:
 def find(session: Session) -> Findings:
     """The forward stage once more, and a sentence on why it is diverged; its traces are not saved again."""
     from .forward import STAGE as FORWARD_STAGE
-    _, told = session.evidence
+    session.inspect()
     findings = FORWARD_STAGE.judge(session, paired(FORWARD_STAGE, session))
+    _, told = session.evidence
     bad = session.weights_divergence or findings.named
     none = f"No explanation in stock accounts for {bad}." if bad else "Nothing to explain: every place agrees."
     return replace(findings, notes=[*told, *([] if findings.diagnosis else [none])])

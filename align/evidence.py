@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint
-from convert.dtypes import BY_NAME, cast
+from convert.checkpoint import Checkpoint, cut
+from convert.dtypes import BY_NAME, cast, has_nonfinite
 from convert.plan import Move
 
-from .answers import Candidate
+from .candidate import Candidate
 from .compare import Measures, TensorResult, compare, missing
+from .paging import threads
 from .report import ALIGNED
 from .runs import Run
 from .tolerance import EXACT
@@ -24,44 +26,76 @@ if TYPE_CHECKING:
     from .stage import Session
 
 FLOAT32 = BY_NAME["float32"]
-PART, STRIP = 16 << 20, 64
+PIECE, STRIP = 1 << 17, 64
+
+
+class Comparison:
+    """Takes in what a net holds, tensor by tensor and in any order, and compares each with the source bit by bit."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._moves = {move.target: move for move in run.plan.moves}
+        self._found: dict[str, TensorResult] = {}
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        known = name in self._moves
+        self._found[name] = (_bitwise(self._moves[name], self._run.checkpoint, array) if known else
+                             missing(name, "source's plan"))
+
+    def results(self) -> tuple[list[TensorResult], list[str]]:
+        """One result per tensor, in the order of the plan, and what is to be told beside them.
+
+        A buffer that the net computes itself need not be held; anything else that is missing or extra is a failure.
+        """
+        found, moves = self._found, self._moves
+        results = [found[name] if name in found else missing(name, "candidate") for name, move in moves.items()
+                   if name in found or not move.filling]
+        results += [result for name, result in found.items() if name not in moves]
+        absent = [name for name, move in moves.items() if move.filling and name not in found]
+        notes = [f"{len(absent)} buffers of the file are not held by this net, which computes them itself: "
+                 f"{absent[0]} and the like."] if absent else []
+        return results, notes
 
 
 def compare_weights(run: Run, candidate: Candidate) -> tuple[list[TensorResult], list[str]]:
-    """One result per tensor, in the order of the plan, and what is to be told beside them.
+    """What :class:`Comparison` finds of all that the candidate holds, brought in for this alone."""
+    comparison = Comparison(run)
+    candidate.show(comparison.add)
+    candidate.show_rest()
+    return comparison.results()
 
-    A buffer that the net computes itself need not be held; anything else that is missing or extra is a failure.
+
+class Inspection:
+    """Weights before behaviour, known before either is told of.
+
+    From its making on, whatever the candidate holds is compared: at once what lies in memory, what is paged when it
+    comes in for the first time. While ``align.weights`` found a net of this source aligned, what is held is only
+    hashed, and compared where the digest is another than the one found then.
     """
-    moves = {move.target: move for move in run.plan.moves}
-    found = {name: _bitwise(moves[name], run.checkpoint, array) if name in moves else missing(name, "source's plan")
-             for name, array in candidate.hashed_state()}
-    results = [found[name] if name in found else missing(name, "candidate") for name, move in moves.items()
-               if name in found or not move.filling]
-    results += [result for name, result in found.items() if name not in moves]
-    absent = [move.target for move in run.plan.moves if move.filling and move.target not in found]
-    notes = [f"{len(absent)} buffers of the file are not held by this net, which computes them itself: "
-             f"{absent[0]} and the like."] if absent else []
-    return results, notes
 
+    def __init__(self, session: Session) -> None:
+        session.advance("weights")
+        self._session = session
+        source, self._verified = _verified(session.reports / "weights.json") or (None, None)
+        self._comparison = None if source == session.run.source_digest else Comparison(session.run)
+        session.candidate.show(*[self._comparison.add] if self._comparison else [])
 
-def evidence(session: Session) -> tuple[str | None, list[str]]:
-    """Weights before behaviour: the first parameter that differs, or None, and a sentence on how it is known.
-
-    The comparison is skipped only while what the net holds has the digest that ``align.weights`` found aligned.
-    """
-    session.advance("weights")
-    dtype = session.run.conversion.dtype
-    rounded = "" if dtype == "keep" else f" rounded to {dtype}, on both sides,"
-    verified = _verified(session.reports / "weights.json")
-    if verified is not None and verified == (session.run.source_digest, session.candidate.weights_digest):
-        return None, [f"Weights: equal to the source{rounded} bit by bit, as align.weights found for this very digest."]
-    results, _ = compare_weights(session.run, session.candidate)
-    wrong = [result for result in results if not result.passed]
-    if not wrong:
-        return None, [f"Weights: {len(results)} tensors compared with the source{rounded}, equal bit by bit."]
-    many = f"{len(wrong)} tensors" if len(wrong) > 1 else "one tensor"
-    return wrong[0].name, [f"Weights differ from the source in {many}, so this stage is diverged whatever its outputs "
-                           f"say. The first: {wrong[0].failure}."]
+    def told(self) -> tuple[str | None, list[str]]:
+        """The first parameter that differs, or None, and a sentence on how it is known."""
+        run, candidate = self._session.run, self._session.candidate
+        dtype = run.conversion.dtype
+        rounded = "" if dtype == "keep" else f" rounded to {dtype}, on both sides,"
+        if self._comparison is None and self._verified == candidate.weights_digest:
+            return None, [f"Weights: equal to the source{rounded} bit by bit, as align.weights found for this very "
+                          "digest."]
+        candidate.show_rest()
+        results, _ = self._comparison.results() if self._comparison else compare_weights(run, candidate)
+        wrong = [result for result in results if not result.passed]
+        if not wrong:
+            return None, [f"Weights: {len(results)} tensors compared with the source{rounded}, equal bit by bit."]
+        many = f"{len(wrong)} tensors" if len(wrong) > 1 else "one tensor"
+        return wrong[0].name, [f"Weights differ from the source in {many}, so this stage is diverged whatever its "
+                               f"outputs say. The first: {wrong[0].failure}."]
 
 
 def _verified(file: Path) -> tuple[Any, Any] | None:
@@ -96,29 +130,36 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
 
 
 def _equal_in_parts(move: Move, source: Checkpoint, array: np.ndarray) -> bool:
-    """Whether all elements are finite and have the source's bits.
-
-    A transposed matrix is turned back in strips of 64 rows, each padded by 64 bytes, as in ``convert/stream.py``.
-    """
-    if not move.source_shape or source.tensors[move.source].strides is not None:
+    """Whether all elements are finite and have the source's bits; on all cores."""
+    info = source.tensors[move.source]
+    if not move.source_shape or info.strides is not None:
         return False
-    rows, width = move.source_shape[0], math.prod(move.source_shape[1:])
-    strip = np.empty((STRIP, width + 16), np.float32)[:, :width] if move.transposed else None
-    many = max(1, PART // (4 * width) // STRIP) * STRIP
-    for start in range(0, rows, many):
-        expected = _float32(move, source.read_rows(move.source, start, min(start + many, rows)))
-        if not np.isfinite(expected).all():
+    source.handle(info)
+    rows = move.source_shape[0]
+    with ThreadPoolExecutor(threads()) as pool:
+        return all(pool.map(lambda part: _equal_rows(move, source, array, part),
+                            cut(range(rows), -(-rows // threads()))))
+
+
+def _equal_rows(move: Move, source: Checkpoint, array: np.ndarray, rows: range) -> bool:
+    """:func:`_equal_in_parts` of some rows of the source, in pieces that stay in the cache.
+
+    A transposed matrix is compared in strips of 64 rows of the source, each padded by 64 bytes, as in
+    ``convert/stream.py``: row by row of the net's, which lie in memory a power of two apart.
+    """
+    width = math.prod(move.source_shape[1:])
+    some = max(1, PIECE // width)
+    high = STRIP if move.transposed else some
+    padded = np.empty((high, width + 16), np.float32)[:, :width]
+    turned = array if move.transposed else array.reshape(-1, width).T
+    for strip in cut(rows, high):
+        expected = padded[: len(strip)]
+        for part in cut(strip, some):
+            stored = source.read_rows(move.source, part.start, part.stop)
+            expected[part.start - strip.start: part.stop - strip.start] = _float32(move, stored).reshape(-1, width)
+        held = turned[:, strip.start: strip.stop]
+        if has_nonfinite(expected, FLOAT32) or not np.array_equal(expected.T.view(np.uint32), held.view(np.uint32)):
             return False
-        bits = expected.view(np.uint32)
-        if strip is None:
-            if not np.array_equal(array[start: start + len(bits)].view(np.uint32), bits):
-                return False
-            continue
-        for first in range(0, len(bits), STRIP):
-            part = bits[first: first + STRIP]
-            strip[: len(part)] = array[:, start + first: start + first + len(part)].T
-            if not np.array_equal(strip[: len(part)].view(np.uint32), part):
-                return False
     return True
 
 

@@ -34,8 +34,8 @@ from models.activation import activation
 from models.attention import heads_first
 from models.pretrained import Pretrained
 
-from .candidate import OwnNet
 from .inputs import seeded
+from .paddle_net import OwnNet
 
 Tensors = dict[str, np.ndarray]
 Edit = Callable[[Tensors], None]

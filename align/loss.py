@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .answers import Candidate
+from .candidate import Candidate
 from .compare import compare, missing
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .answers import Candidate
+from .candidate import Candidate
 from .compare import TensorResult, compare, missing
 from .inputs import Inputs, batches, positive
 from .reference import Reference

@@ -22,8 +22,8 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .answers import Candidate
-from .candidate import PaddleNet, PaddleNLPNet, use_device
+from .candidate import Candidate
+from .paddle_net import PaddleNet, PaddleNLPNet, use_device
 from .runs import Run
 from .torch_side import TorchSide, floating, tensors_of
 

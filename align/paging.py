@@ -6,24 +6,33 @@ What is said here holds for both frameworks; how a tensor is given to a layer an
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from .runs import Run
 
 SLACK = 3 << 30
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 class Slot(Protocol):
-    """One parameter of a model, under one or more names, with or without its values in memory."""
+    """One parameter of a model, under one or more names, with or without its values in memory.
+
+    ``fill`` is given the memory for them, float32 [elements], and may use it until it is released.
+    """
 
     names: Sequence[str]
+    elements: int
 
-    def fill(self) -> None: ...
+    def fill(self, memory: np.ndarray) -> None: ...
 
     def release(self) -> None: ...
 
@@ -63,6 +72,50 @@ def divide(owners: Mapping[str, int], gates: Sequence[str]) -> Division:
     return Division(pages, resident)
 
 
+class Frame:
+    """Memory for ``elements`` of float32, lent as one array at a time, in huge pages where the system has them."""
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+        self._memory = mmap.mmap(-1, max(1, 4 * elements), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError, AttributeError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._lent: Callable[[], np.ndarray | None] = lambda: None
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing refers to the array that was lent last, nor to any part or tensor of it."""
+        return self._lent() is None
+
+    def lend(self) -> np.ndarray:
+        array = np.frombuffer(self._memory, np.float32, self.elements)
+        self._lent = weakref.ref(array)
+        return array
+
+
+class Frames:
+    """The memory of the last page, used again for the next: a fresh gigabyte costs more time than reading into it."""
+
+    def __init__(self) -> None:
+        self._frames: list[Frame] = []
+
+    def lend(self, sizes: Sequence[int]) -> list[np.ndarray]:
+        """An array for each of ``sizes``, in elements. What fits none of them is given back first."""
+        kept: dict[int, list[Frame]] = {}
+        for size in sizes:
+            found = next((frame for frame in self._frames if frame.free and frame.elements == size), None)
+            if found is not None:
+                self._frames.remove(found)
+                kept.setdefault(size, []).append(found)
+        self._frames = []
+        self._frames = [kept[size].pop() if kept.get(size) else Frame(size) for size in sizes]
+        return [frame.lend() for frame in self._frames]
+
+
+FRAMES = Frames()
+"""Of the whole process: its two sides take turns, and have no page in at the same time."""
+
+
 class Pages:
     """The slots of a model by gate; only one gate's are filled at a time."""
 
@@ -71,8 +124,10 @@ class Pages:
         self._pages = {gate: [slot(names) for names in groups] for gate, groups in division.pages.items()}
         self._resident = [slot(names) for names in division.resident]
         self._open: Sequence[Slot] = ()
+        self._unseen: list[Slot] = []
+        self._look: Callable[[Slot], None] = lambda slot: None
         for one in self._resident:
-            one.fill()
+            one.fill(np.empty(one.elements, np.float32))
 
     def enter(self, gate: str) -> None:
         """Make room, and bring in what ``gate`` needs."""
@@ -81,10 +136,32 @@ class Pages:
             return
         for slot in self._open:
             slot.release()
-        _trim()
         self._open = entering
-        for slot in entering:
-            slot.fill()
+        if entering:
+            for slot, memory in zip(entering, FRAMES.lend([slot.elements for slot in entering]), strict=True):
+                slot.fill(memory)
+            self._see(entering)
+        else:
+            _trim()
+
+    def show(self, look: Callable[[Slot], None]) -> None:
+        """``look`` is shown every slot once: now where it is filled, else when it is filled for the first time."""
+        self._look = look
+        self._unseen = [*self._resident, *(slot for slots in self._pages.values() for slot in slots)]
+        self._see([*self._resident, *self._open])
+
+    def show_rest(self) -> None:
+        """Bring in what has not been filled since :meth:`show`."""
+        for gate, slots in self._pages.items():
+            if any(slot in self._unseen for slot in slots):
+                self.enter(gate)
+        self.leave()
+
+    def _see(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot in self._unseen:
+                self._unseen.remove(slot)
+                self._look(slot)
 
     def leave(self) -> None:
         """Release whatever is in."""
@@ -106,6 +183,12 @@ def is_needed(run: Run, sides: int) -> bool:
     return sides * 4 * elements + SLACK > available_memory()
 
 
+def threads() -> int:
+    """How many threads to compute with: OMP_NUM_THREADS where it is set, as torch takes it, else one a core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
+
+
 def available_memory() -> int:
     """Bytes that a new process could use without swapping, as Linux estimates it."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -121,10 +204,15 @@ def _left_to_container() -> Iterator[int]:
 
 
 def _give_memory_back() -> None:
-    """Let glibc return freed arrays to the system at once, and not gather one heap per thread."""
+    """Let glibc return large freed arrays to the system at once, and not gather one heap per thread.
+
+    Large is 4 MB. Below, memory is used again until a page leaves: its faults would cost more than the arithmetic on
+    it. Above, numpy and torch ask for huge pages, which are few; and a heap with holes of that size grows and grows.
+    """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
         mallopt(M_ARENA_MAX, 1)
 
 

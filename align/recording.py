@@ -39,13 +39,14 @@ def _look(stage: Stage, session: Session) -> Found:
 
 def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
     """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
-    _, told = session.evidence
+    session.inspect()
     reference, candidate = _Recording(), _Recording()
 
     def keep(step: Step, answer: Step) -> None:
         reference.add(step)
         candidate.add(answer)
     findings = stage.judge(session, paired(stage, session, keep))
+    _, told = session.evidence
     left = reference.trace(_provenance(stage, session, SIDES[0], reference.inputs_digest))
     right = candidate.trace(_provenance(stage, session, SIDES[1], candidate.inputs_digest, told))
     provenance = require_comparable(left.provenance, right.provenance,
@@ -76,15 +77,16 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
                        "--only.")
     if session.options.only == "reference":
         side, traces, then = SIDES[0], session.run.directory / "traces", "--only candidate"
-        steps, told = stage.reference(session), []
+        steps = stage.reference(session)
     else:
         side, traces, then = SIDES[1], session.reports / "traces", "--compare"
         recorded, files = _recorded(stage, session, SIDES[0])
-        told = session.evidence[1]
+        session.inspect()
         steps = stage.candidate(session, files.read(recorded))
     recording, written = _Recording(), StepFiles(traces, stage.name, side)
     for step in written.write(steps):
         recording.add(step)
+    told = [] if side == SIDES[0] else session.evidence[1]
     provenance = _provenance(stage, session, side, recording.inputs_digest, told)
     saved = recording.trace(replace(provenance, steps_digest=written.digest)).save(traces, side)
     return (f"{stage.name}: {session.options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"

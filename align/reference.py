@@ -444,13 +444,15 @@ class _Slot:
         self._places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         self._empty = model.get_parameter(names[0])
 
-    def fill(self) -> None:
+    @property
+    def elements(self) -> int:
+        return self._empty.numel()
+
+    def fill(self, memory: np.ndarray) -> None:
         import torch
-        values = torch.empty(self._empty.shape, dtype=torch.float32)
+        values = torch.from_numpy(memory).view(self._empty.shape)
         read = _read_safetensors if self._file.suffix == ".safetensors" else _read_bin
-        read(self._file, self._key, values)
-        if self._cast is not None:
-            values = values.to(self._cast).float()
+        read(self._file, self._key, values, self._cast)
         self._put(torch.nn.Parameter(values, requires_grad=False))
 
     def release(self) -> None:
@@ -461,25 +463,32 @@ class _Slot:
             module._parameters[name] = parameter
 
 
-def _read_safetensors(file: Path, key: str, values: Any) -> None:
+def _read_safetensors(file: Path, key: str, values: Any, cast: Any) -> None:
     """Fill ``values`` by way of safetensors' own reader, in parts: what it maps counts as memory until it closes."""
     from safetensors import safe_open
     rows = max(1, PART // max(1, values[0].numel() * 4)) if values.dim() > 1 else max(1, values.numel())
     for start in range(0, max(1, values.shape[0] if values.dim() else 1), rows):
         with safe_open(file, "pt") as content:
             if values.dim() > 1:
-                values[start: start + rows] = content.get_slice(key)[start: start + rows]
+                _put_rounded(content.get_slice(key)[start: start + rows], values[start: start + rows], cast)
             else:
-                values.copy_(content.get_tensor(key).reshape(values.shape))
+                _put_rounded(content.get_tensor(key).reshape(values.shape), values, cast)
 
 
-def _read_bin(file: Path, key: str, values: Any) -> None:
+def _read_bin(file: Path, key: str, values: Any, cast: Any) -> None:
     import torch
     if not zipfile.is_zipfile(file):
         raise BadInput(f"{file.name} is older than torch's zip format and can only be loaded whole, so this model "
                        "cannot be paged. Save it again with torch.save, or as safetensors, or use --paging off.")
     content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    values.copy_(content[key].reshape(values.shape))
+    _put_rounded(content[key].reshape(values.shape), values, cast)
+
+
+def _put_rounded(stored: Any, values: Any, cast: Any) -> None:
+    """``stored`` into ``values``, float32, by way of the dtype that the conversion cast to, if it did."""
+    values.copy_(stored)
+    if cast is not None:
+        values.copy_(values.to(cast))
 
 
 def _round_through(model: Any, dtype: Any) -> None:

@@ -21,9 +21,10 @@ from convert import errors
 
 if TYPE_CHECKING:
 
-    from .answers import Candidate
+    from .candidate import Candidate
     from .compare import TensorResult
     from .diagnose import Explanation
+    from .evidence import Inspection
     from .reference import Reference
     from .report import StageResult
     from .runs import Run
@@ -71,11 +72,19 @@ class Session:
         return self.options.paging == "on" or (
             self.options.paging == "auto" and is_needed(self.run, 1 if self.options.only else 2))
 
+    def inspect(self) -> None:
+        """From now on the candidate's weights are compared with the source, those of a paged net as they come in."""
+        _ = self._inspection
+
     @cached_property
     def evidence(self) -> tuple[str | None, list[str]]:
-        """The first weight that differs from the source, or None, and what is told of it; looked at once."""
-        from .evidence import evidence
-        return evidence(self)
+        """The first weight that differs from the source, or None, and what is told of it."""
+        return self._inspection.told()
+
+    @cached_property
+    def _inspection(self) -> Inspection:
+        from .evidence import Inspection
+        return Inspection(self)
 
     @property
     def weights_divergence(self) -> str | None:
@@ -129,6 +138,7 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault(*HUGE_PAGES)
     for flag, value in EXACT_ON_GPU.items():
         os.environ.setdefault(flag, value)
     import warnings
@@ -175,6 +185,8 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
         )
 
 
+HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
+"""torch asks for them where it allocates; read once, when it allocates first."""
 EXACT_ON_GPU = {"NVIDIA_TF32_OVERRIDE": "0", "FLAGS_cudnn_deterministic": "1", "FLAGS_embedding_deterministic": "1"}
 
 

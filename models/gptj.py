@@ -150,7 +150,8 @@ class GPTJModel(GPTJPretrained):
         presents = []
         for block, block_past in zip(self.h, past, strict=True):
             hidden, present = block(hidden, mask, sin, cos, block_past)
-            presents.append(present)
+            if use_cache:  # those of every block would else be kept until the pass ends
+                presents.append(present)
         outputs = {"last_hidden_state": self.ln_f(hidden)}
         return outputs | {"past_key_values": tuple(presents)} if use_cache else outputs
 

@@ -11,8 +11,8 @@ from align_fixtures import Workshop, all_aligned
 from safetensors.numpy import load_file, save_file
 
 import models
-from align.candidate import PaddleNet
 from align.inputs import seeded
+from align.paddle_net import PaddleNet
 from models.activation import activation
 
 Q, K = "bert.encoder.layers.1.self_attn.q_proj.weight", "bert.encoder.layers.1.self_attn.k_proj.weight"

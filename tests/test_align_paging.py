@@ -14,7 +14,7 @@ from align_fixtures import BERT_HEADS, GPTJ_HEADS, Workshop
 
 from align import paging
 from align.lockstep import halt, in_step
-from align.paging import Pages, divide, gates_of
+from align.paging import Frames, Pages, divide, gates_of
 
 STAGES = ("weights", "forward", "metric", "loss")
 SAME = ("verdict", "first_divergence", "tensors", "sublayers", "values", "candidate", "reference", "inputs_digest",
@@ -50,7 +50,7 @@ def test_nothing_that_the_reference_asks_is_left_unanswered(shop, monkeypatch):
         *(name for block in blocks for name in (block, f"{block}.ln_1 (small input)", f"{block} (small input)")),
         "transformer.ln_f", "transformer.ln_f (small input)", "logits"]
     assert len(report["sublayers"]) == 3 * (7 + 7 + 1)
-    from align.answers import _Inside
+    from align.candidate import _Inside
     monkeypatch.setattr(_Inside, "probed", lambda *_: None)
     outcome = shop.align("forward", run)
     assert outcome.code == 1
@@ -158,9 +158,10 @@ class Counted:
     filled: ClassVar[set[str]] = set()
 
     def __init__(self, names):
-        self.names = names
+        self.names, self.elements = names, 2
 
-    def fill(self):
+    def fill(self, memory):
+        assert memory.shape == (2,) and memory.dtype == "float32"
         self.filled.add(self.names[0])
 
     def release(self):
@@ -175,6 +176,40 @@ def test_only_one_page_is_in_at_a_time():
         assert Counted.filled == expected | {"stays"}
     assert [slot.names for slot in pages.each()] == [["stays"], ["a.x"], ["a.y"], ["b.x"]]
     assert Counted.filled == {"stays"}
+
+
+def test_every_slot_is_shown_once_and_while_it_is_filled():
+    Counted.filled = set()
+    pages = Pages(divide({"a.x": 1, "b.x": 2, "b.y": 3, "stays": 4}, ["a", "b"]), Counted)
+    shown = []
+
+    def look(slot):
+        assert slot.names[0] in Counted.filled
+        shown.append(slot.names[0])
+    pages.enter("a")
+    pages.show(look)
+    assert shown == ["stays", "a.x"]
+    pages.enter("b")
+    pages.enter("a")
+    assert shown == ["stays", "a.x", "b.x", "b.y"]
+    pages.show(look)
+    pages.show_rest()
+    assert shown[4:] == ["stays", "a.x", "b.x", "b.y"] and Counted.filled == {"stays"}
+
+
+def test_memory_is_lent_again_only_when_nothing_refers_to_it():
+    frames = Frames()
+    first, = frames.lend([8])
+    first[:] = 1
+    held, place = torch.from_numpy(first).view(2, 4)[1:], first.ctypes.data
+    del first
+    other, = frames.lend([8])
+    other[:] = 2
+    assert other.ctypes.data != place and held.unique().tolist() == [1]
+    place = other.ctypes.data
+    del other
+    again, more = frames.lend([8, 4])
+    assert again.ctypes.data == place and more.shape == (4,)
 
 
 def test_passes_go_through_each_gate_one_after_another():

@@ -12,7 +12,7 @@ import pytest
 from align_fixtures import STAGES, Workshop
 
 from align import forward
-from align.candidate import PaddleNet
+from align.paddle_net import PaddleNet
 from align.stage import Findings, main
 from align.trace import Provenance, require_comparable
 from convert.errors import BadInput

@@ -138,7 +138,7 @@ def test_a_changed_trace_is_seen(shop):
 
 
 def test_weights_that_differed_when_recorded_diverge_the_comparison(shop, monkeypatch):
-    from align.candidate import PaddleNet
+    from align.paddle_net import PaddleNet
     state = PaddleNet.state
     monkeypatch.setattr(PaddleNet, "state", lambda self: (
         (name, array + 1 if name == "bert.encoder.layers.1.norm1.weight" else array) for name, array in state(self)))

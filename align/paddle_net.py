@@ -1,0 +1,287 @@
+"""The Paddle side: a net of ``models/`` or PaddleNLP's class, loaded from the conversion's output."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from convert.checkpoint import Checkpoint, cut, open_checkpoint, opened, read_config
+from convert.dtypes import to_float32
+from convert.errors import BadInput, require
+
+from .candidate import Candidate, Look
+from .lint import Description, describe
+from .lockstep import listener_here
+from .paging import Pages, divide, threads
+from .runs import Run
+from .side import Modules
+
+
+class PaddleNet(Candidate):
+    """A ``paddle.nn.Layer``."""
+
+    framework = "paddle"
+
+    def __init__(self, run: Run, device: str = "cpu", paged: bool = False) -> None:
+        require("paddle")
+        import paddle
+        use_device(device)
+        self.version = paddle.__version__
+        super().__init__(run, paged)
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        if self._pages is None:
+            for name, tensor in self.model.state_dict().items():
+                yield name, tensor.numpy()
+            return
+        for slot in self._pages.each():
+            array = _looked_at(slot.tensor)
+            yield from ((name, array) for name in slot.names)
+
+    def _show_when_in(self, look: Look) -> None:
+        self._pages.show(lambda slot: [look(name, _looked_at(slot.tensor)) for name in slot.names])
+
+    @contextmanager
+    def _hooks(self, modules: Modules) -> Iterator[None]:
+        import paddle
+        layers = dict(self.model.named_sublayers())
+
+        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            value, listener = arguments[0] if arguments else named.get("hidden_states"), listener_here()
+            given = None if listener is None or value is None else listener.arrived(name, value.numpy)
+            if given is None:
+                return None
+            new = paddle.to_tensor(given)
+            return ((new, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": new})
+
+        def after(name: str, layer: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if listener_here():
+                listener_here().probed(name, lambda array: layer.forward(paddle.to_tensor(array)).numpy())
+                listener_here().answered(name, first.numpy())
+
+        with ExitStack() as hooks:
+            for _, name in modules:
+                if name in layers:
+                    hooks.callback(layers[name].register_forward_pre_hook(
+                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                    hooks.callback(layers[name].register_forward_post_hook(
+                        lambda layer, _, output, name=name: after(name, layer, output)).remove)
+            yield
+
+    def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
+        import paddle
+        with paddle.no_grad():
+            result = self._call({name: paddle.to_tensor(array) for name, array in arrays.items()})
+        return {name: value.numpy() for name, value in result.items()
+                if isinstance(value, paddle.Tensor) and value.is_floating_point()}
+
+    def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+        """With ``models.loss``."""
+        import paddle
+
+        from models.loss import contrastive_loss, mean_pool
+        pooled = mean_pool(paddle.to_tensor(hidden), paddle.to_tensor(mask.astype(np.int64)))
+        first, second = paddle.split(pooled, 2)
+        return contrastive_loss(first, second, scale).numpy()
+
+    def described(self) -> Description:
+        return describe(self.model, self._layers(), self.model.state_dict(), self.run, str)
+
+    def _paged(self) -> Pages:
+        return _pages_of(self.run, self.model, self._gates)
+
+    def _layers(self) -> dict[str, Any]:
+        return dict(self.model.named_sublayers())
+
+    def _path(self, pair: tuple[str, str]) -> str:
+        return pair[1]
+
+    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+        raise AssertionError("a target has its own call")
+
+
+class OwnNet(PaddleNet):
+    """The family's net in ``models/``."""
+
+    def _build(self) -> Any:
+        _refuse_foreign_models()
+        import models
+        return models.from_pretrained(self.run.output)
+
+    def _build_empty(self) -> Any:
+        _refuse_foreign_models()
+        import models
+        config = read_config(self.run.output)
+        with opened(self.run.output) as checkpoint:
+            return models.model_class(config).unfilled(config, checkpoint)
+
+    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+        return self.model(**tensors)
+
+    def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        import paddle
+
+        from models.loss import cross_entropy
+        return cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels), reduction="none").numpy()
+
+
+class PaddleNLPNet(PaddleNet):
+    """PaddleNLP's class for the family, with its own loss."""
+
+    def _build(self) -> Any:
+        return self._class().from_pretrained(str(self.run.output), dtype="float32")
+
+    def _build_empty(self) -> Any:
+        import paddle
+        cls = self._class()
+        from paddlenlp.transformers.model_utils import no_init_weights
+        config = cls.config_class.from_pretrained(str(self.run.output), dtype="float32")
+        with no_init_weights(_enable=True), paddle.LazyGuard():
+            net = cls(config)
+        _initialise_all_but_weights(net)
+        return net
+
+    def _class(self) -> Any:
+        logging.getLogger("datasets").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            require("paddlenlp")
+            module = importlib.import_module(f"paddlenlp.transformers.{self.run.family.name}.modeling")
+        from paddlenlp.utils.log import logger
+        logger.set_level("ERROR")
+        return getattr(module, self.run.head.paddlenlp)
+
+    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+        return self.model(**tensors, return_dict=True)
+
+    def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        import paddle
+        found = paddle.nn.functional.cross_entropy(
+            paddle.to_tensor(logits), paddle.to_tensor(labels), reduction="none")
+        return found.numpy().reshape(labels.shape)
+
+
+def _initialise_all_but_weights(net: Any) -> None:
+    """PaddleNLP's ``_init_weights`` without the values: BERT's epsilon is set there, not where the layer is made."""
+    import paddle
+
+    def nothing(*_: Any) -> None: ...
+    with patch.object(paddle.Tensor, "set_value", nothing), patch.multiple(paddle, zeros_like=nothing,
+                                                                           full_like=nothing):
+        for layer in net.sublayers():
+            if not isinstance(layer, (paddle.nn.Linear, paddle.nn.Embedding)):
+                net._init_weights(layer)
+
+
+# A net larger than memory ---------------------------------------------------------------------------------------------
+
+PIECE = 1 << 17
+
+
+def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
+    held = model.state_dict()
+    checkpoint = open_checkpoint(run.output)
+
+    def slot(names: Sequence[str]) -> _Slot:
+        known = next((name for name in names if name in checkpoint.tensors), None)
+        if known is None:
+            raise BadInput(f"{type(model).__name__} has a weight {names[0]} that {run.output} does not hold.")
+        found, wanted = tuple(checkpoint.tensors[known].shape), tuple(held[names[0]].shape)
+        if found != wanted and {math.prod(found), math.prod(wanted)} != {1}:
+            raise BadInput(f"{known} in {run.output} is {list(found)}; {type(model).__name__} needs {list(wanted)}.")
+        return _Slot(model, names, held[names[0]], checkpoint, known)
+    return Pages(divide({name: id(tensor) for name, tensor in held.items()}, gates), slot)
+
+
+class _Slot:
+    """One parameter or buffer of a net, under all its names."""
+
+    def __init__(self, model: Any, names: Sequence[str], empty: Any, checkpoint: Checkpoint, key: str) -> None:
+        import paddle
+        layers = {"": model, **dict(model.named_sublayers())}
+        self.names, self._checkpoint, self._key, self._shape = names, checkpoint, key, tuple(empty.shape)
+        places = [(layers[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in names]
+        self._tables = [(layer._parameters if word in layer._parameters else layer._buffers, word)
+                        for layer, word in places]
+        self._empty = empty if _is_lazy(empty) else paddle.zeros([1])
+        self.tensor: Any = None
+        self.release()
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self._shape)
+
+    def fill(self, memory: np.ndarray) -> None:
+        _read_float32(self._checkpoint, self._key, memory)
+        self.tensor = _shared(memory.reshape(self._shape))
+        self._put(self.tensor)
+
+    def release(self) -> None:
+        self.tensor = None
+        self._put(self._empty)
+
+    def _put(self, tensor: Any) -> None:
+        for table, word in self._tables:
+            table[word] = tensor
+
+
+def _is_lazy(tensor: Any) -> bool:
+    return not tensor._is_initialized()
+
+
+def _read_float32(checkpoint: Checkpoint, key: str, memory: np.ndarray) -> None:
+    """Fill ``memory``, float32 [elements], on all cores, in pieces so small that they are widened in the cache."""
+    info = checkpoint.tensors[key]
+    checkpoint.handle(info)
+
+    def read(part: range) -> None:
+        for piece in cut(part, PIECE):
+            stored = checkpoint.read_elements(key, piece.start, piece.stop)
+            memory[piece.start: piece.stop] = to_float32(stored, info.dtype.name)
+    with ThreadPoolExecutor(threads()) as pool:
+        list(pool.map(read, cut(range(len(memory)), -(-len(memory) // threads()))))
+
+
+def _looked_at(tensor: Any) -> np.ndarray:
+    """The very memory of a tensor on the CPU, which is not copied; of one elsewhere a copy."""
+    return np.from_dlpack(tensor) if tensor.place.is_cpu_place() and tensor.ndim else tensor.numpy()
+
+
+def _shared(array: np.ndarray) -> Any:
+    """A tensor over the very memory of ``array``."""
+    import paddle
+    return paddle.utils.dlpack.from_dlpack(array.__dlpack__()) if array.size and array.ndim else paddle.to_tensor(array)
+
+
+def use_device(device: str) -> None:
+    """Compute on ``device``; on the CPU with as many threads as torch has, where Paddle takes one of itself."""
+    import paddle
+    try:
+        paddle.set_device(device)
+    except Exception as error:
+        raise BadInput(f"--device {device} cannot be used by this Paddle ({next(iter(str(error).splitlines()), '')}). "
+                       "Try --device cpu.") from error
+    paddle.base.core.set_num_threads(threads())
+
+
+def _refuse_foreign_models() -> None:
+    """Look where ``models`` would be imported from, without running what may lie there."""
+    ours = Path(__file__).resolve().parents[1] / "models" / "__init__.py"
+    found = importlib.util.find_spec("models")
+    where = found and (found.origin or next(iter(found.submodule_search_locations)))
+    if where is None or Path(where).resolve() != ours:
+        raise BadInput(f"another package named models, at {where}, hides the nets of paddle-parity, at {ours.parent}. "
+                       "Run from another directory, or rename or uninstall it.")
