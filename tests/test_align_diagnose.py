@@ -241,7 +241,7 @@ def dropping(layer):
 
 def visible_padding_of_row_1(mask):
     row = mask.numpy()
-    row[1] = np.where(np.tril(np.ones(row.shape[-2:])) * (row[1] < -1) > 0, -10, row[1])
+    row[1:2] = np.where(np.tril(np.ones(row.shape[-2:])) * (row[1:2] < -1) > 0, -10, row[1:2])
     return paddle.to_tensor(row)
 
 
