@@ -68,6 +68,9 @@ class Candidate(Side):
         self._hashes = {}
 
         def seen(name: str, array: np.ndarray) -> None:
+            if name in self._hashes:
+                raise BadInput(f"two weights of this {type(self.model).__name__} go by the name {name}; only one of "
+                               "them could be compared.")
             self._hashes[name] = f"{list(array.shape)} {xxhash.xxh3_128(np.ascontiguousarray(array)).hexdigest()}"
             look(name, array)
         if self._pages is None:

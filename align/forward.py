@@ -40,7 +40,7 @@ def reference(session: Session) -> Iterator[Step]:
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
-    """Paddle's passes over the same inputs: one of its own, and two in which torch's activations are fed to it."""
+    """Paddle's passes over the same inputs: one of its own, and three in which torch's activations are fed to it."""
     if session.options.only == "candidate":
         _refuse_other_inputs(session)
     steps = iter(steps)
@@ -66,6 +66,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     found = Comparison(session.run)
     for step, answer in pairs:
         session.advance(found.add(step, answer))
+    found.close()
     notes = _look_again(session, found)
     tensors, sublayers = found.results()
     bad = first_bad(tensors, session.run)
@@ -73,7 +74,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
     notes = [*found.notes, *_told(found.inputs), *notes, *unjudged(session.run, found.present, [*probes, *sublayers]),
              *agreement(found.outputs["reference"], found.outputs["candidate"]), *config_lint(session.run),
-             *differences(found.described["reference"], found.described["candidate"])]
+             *(differences(**found.described) if len(found.described) == 2 else [])]
     if session.options.compare and (named or session.weights_divergence):
         notes.append("Why was not looked for: python -m align.diagnose does, where both frameworks are installed.")
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
@@ -143,11 +144,8 @@ class Comparison:
         return next((f"{result.name} {'ok' if result.passed else 'FAIL'}, rel-L2 {result.measures.rel_l2:.1e}"
                      for result in reversed(told) if result.measures), "…")
 
-    def results(self) -> tuple[list[TensorResult], list[TensorResult]]:
-        """(modules, probes and outputs; parts of modules), in the order of execution.
-
-        Whatever was asked of a module that the candidate did run, and did not come, is a failure.
-        """
+    def close(self) -> None:
+        """Nothing comes any more: whatever was asked of a module that the candidate did run is a failure."""
         for view in PARTS:
             for name in self._expected.view(view).keys() & self._answered:
                 self._part(view, name, missing(self._told(view, name), "candidate"))
@@ -158,6 +156,9 @@ class Comparison:
             if name not in absent:
                 self._order.append(name)
                 self._tensors[name] = missing(name, "reference")
+
+    def results(self) -> tuple[list[TensorResult], list[TensorResult]]:
+        """(modules, probes and outputs; parts of modules), in the order of execution."""
         order = {name: number for number, name in enumerate(self._order)}
         ordered = sorted(self._tensors.values(), key=lambda tensor: (
             position(tensor.name, self._run), order.get(tensor.name, len(order))))
@@ -174,7 +175,7 @@ class Comparison:
         for step in steps:
             for pair in self._doubtful:
                 if pair.name in step.view(pair.view):
-                    self._hold(pair, pair.judged(step.floors))
+                    self._reconsider(pair, pair.judged(step.floors))
         return sum(not result.passed for result in (*self._tensors.values(), *self._parts.values()))
 
     def _compare_module(self, name: str) -> TensorResult:
@@ -192,11 +193,15 @@ class Comparison:
             self._expected.floors.get(kind, {}).pop(pair.name, None)
         if result.doubtful:
             self._doubtful.append(pair)
-        self._hold(pair, result)
+        self._part(pair.view, pair.name, result)
         return result
 
-    def _hold(self, pair: _Pair, result: TensorResult) -> None:
-        self._part(pair.view, pair.name, result)
+    def _reconsider(self, pair: _Pair, result: TensorResult) -> None:
+        """Take the new result, unless it leaves out a test that was asked before."""
+        held = self._tensors if pair.view in (RECORDED, "small") else self._parts
+        asked, now = ({(found.kind, found.test) for found in one.judgements} for one in (held[pair.told], result))
+        if asked <= now:
+            held[pair.told] = result
 
     def _part(self, view: str, name: str, result: TensorResult) -> None:
         (self._tensors if view in (RECORDED, "small") else self._parts)[self._told(view, name)] = result

@@ -6,7 +6,6 @@ describes itself by Paddle's names, in values that JSON holds, so that the two m
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,57 +27,67 @@ SETTINGS = {
 EPSILONS = ("eps", "_epsilon", "epsilon", "variance_epsilon")
 LOWEST = -3.4028234663852886e38
 SHOWN = 3
+THROUGH_FLOAT32 = 2.0**-24
 
 
 def describe(model: Any, modules: Mapping[str, Any], weights: Mapping[str, Any], run: Run,
              named: Callable[[str], str]) -> Description:
     """``modules`` and ``weights`` (parameters and buffers) of ``model`` by its paths; ``named`` makes them Paddle's.
 
-    Dropouts are told by the recorded module that holds them. A weight that is paged out has no value to tell.
+    Dropouts are told by the recorded module that holds them.
     """
     found: Description = {"settings": _settings(getattr(model, "config", None)), "epsilon": {}, "dropout": {},
                           "mask value": {}}
     for path, module in modules.items():
         kind, name = type(module).__name__, named(path)
-        if "Norm" in kind and any(hasattr(module, key) for key in EPSILONS):
-            found["epsilon"][name] = float(next(getattr(module, key) for key in EPSILONS if hasattr(module, key)))
+        epsilon = next((number for key in EPSILONS if isinstance(number := _held(module, key), (int, float))), None)
+        if "Norm" in kind and epsilon is not None:
+            found["epsilon"][name] = float(epsilon)
         if "Dropout" in kind and isinstance(getattr(module, "p", None), (int, float)):
             home = next((place for _, place in run.modules if f"{name}.".startswith(f"{place}.")), "the other modules")
             found["dropout"][home] = sorted({*found["dropout"].get(home, ()), float(module.p)})
     shared: dict[int, list[str]] = {}
     for path, weight in weights.items():
         shared.setdefault(id(weight), []).append(named(path))
-        if "masked_bias" in path and math.prod(weight.shape) == 1 and float(weight):
+        if is_mask(path) and math.prod(weight.shape) == 1:
             found["mask value"][named(path)] = float(weight)
     return found | {"tied": sorted(sorted(names) for names in shared.values() if len(names) > 1),
                     "weights": sorted(named(path) for path in weights)}
 
 
-def differences(torch: Description, candidate: Description) -> list[str]:
+def is_mask(name: str) -> bool:
+    """Whether a buffer is the number that a mask adds to the scores."""
+    return name.endswith("masked_bias")
+
+
+def differences(reference: Description, candidate: Description) -> list[str]:
     """A sentence for each difference, and one on what was compared."""
-    settings = {key for key in torch["settings"] if key in candidate["settings"]}
-    told = [f"{concept} ({key}) is {torch['settings'][key][1]!r} in torch's config and "
+    settings = {key for key in reference["settings"] if key in candidate["settings"]}
+    told = [f"{concept} ({key}) is {reference['settings'][key][1]!r} in torch's config and "
             f"{candidate['settings'][key][1]!r} in the candidate's."
-            for key in sorted(settings) for concept in [torch["settings"][key][0]]
-            if torch["settings"][key][1] != candidate["settings"][key][1]]
-    norms = [name for name in torch["epsilon"] if name in candidate["epsilon"]]
-    told += _grouped("the epsilon of", torch["epsilon"], candidate["epsilon"], norms,
+            for key in sorted(settings) for concept in [reference["settings"][key][0]]
+            if reference["settings"][key][1] != candidate["settings"][key][1]]
+    norms = [name for name in reference["epsilon"] if name in candidate["epsilon"]]
+    told += _grouped("the epsilon of", reference["epsilon"], candidate["epsilon"], norms,
                      "An ordinary input may not show it.")
-    homes = [name for name in torch["dropout"] if name in candidate["dropout"]]
+    homes = [name for name in reference["dropout"] if name in candidate["dropout"]]
     told += _grouped("dropout in", *({name: [p for p in side["dropout"][name] if p] for name in homes}
-                                     for side in (torch, candidate)), homes,
+                                     for side in (reference, candidate)), homes,
                      "Outputs do not show it, training does.")
     held = set(candidate["weights"])
-    tied = [[name for name in names if name in held] for names in torch["tied"]]
+    tied = [[name for name in names if name in held] for names in reference["tied"]]
     parted = [names for names in tied if len(names) > 1 and not any(
         set(names) <= set(others) for others in candidate["tied"])]
     told += [f"{' and '.join(names)} are one weight in torch and several in the candidate: equal or not now, they part "
              "in training." for names in parted]
+    told += [f"{name} is held by the candidate and compared with nothing: Paddle's side has no place for it."
+             for name in candidate.get("not compared", ())]
     values = sorted(set(candidate["mask value"].values()) - {LOWEST})
     told += [f"the mask value of the candidate is {value:g}; torch's class adds {LOWEST:.1e}. A row whose scores are "
              "lower still would show it." for value in values]
-    compared = [*sorted({torch["settings"][key][0] for key in settings}), *(["each norm's epsilon"] * bool(norms)),
-                *(["each module's dropout"] * bool(homes)), *(["shared weights"] * any(len(one) > 1 for one in tied))]
+    compared = [*sorted({reference["settings"][key][0] for key in settings}), *(["each norm's epsilon"] * bool(norms)),
+                *(["each module's dropout"] * bool(homes)), *(["the mask value"] * bool(candidate["mask value"])),
+                *(["shared weights"] * any(len(one) > 1 for one in tied))]
     return [*(f"Lint: {one}" for one in told),
             f"Lint of both nets as built: {len(told) or 'no'} difference{'s' * (len(told) != 1)} in "
             f"{', '.join(compared)}." if compared else "Lint: this net says nothing of itself that could be compared."]
@@ -86,17 +95,21 @@ def differences(torch: Description, candidate: Description) -> list[str]:
 
 def _settings(config: Any) -> dict[str, tuple[str, Any]]:
     """(what it is, value) of every known setting of a config, a mapping or an object, by its first key's name."""
-    if config is None:
-        return {}
-    held = (config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else
-            dataclasses.asdict(config) if dataclasses.is_dataclass(config) else vars(config))
     found = {}
     for concept, groups in SETTINGS.items():
         for keys in groups:
-            key = next((key for key in keys if key in held), None)
-            if key is not None and isinstance(held[key], (str, int, float, type(None))):
-                found[keys[0]] = (concept, held[key])
+            values = [value for key in keys if isinstance(value := _held(config, key), (str, int, float, type(None)))]
+            if values:
+                found[keys[0]] = (concept, values[0])
     return found
+
+
+def _held(holder: Any, key: str) -> Any:
+    """What a mapping or an object of any kind has under ``key``; Ellipsis where it has nothing."""
+    try:
+        return holder[key] if isinstance(holder, Mapping) else getattr(holder, key)
+    except Exception:
+        return ...
 
 
 def _grouped(what: str, torch: Mapping[str, Any], candidate: Mapping[str, Any], names: Sequence[str],
@@ -104,11 +117,12 @@ def _grouped(what: str, torch: Mapping[str, Any], candidate: Mapping[str, Any], 
     """One sentence for all names that differ in the same way."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        if torch[name] != candidate[name]:
+        if torch[name] != candidate[name] and not (isinstance(torch[name], float) and math.isclose(
+                torch[name], candidate[name], rel_tol=THROUGH_FLOAT32)):
             alike.setdefault((_shown(torch[name]), _shown(candidate[name])), []).append(name)
     return [f"{what} {', '.join(names[:SHOWN])}{f' (+{len(names) - SHOWN} more)' if len(names) > SHOWN else ''} is "
             f"{left} in torch and {right} in the candidate. {therefore}" for (left, right), names in alike.items()]
 
 
 def _shown(value: Any) -> str:
-    return " and ".join(f"{one:g}" for one in value) or "none" if isinstance(value, list) else f"{value:g}"
+    return " and ".join(f"{one:.9g}" for one in value) or "none" if isinstance(value, list) else f"{value:.9g}"

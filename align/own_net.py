@@ -23,16 +23,22 @@ import numpy as np
 from convert.errors import BadInput
 
 from .candidate import Candidate
+from .lint import Description
 from .paddle_net import PaddleNet, PaddleNLPNet, use_device
 from .runs import Run
 from .torch_side import TorchSide, floating, tensors_of
+from .unmodified import Unmodified
 
 
 @dataclass(frozen=True)
 class Target:
-    """``package.module:build`` by name; what goes wrong in it is told as the user's."""
+    """``package.module:build`` by name; what goes wrong in it is told as the user's.
+
+    It may not change what the reference, which runs in the same process, is made of.
+    """
 
     name: str
+    reference: Unmodified
 
     def build(self, run: Run) -> Any:
         """The net; :class:`BadInput` where ``build`` cannot be imported, takes other arguments, or fails."""
@@ -50,11 +56,14 @@ class Target:
             raise BadInput(f"{self.name} is called with the config (a dict) and the output directory (a Path), which "
                            f"it does not take ({error}).") from error
         with self.blamed():
-            return build(dict(run.target_config), run.output)
+            net = build(dict(run.target_config), run.output)
+        self.reference.require(self.name)
+        return net
 
     def call(self, net: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         with self.blamed():
             result = net(**tensors)
+        self.reference.require(self.name)
         if not hasattr(result, "items"):
             raise BadInput(f"{self.name}: the net returned a {type(result).__name__}; a mapping with transformers' "
                            "output names is needed, as {'logits': …}.")
@@ -68,6 +77,8 @@ class Target:
             raise
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
+            if Path(last.filename).parent == Path(__file__).parent:
+                raise  # a fault of ours: hooks of ours run within the net
             first = next(iter(str(error).splitlines()), "")
             raise BadInput(f"your net {self.name} failed at {Path(last.filename).name}:{last.lineno}: "
                            f"{type(error).__name__}: {first}") from error
@@ -110,13 +121,30 @@ class OwnTorchNet(TorchSide, _OwnNet):
         super().__init__(run, paged)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What a rule drops is left out, and told by :meth:`described`; a mask of bools is one of 0 and 1."""
         moves = {move.target: move for move in self.run.plan.moves}
         for path, tensor in self.model.state_dict().items():
             name = self.run.paddle_names.get(path, path)
-            with self.target.blamed():
-                array = tensor.numpy()
-            if path not in self.run.dropped:
-                yield name, moves[name].rule.apply(array) if name in moves else array
+            if path in self.run.dropped:
+                continue
+            array = self._array(path, tensor)
+            if name not in moves:
+                yield name, array
+            elif moves[name].filling and array.dtype == bool:
+                yield name, array.astype(np.float32)
+            else:
+                yield name, moves[name].rule.apply(array)
+
+    def described(self) -> Description:
+        held = [path for path in self.model.state_dict() if path in self.run.dropped]
+        return super().described() | {"not compared": held}
+
+    def _array(self, path: str, tensor: Any) -> np.ndarray:
+        try:
+            return tensor.numpy()
+        except TypeError as error:
+            raise BadInput(f"the net of {self.target.name} holds {path} in {tensor.dtype}, which cannot be compared. "
+                           "Call .float() on the net before returning it.") from error
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch
@@ -134,7 +162,7 @@ def open_own(run: Run, name: str, device: str, paged: bool, allow_same_framework
     """The net that ``name`` builds; :class:`BadInput` for a torch net unless two of one framework are allowed."""
     if find_spec("paddle"):
         use_device(device)
-    target = Target(name)
+    target = Target(name, Unmodified(run.head.architecture))
     built = target.build(run)
     if _is_of("torch", "Module", built):
         if not allow_same_framework:

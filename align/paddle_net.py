@@ -21,11 +21,11 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .candidate import Candidate, Look
-from .lint import Description, describe
+from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
 from .runs import Run
-from .side import Modules
+from .side import Modules, entering, fed
 
 
 class PaddleNet(Candidate):
@@ -57,13 +57,14 @@ class PaddleNet(Candidate):
         import paddle
         layers = dict(self.model.named_sublayers())
 
+        def is_floating(value: Any) -> bool:
+            return isinstance(value, paddle.Tensor) and value.is_floating_point()
+
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            value, listener = arguments[0] if arguments else named.get("hidden_states"), listener_here()
-            given = None if listener is None or value is None else listener.arrived(name, value.numpy)
-            if given is None:
-                return None
-            new = paddle.to_tensor(given)
-            return ((new, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": new})
+            place, listener = entering(arguments, named, is_floating), listener_here()
+            value = None if place is None else (arguments or named)[place]
+            given = listener.arrived(name, value.numpy) if listener is not None and is_floating(value) else None
+            return None if given is None else fed(arguments, named, place, paddle.to_tensor(given))
 
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
@@ -98,7 +99,11 @@ class PaddleNet(Candidate):
         return contrastive_loss(first, second, scale).numpy()
 
     def described(self) -> Description:
-        return describe(self.model, self._layers(), self.model.state_dict(), self.run, str)
+        weights = dict(self.model.state_dict())
+        if self._pages is not None:
+            file = open_checkpoint(self.run.output)
+            weights |= {name: file.read(name).reshape(()) for name in weights if is_mask(name) and name in file.tensors}
+        return describe(self.model, self._layers(), weights, self.run, str)
 
     def _paged(self) -> Pages:
         return _pages_of(self.run, self.model, self._gates)

@@ -97,8 +97,9 @@ def _command(stage: RecordedStage, session: Session) -> str:
     """The command line of this stage on this run, with the flags that say which net is meant."""
     options = session.options
     chosen = [f" --{name} {value}" for name, value, usual in (
-        ("target", options.target, "models"), ("family", options.family, None), ("reports", options.reports, "reports"))
-        if value != usual]
+        ("target", options.target, "models"), ("family", options.family, None), ("reports", options.reports, "reports"),
+        ("device", options.device, "cpu")) if value != usual]
+    chosen += [" --allow-same-framework"] * options.allow_same_framework
     return f"python -m align.{stage.name} --run {session.run.name}{''.join(chosen)}"
 
 

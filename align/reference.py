@@ -150,7 +150,6 @@ class Reference(TorchSide):
             yield
 
 
-
 class _Listener:
     """What the hooks of a pass tell, by Paddle's names. ``arrived`` returns what the module is to be fed instead."""
 
@@ -428,12 +427,8 @@ def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
 
 def _keys(run: Run) -> dict[str, str]:
     """The source's key of every parameter, by its path in torch's class."""
-    from convert.plan import expand, layers_of, name_in
     moved = {move.target: move.source for move in run.plan.moves if move.source}
-    rules = [rule for rule in run.family.rules_of(run.head) if rule.source and rule.target]
-    return {name_in(rule.source, layer): moved[name_in(rule.target, layer)]
-            for rule, layer in expand(rules, layers_of(run.family, run.config))
-            if name_in(rule.target, layer) in moved}
+    return {path: moved[name] for path, name in run.paddle_names.items() if name in moved}
 
 
 class _Slot:

@@ -16,6 +16,19 @@ Modules = Sequence[tuple[str, str]]
 """(torch path, Paddle path) of each."""
 
 
+def entering(arguments: tuple[Any, ...], named: Mapping[str, Any], is_array: Callable[[Any], bool]) -> str | int | None:
+    """Where what a module is fed stands among its arguments: in front, as ``hidden_states``, or the first by name."""
+    if arguments:
+        return 0
+    keys = [key for key, value in named.items() if is_array(value)]
+    return "hidden_states" if "hidden_states" in keys else next(iter(keys), None)
+
+
+def fed(arguments: tuple[Any, ...], named: Mapping[str, Any], place: str | int, value: Any) -> tuple[tuple, dict]:
+    """The arguments with ``value`` at ``place``."""
+    return ((value, *arguments[1:]), dict(named)) if place == 0 else (arguments, {**named, place: value})
+
+
 class Side:
     """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory."""
 

@@ -60,7 +60,7 @@ class Session:
     @cached_property
     def candidate(self) -> Candidate:
         from .candidate import open_candidate
-        self.advance("loading paddle")
+        self.advance("loading the candidate")
         return open_candidate(self.run, self.options.target, self.options.device,
                               self.paged and (":" not in self.options.target or self.options.paging == "on"),
                               allow_same_framework=self.options.allow_same_framework)

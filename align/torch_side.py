@@ -10,7 +10,7 @@ import numpy as np
 
 from .lint import Description, describe
 from .lockstep import listener_here
-from .side import Modules, Side
+from .side import Modules, Side, entering, fed
 
 
 class TorchSide(Side):
@@ -48,14 +48,12 @@ class TorchSide(Side):
         found = dict(self.model.named_modules())
 
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            value = arguments[0] if arguments else named.get("hidden_states")
-            if listener_here() is None or value is None or not value.dtype.is_floating_point:
+            place = entering(arguments, named, _is_floating)
+            value = None if place is None else (arguments or named)[place]
+            if listener_here() is None or not _is_floating(value):
                 return None
-            given = listener_here().arrived(name, value.numpy)
-            if given is None:
-                return None
-            given = torch.from_numpy(given).to(value.dtype)
-            return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
+            given = listener_here().arrived(name, value.detach().numpy)
+            return None if given is None else fed(arguments, named, place, torch.tensor(given, dtype=value.dtype))
 
         def after(name: str, module: Any, output: Any) -> None:
             if listener_here() is None:
@@ -63,8 +61,8 @@ class TorchSide(Side):
             first = output[0] if isinstance(output, (tuple, list)) else output
             if self._is_probed(module):
                 listener_here().probed(
-                    name, lambda array: module.forward(torch.from_numpy(array).to(first.dtype)).numpy())
-            listener_here().answered(name, first.numpy())
+                    name, lambda array: module.forward(torch.tensor(array, dtype=first.dtype)).detach().numpy())
+            listener_here().answered(name, first.detach().numpy())
 
         with ExitStack() as hooks:
             for path, name in modules:
@@ -78,9 +76,12 @@ class TorchSide(Side):
 
 def floating(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The floating tensors among what a model returned."""
+    return {name: value.detach().numpy() for name, value in outputs.items() if _is_floating(value)}
+
+
+def _is_floating(value: Any) -> bool:
     import torch
-    return {name: value.numpy() for name, value in outputs.items()
-            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point}
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def tensors_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from align_fixtures import save_checkpoint
 
+from align import lint
 from align.forward import STAGE as FORWARD
 from align.stage import main as align
 from convert.bert import FAMILY as BERT
@@ -93,6 +95,55 @@ def relu(config, directory):
     net = build(config, directory)
     net.transformer.h[1].mlp.act = torch.nn.ReLU()
     return net
+
+def extra(config, directory):
+    net = build(config, directory)
+    net.transformer.h[1].register_parameter("gate", torch.nn.Parameter(torch.ones(3)))
+    return net
+
+def absent(config, directory):
+    net = build(config, directory)
+    del net.transformer.h[1].mlp.fc_in.bias
+    net.transformer.h[1].mlp.fc_in.bias = None
+    return net
+
+def double(config, directory):
+    return build(config, directory).double()
+
+def half(config, directory):
+    return build(config, directory).bfloat16()
+
+def masks(config, directory):
+    net = build(config, directory)
+    positions = config["n_positions"]
+    for block in net.transformer.h:
+        block.attn.register_buffer("bias", torch.ones(1, 1, positions, positions, dtype=torch.bool).tril())
+        block.attn.register_buffer("masked_bias", torch.tensor(-1e9))
+    return net
+
+class InPlace(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.ln_1, self.attn, self.mlp = block.ln_1, block.attn, block.mlp
+
+    def forward(self, hidden_states, **named):
+        named = {key: named[key] for key in ("attention_mask", "position_ids")}
+        normed = self.ln_1(hidden_states)
+        hidden_states += self.attn(hidden_states=normed, **named)[0] + self.mlp(normed)
+        return hidden_states, None
+
+def in_place(config, directory):
+    net = build(config, directory)
+    for number, block in enumerate(net.transformer.h):
+        net.transformer.h[number] = InPlace(block)
+    return net
+
+def patched(config, directory):
+    from transformers.models.gptj import modeling_gptj
+    def forward(self, hidden_states):
+        return self.dropout(self.fc_out(torch.relu(self.fc_in(hidden_states))))
+    modeling_gptj.GPTJMLP.forward = forward
+    return build(config, directory)
 """
 
 
@@ -229,6 +280,97 @@ class TestTorchNet:
         code, _, report = against("relu", "--allow-same-framework")
         assert (code, report["named"]) == (1, "transformer.h.1: mlp activation, before mlp.fc_out")
         assert "relu" in report["diagnosis"]["sentence"]
+
+
+    @pytest.mark.parametrize("function,named", [
+        ("extra", "transformer.h.1.gate"), ("absent", "transformer.h.1.mlp.fc_in.bias"),
+        ("double", "transformer.wte.weight")])
+    def test_weights_that_the_source_does_not_have_diverge(self, against, function, named):
+        code, said, report = against(function, "--allow-same-framework")
+        assert (code, report["first_divergence"]) == (1, named), said
+
+    def test_old_masks_of_bools_are_the_masks_that_are_made(self, against):
+        assert against("masks", "--allow-same-framework")[0] == 0
+
+    def test_a_block_that_adds_in_place_does_not_change_what_the_next_pass_is_fed(self, against):
+        code, _, report = against("in_place", "--allow-same-framework")
+        assert (code, report["failures"]) == (0, [])
+
+    def test_a_dtype_that_cannot_be_compared_is_told(self, against):
+        code, said, _ = against("half", "--allow-same-framework")
+        assert code == 2 and "torch.bfloat16, which cannot be compared" in said.err
+
+    def test_a_target_that_changes_the_reference_is_refused(self, against):
+        from transformers.models.gptj import modeling_gptj
+        forward = modeling_gptj.GPTJMLP.forward
+        try:
+            code, said, report = against("patched", "--allow-same-framework")
+        finally:
+            modeling_gptj.GPTJMLP.forward = forward
+        assert code == 2 and report is None
+        assert "replaces transformers.models.gptj.modeling_gptj.GPTJMLP.forward" in said.err
+
+
+def test_two_weights_under_one_name_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shadow_net.py").write_text("""
+import torch
+import transformers
+
+def build(config, directory):
+    net = transformers.BertForMaskedLM.from_pretrained("source").eval()
+    layer = net.bert.encoder.layer[0]
+    right = layer.attention.self.key.bias.detach().clone()
+    layer.attention.self.key.bias.data += 0.5
+    places = net.bert.encoder.layers = torch.nn.Module()
+    setattr(places, "0", torch.nn.Module())
+    getattr(places, "0").self_attn = torch.nn.Module()
+    getattr(places, "0").self_attn.k_proj = torch.nn.Module()
+    getattr(places, "0").self_attn.k_proj.register_buffer("bias", right)
+    return net
+
+def positions(config, directory):
+    net = transformers.BertForMaskedLM.from_pretrained("source").eval()
+    held = net.bert.embeddings.position_ids.clone()
+    del net.bert.embeddings.position_ids
+    net.bert.embeddings.register_buffer("position_ids", held)
+    return net
+""")
+    save_checkpoint(tmp_path / "source", "BertForMaskedLM")
+    assert convert(BERT, ["--source", "source", "--output", "out/bert"]) == 0
+    capsys.readouterr()
+    assert align(FORWARD, ["--target", "shadow_net:build", "--allow-same-framework"]) == 2
+    assert "go by the name bert.encoder.layers.0.self_attn.k_proj.bias" in capsys.readouterr().err
+    assert align(FORWARD, ["--target", "shadow_net:positions", "--allow-same-framework"]) == 0
+    notes = json.loads((tmp_path / "reports/bert/shadow_net.positions/forward.json").read_text())["notes"]
+    assert any("bert.embeddings.position_ids is held by the candidate and compared with nothing" in note
+               for note in notes)
+
+
+@pytest.mark.parametrize("config", [
+    "[]", "'n_head'", "type('Odd', (), {'__slots__': ()})()", "type('Odd', (), {'__getattr__': lambda *_: None})()",
+    "type('Odd', (), {'n_head': property(lambda self: 1 / 0)})()", "{'n_head': object()}"])
+def test_a_config_of_any_kind_is_no_trouble(config):
+    held = eval(config)
+    assert all(isinstance(value, (str, int, float, type(None))) for _, value in lint._settings(held).values())
+
+
+def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same(tmp_path):
+    class RMSNorm:
+        eps = None
+
+    class LayerNorm:
+        eps = 1e-5
+
+    class Rounded:
+        _epsilon = float(np.float32(1e-5))
+    Rounded.__name__ = "LayerNorm"
+    from types import SimpleNamespace
+    run = SimpleNamespace(modules=[])
+    left = lint.describe(None, {"a": RMSNorm(), "b": LayerNorm()}, {}, run, str)
+    right = lint.describe(None, {"a": RMSNorm(), "b": Rounded()}, {}, run, str)
+    assert left["epsilon"] == {"b": 1e-5}
+    assert lint.differences(left, right) == ["Lint of both nets as built: no differences in each norm's epsilon."]
 
 
 @pytest.mark.parametrize("target,says", [

@@ -62,7 +62,9 @@ def test_paged_equals_unpaged_for_paddlenlp(shop, head):
     pytest.importorskip("paddlenlp")
     run = shop.make(head, f"{head}-nlp", tokenizer=True)
     for stage in STAGES:
-        same(shop, run, stage, "--target", "paddlenlp")
+        outcome = same(shop, run, stage, "--target", "paddlenlp")
+        if head == "GPTJForCausalLM" and stage == "forward":
+            assert any("the mask value of the candidate is -1e+09" in note for note in outcome.report["notes"])
 
 
 @pytest.mark.parametrize("options", [

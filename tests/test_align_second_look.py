@@ -1,6 +1,7 @@
 """What lies just beyond a limit of few runs of torch is judged once more, by many."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,39 @@ def test_nothing_is_doubtful_beside_a_plain_failure(run):
     name = "transformer.h.1"
     found.add(step(oracle, runs, name), answer(2 * wrong, name))
     assert found.doubtful == 0
+
+
+def test_a_test_that_was_asked_is_not_left_out_of_the_second_look(run):
+    """Above 1e-5 of torch's own propagated error only total and typical are asked: 5 runs lie below it, 21 above."""
+    generator = np.random.default_rng(3)
+    oracle = generator.standard_normal((20, 64))
+
+    def runs(count, size):
+        return [(oracle + size * generator.standard_normal(oracle.shape)).astype(np.float32) for _ in range(count)]
+    few, given = runs(5, 0.97e-5), oracle.copy()
+    given[3] += 30e-5
+    found = Comparison(run)
+    own, name = answer(given.astype(np.float32)), "transformer.h.0"
+    own.view("isolated")[name] = few[0]
+    found.add(step(oracle, few), own)
+    assert found.doubtful == 1
+    assert found.look_again([step(oracle, [*few, *runs(16, 1.1e-5)])]) == 1
+
+
+def test_an_error_above_the_ceiling_is_not_doubtful(run):
+    generator = np.random.default_rng(4)
+    oracle = generator.standard_normal((20, 64))
+    runs = [(oracle + 5e-5 * generator.standard_normal(oracle.shape)).astype(np.float32) for _ in range(5)]
+    given = (oracle + 30e-5 * generator.standard_normal(oracle.shape)).astype(np.float32)
+    found = Comparison(run)
+    found.add(step(oracle, runs), answer(given))
+    assert found.doubtful == 0
+
+
+def test_the_readme_tells_the_constants_of_the_second_look():
+    told = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"at most {tolerance.DOUBTFUL:g} times a limit" in told
+    assert f"torch then runs {tolerance.SECOND_LOOK + 1} times" in told
 
 
 def test_comparing_two_recordings_says_that_torch_could_be_asked_again(tmp_path):
