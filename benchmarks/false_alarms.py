@@ -2,7 +2,7 @@
 
 Each configuration is a random GPT-J or BERT made by transformers, with weights that have the spread and the
 outlier channels of trained ones, converted and run through the real ``align.forward``. No failure is right here.
-The constants in ``align/tolerance.py`` were chosen with seeds 0, 1 and 2 in sight and are proved on others.
+The limits in ``align/tolerance.py`` and the tests were chosen with seeds 0 to 4 in sight and are proved on others.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> int:
     """Exit code 0 when no clean configuration failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.false_alarms", description=__doc__.split("\n")[0])
     parser.add_argument("--configs", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=3, help="the constants were chosen on seeds 0 to 2")
+    parser.add_argument("--seed", type=int, default=7, help="limits and tests were chosen with seeds 0 to 4 in sight; default 7")
     parser.add_argument("--target", choices=("models", "paddlenlp"), default="models")
     options = parser.parse_args()
     os.environ.setdefault("GLOG_minloglevel", "3")
