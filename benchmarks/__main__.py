@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace, scale: Scale) -> int:
                 tell(f"{outcome.name}: {outcome.judgement}{f', {outcome.why}' if outcome.why else ''}", True)
     print(table(scale.name, outcomes, on))
     if readme:
-        publish(readme, published(held))
+        publish(readme, published(held, [claim.name for claim in CLAIMS]))
     return DIVERGED if any(outcome.judgement in (FAILED, MISSED) for outcome in outcomes) else ALIGNED
 
 

@@ -97,11 +97,13 @@ def load(file: Path) -> dict[str, Any]:
     return held
 
 
-def published(held: Mapping[str, Any]) -> str:
-    """The table for the README: the full scale's, or the small one's where that is all there is."""
+def published(held: Mapping[str, Any], order: Sequence[str] = ()) -> str:
+    """The table for the README: the full scale's, or the small one's where that is all there is; rows in ``order``."""
     scale = FULL if FULL in held["scales"] else next(iter(held["scales"]))
     found = held["scales"][scale]
-    return table(scale, [outcome_of(claim) for claim in found["claims"]], found["machine"])
+    place = {name: number for number, name in enumerate(order)}
+    claims = sorted(found["claims"], key=lambda claim: place.get(claim["name"], len(place)))
+    return table(scale, [outcome_of(claim) for claim in claims], found["machine"])
 
 
 def table(scale: str, outcomes: Sequence[Outcome], on: Mapping[str, Any]) -> str:
