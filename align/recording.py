@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from .trace import Provenance, Step, StepFiles, Trace, load_trace, require_compa
 Found = tuple[Findings, Provenance, Provenance]
 Watch = Callable[[Step, Step], None]
 SIDES = ("torch", "paddle")
+LARGE = 1 << 20
 
 
 def findings_of(stage: Stage | RecordedStage, session: Session) -> Found:
@@ -40,7 +42,8 @@ def _look(stage: Stage, session: Session) -> Found:
 def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
     """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
     session.inspect()
-    reference, candidate = _Recording(), _Recording()
+    traces = session.reports / "traces"
+    reference, candidate = _Recording(traces), _Recording(traces)
 
     def keep(step: Step, answer: Step) -> None:
         reference.add(step)
@@ -51,7 +54,6 @@ def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
     right = candidate.trace(_provenance(stage, session, SIDES[1], candidate.inputs_digest, told))
     provenance = require_comparable(left.provenance, right.provenance,
                                     same_framework=session.options.allow_same_framework)
-    traces = session.reports / "traces"
     for trace, side in ((left, SIDES[0]), (right, SIDES[1])):
         trace.save(traces, side)
         StepFiles(traces, stage.name, side).remove()
@@ -83,7 +85,7 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
         recorded, files = _recorded(stage, session, SIDES[0])
         session.inspect()
         steps = stage.candidate(session, files.read(recorded))
-    recording, written = _Recording(), StepFiles(traces, stage.name, side)
+    recording, written = _Recording(traces), StepFiles(traces, stage.name, side)
     for step in written.write(steps):
         recording.add(step)
     told = [] if side == SIDES[0] else session.evidence[1]
@@ -140,14 +142,28 @@ def paired(stage: RecordedStage, session: Session, watch: Watch = lambda step, a
 
 @dataclass
 class _Recording:
-    """What of a side's steps goes into its trace."""
+    """What of a side's steps goes into its trace.
 
+    Large arrays wait for that in files without names in ``directory``: of a model that is paged they would be what
+    grows with its depth.
+    """
+
+    directory: Path
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     inputs_digest: str | None = None
 
     def add(self, step: Step) -> None:
-        self.arrays |= step.recorded
+        self.arrays |= {name: self._kept(array) for name, array in step.recorded.items()}
         self.inputs_digest = step.told.get("inputs_digest", self.inputs_digest)
+
+    def _kept(self, array: np.ndarray) -> np.ndarray:
+        if array.nbytes < LARGE:
+            return array
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory) as file:
+            array.tofile(file)
+            file.flush()
+            return np.asarray(np.memmap(file, array.dtype, "r", shape=array.shape))
 
     def trace(self, provenance: Provenance) -> Trace:
         return Trace(provenance, self.arrays)
