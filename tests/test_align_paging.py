@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from align_fixtures import BERT_HEADS, GPTJ_HEADS, Workshop
 
-from align import paging
+from align import paging, recording
 from align.lockstep import halt, in_step
 from align.paging import Frames, Pages, divide, gates_of
+from align.trace import Step
 
 STAGES = ("weights", "forward", "metric", "loss")
 SAME = ("verdict", "first_divergence", "tensors", "sublayers", "values", "candidate", "reference", "inputs_digest",
@@ -252,3 +254,15 @@ def test_passes_that_come_to_different_gates_are_a_fault():
 
 def test_outside_a_walk_a_gate_holds_nobody():
     assert halt("gate") is False
+
+
+def test_large_recorded_arrays_wait_in_a_file_and_come_out_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "LARGE", 1000)
+    kept = recording._Recording(tmp_path / "traces")
+    step, generator = Step(), np.random.default_rng(0)
+    step.recorded.update(large=generator.standard_normal((20, 30)).astype(np.float32), small=np.float32(3.0).reshape(()))
+    kept.add(step)
+    assert isinstance(kept.arrays["large"].base, np.memmap)
+    assert not isinstance(kept.arrays["small"].base, np.memmap)
+    assert all(np.array_equal(kept.arrays[name], array) for name, array in step.recorded.items())
+    assert list((tmp_path / "traces").iterdir()) == []
