@@ -136,7 +136,8 @@ def _not_comparable(reference: np.ndarray, candidate: np.ndarray) -> str | None:
 def _sentence(name: str, found: Measures, allowed: float, failed: Judgement | None) -> str:
     ours, theirs = found.worst_values[1], found.worst_values[0]
     if failed is not None:
-        told = f"{_times(failed.ratio)} torch's own noise ({failed.test}, {failed.kind}; allowed {failed.limit:g}x)"
+        told = (f"{_times(failed.ratio)} torch's own noise ({failed.test}, {failed.kind}; allowed {failed.limit:g}x)"
+                if math.isfinite(failed.ratio) else f"not equal ({failed.kind}), where torch makes no error at all")
     else:
         told = f"allowed {allowed:.1e}" if allowed else "equality is asked"
     where = f"worst at {list(found.worst)}: " if found.worst else ""
@@ -144,4 +145,4 @@ def _sentence(name: str, found: Measures, allowed: float, failed: Judgement | No
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:,.0f}x" if math.isfinite(ratio) else "not equal, where there is no"
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"

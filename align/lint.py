@@ -85,12 +85,15 @@ def differences(reference: Description, candidate: Description) -> list[str]:
     values = sorted(set(candidate["mask value"].values()) - {LOWEST})
     told += [f"the mask value of the candidate is {value:g}; torch's class adds {LOWEST:.1e}. A row whose scores are "
              "lower still would show it." for value in values]
-    compared = [*sorted({reference["settings"][key][0] for key in settings}), *(["each norm's epsilon"] * bool(norms)),
-                *(["each module's dropout"] * bool(homes)), *(["the mask value"] * bool(candidate["mask value"])),
-                *(["shared weights"] * any(len(one) > 1 for one in tied))]
+    configs = sorted({reference["settings"][key][0] for key in settings})
+    built = [*(["each norm's epsilon"] * bool(norms)), *(["each module's dropout"] * bool(homes)),
+             *(["the mask value"] * bool(candidate["mask value"])),
+             *(["shared weights"] * any(len(one) > 1 for one in tied))]
+    compared = [f"of the configs: {', '.join(configs)}"] * bool(configs) + [
+        f"of the nets as built: {', '.join(built)}"] * bool(built)
     return [*(f"Lint: {one}" for one in told),
-            f"Lint of both nets as built: {len(told) or 'no'} difference{'s' * (len(told) != 1)} in "
-            f"{', '.join(compared)}." if compared else "Lint: this net says nothing of itself that could be compared."]
+            f"Lint: {len(told) or 'no'} difference{'s' * (len(told) != 1)} among what was compared, "
+            f"{'; '.join(compared)}." if compared else "Lint: this net says nothing of itself that could be compared."]
 
 
 def _settings(config: Any) -> dict[str, tuple[str, Any]]:

@@ -189,7 +189,8 @@ def _progress(task: str, total: int) -> Iterator[Any]:
 
 def _tell(conversion: Any, reports: Path, family_file: str | None) -> None:
     made = sum(tensor["rule"] == "buffer" for tensor in conversion.tensors)
-    proof = "bit-exact, read back and compared" if conversion.verified else "NOT verified (--no-verify)"
+    exact = "bit-exact" if conversion.dtype == "keep" else f"bit-exact but for the cast to {conversion.dtype}"
+    proof = f"{exact}, read back and compared" if conversion.verified else "NOT verified (--no-verify)"
     print(f"{conversion.output}: {len(conversion.tensors)} tensors ({made} of them made here), {conversion.bytes:,} "
           f"bytes, {proof}, in {conversion.seconds:.1f} s.")
     for note in conversion.notes:

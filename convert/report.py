@@ -62,8 +62,9 @@ class Conversion:
 
     def markdown(self) -> str:
         """The report to paste into a pull request."""
-        proof = ("every tensor was read back, inverted and compared with its source, bit by bit" if self.verified
-                 else "**not verified** (`--no-verify`)")
+        cast = "" if self.dtype == "keep" else f" rounded to {self.dtype}"
+        proof = (f"every tensor was read back, inverted and compared with its source{cast}, bit by bit"
+                 if self.verified else "**not verified** (`--no-verify`)")
         facts = [("head", self.head), ("source", self.source), ("revision", self.revision or "–"),
                  ("output", self.output), ("format, dtype", f"{self.format}, {self.dtype}"),
                  ("tensors", f"{len(self.tensors)} ({self.bytes:,} bytes in {len(self.files)} file(s))"),

@@ -208,16 +208,16 @@ def test_lint_tells_what_outputs_do_not_show(forward, tmp_path):
         "input may not show it.",
         "Lint: dropout in transformer.h.1 is none in torch and 0.25 in the candidate. Outputs do not show it, training "
         "does.",
-        "Lint of both nets as built: 4 differences in activation, heads, rotary dimension, each norm's epsilon, each "
-        "module's dropout."]
+        "Lint: 4 differences among what was compared, of the configs: activation, heads, rotary dimension; of the nets "
+        "as built: each norm's epsilon, each module's dropout."]
 
 
 def test_lint_finds_no_difference_in_the_familys_own_net(forward, tmp_path):
     forward("models")
     notes = json.loads((tmp_path / "reports/demo-gptj/forward.json").read_text())["notes"]
     assert [note for note in notes if note.startswith("Lint")] == [
-        "Lint of both nets as built: no differences in activation, dropout, epsilon, heads, rotary dimension, tied "
-        "weights, each norm's epsilon, each module's dropout."]
+        "Lint: no differences among what was compared, of the configs: activation, dropout, epsilon, heads, rotary "
+        "dimension, tied weights; of the nets as built: each norm's epsilon, each module's dropout."]
 
 
 def test_lint_tells_a_weight_that_is_no_longer_tied(tmp_path, monkeypatch, capsys):
@@ -370,7 +370,8 @@ def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same
     left = lint.describe(None, {"a": RMSNorm(), "b": LayerNorm()}, {}, run, str)
     right = lint.describe(None, {"a": RMSNorm(), "b": Rounded()}, {}, run, str)
     assert left["epsilon"] == {"b": 1e-5}
-    assert lint.differences(left, right) == ["Lint of both nets as built: no differences in each norm's epsilon."]
+    assert lint.differences(left, right) == [
+        "Lint: no differences among what was compared, of the nets as built: each norm's epsilon."]
 
 
 @pytest.mark.parametrize("target,says", [
