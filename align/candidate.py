@@ -6,6 +6,7 @@ Every target answers the same calls as the reference, so the stages need not kno
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -55,9 +56,9 @@ class Candidate(Side):
             name = recorded.get(path, path)
             layers[path].register_forward_pre_hook(lambda *_, name=name: self._come_to(name))
 
+    @abstractmethod
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter and buffer that the net holds, by Paddle's name, in Paddle's layout."""
-        raise NotImplementedError
 
     def show(self, look: Look = lambda name, array: None) -> None:
         """``look`` is shown what :meth:`state` gives, each tensor once, and all of it is hashed on the way.
@@ -142,39 +143,39 @@ class Candidate(Side):
         return found.given | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}, (
             found.arriving)
 
+    @abstractmethod
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Cross entropy without reduction, with the loss of the target. logits [n, classes], labels [n]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
         """In-batch contrastive loss of mean-pooled rows, as the reference's."""
-        raise NotImplementedError
 
-    def _build(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _build(self) -> Any: ...
 
+    @abstractmethod
     def _build_empty(self) -> Any:
         """The net without memory for its weights."""
-        raise NotImplementedError
 
-    def _paged(self) -> Pages:
-        raise NotImplementedError
+    @abstractmethod
+    def _paged(self) -> Pages: ...
 
+    @abstractmethod
     def _show_when_in(self, look: Look) -> None:
         """``look`` is shown the weights of each page when that comes in for the first time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _layers(self) -> dict[str, Any]:
         """Every module of the net by its path, itself under no name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _path(self, pair: tuple[str, str]) -> str:
         """Which of a module's (torch, Paddle) paths is the one in this net."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hooks(self, modules: Modules) -> AbstractContextManager[None]:
         """The modules tell whoever listens what arrives at them and what they give."""
-        raise NotImplementedError
 
 
 def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,

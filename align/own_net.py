@@ -22,9 +22,10 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .candidate import Candidate
+from .candidate import Candidate, Look
 from .lint import Description
 from .paddle_net import PaddleNet, PaddleNLPNet, use_device
+from .paging import Pages
 from .runs import Run
 from .torch_side import TorchSide, floating, tensors_of
 from .unmodified import Unmodified
@@ -95,8 +96,17 @@ class _OwnNet(Candidate):
         return self.built
 
     def _build_empty(self) -> Any:
-        raise BadInput(f"--paging on cannot be had for {self.target.name}: it loads its weights itself. Use --paging "
-                       "off.")
+        raise self._not_paged()
+
+    def _paged(self) -> Pages:
+        raise self._not_paged()
+
+    def _show_when_in(self, look: Look) -> None:
+        raise self._not_paged()
+
+    def _not_paged(self) -> BadInput:
+        return BadInput(f"--paging on cannot be had for {self.target.name}: it loads its weights itself. Use --paging "
+                        "off.")
 
 
 class OwnPaddleNet(_OwnNet, PaddleNet):

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +25,7 @@ from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
 from .runs import Run
-from .side import Modules, entering, fed
+from .side import Modules, entering, fed, hooked
 
 
 class PaddleNet(Candidate):
@@ -72,13 +72,7 @@ class PaddleNet(Candidate):
                 listener_here().probed(name, lambda array: layer.forward(paddle.to_tensor(array)).numpy())
                 listener_here().answered(name, first.numpy())
 
-        with ExitStack() as hooks:
-            for _, name in modules:
-                if name in layers:
-                    hooks.callback(layers[name].register_forward_pre_hook(
-                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                    hooks.callback(layers[name].register_forward_post_hook(
-                        lambda layer, _, output, name=name: after(name, layer, output)).remove)
+        with hooked(layers, "register_forward_post_hook", ((name, name) for _, name in modules), before, after):
             yield
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

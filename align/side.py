@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,19 +31,36 @@ def fed(arguments: tuple[Any, ...], named: Mapping[str, Any], place: str | int, 
     return ((value, *arguments[1:]), dict(named)) if place == 0 else (arguments, {**named, place: value})
 
 
-class Side:
+@contextmanager
+def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, str]],
+           before: Callable[..., Any], after: Callable[..., None]) -> Iterator[None]:
+    """``before(name, arguments, named)`` and ``after(name, layer, output)`` of the layers there are, by (path, name).
+
+    ``after_name`` is what the framework calls registering the latter.
+    """
+    with ExitStack() as hooks:
+        for path, name in pairs:
+            if path in layers:
+                hooks.callback(layers[path].register_forward_pre_hook(
+                    lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                hooks.callback(getattr(layers[path], after_name)(
+                    lambda layer, _, output, name=name: after(name, layer, output)).remove)
+        yield
+
+
+class Side(ABC):
     """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory."""
 
     run: Run
     _pages: Pages | None = None
 
+    @abstractmethod
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every floating tensor that the model returns, by transformers' names; ``loss`` when labels are given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def described(self) -> Description:
         """What this net says of itself as built."""
-        raise NotImplementedError
 
     def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
         """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from .lint import Description, describe
 from .lockstep import listener_here
-from .side import Modules, Side, entering, fed
+from .side import Modules, Side, entering, fed, hooked
 
 
 class TorchSide(Side):
@@ -64,13 +64,7 @@ class TorchSide(Side):
                     name, lambda array: module.forward(torch.tensor(array, dtype=first.dtype)).detach().numpy())
             listener_here().answered(name, first.detach().numpy())
 
-        with ExitStack() as hooks:
-            for path, name in modules:
-                if path in found:
-                    hooks.callback(found[path].register_forward_pre_hook(
-                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                    hooks.callback(found[path].register_forward_hook(
-                        lambda module, _, output, name=name: after(name, module, output)).remove)
+        with hooked(found, "register_forward_hook", modules, before, after):
             yield
 
 

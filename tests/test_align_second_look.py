@@ -69,10 +69,15 @@ def test_more_runs_clear_what_few_runs_were_too_lucky_for_and_nothing_else(run, 
     assert found.look_again([step(oracle, [*few, *runs(16, sensitivity)])]) == remain
 
 
-def test_a_small_but_real_error_is_looked_at_again_and_stays(run):
+def small_error():
+    """(the oracle, five runs a few units off, a candidate that is off by little more than a limit)."""
     oracle = np.random.default_rng(1).standard_normal((20, 64))
     runs = [(oracle * (1 + EPS * k)).astype(np.float32) for k in (-2, -1, 0, 1, 2)]
-    wrong = (oracle * (1 + 2 * tolerance.LIMITS["isolated"]["total"] * EPS)).astype(np.float32)
+    return oracle, runs, (oracle * (1 + 2 * tolerance.LIMITS["isolated"]["total"] * EPS)).astype(np.float32)
+
+
+def test_a_small_but_real_error_is_looked_at_again_and_stays(run):
+    oracle, runs, wrong = small_error()
     found = Comparison(run)
     found.add(step(oracle, runs), answer(wrong))
     assert found.doubtful == 1
@@ -81,9 +86,7 @@ def test_a_small_but_real_error_is_looked_at_again_and_stays(run):
 
 
 def test_nothing_is_doubtful_beside_a_plain_failure(run):
-    oracle = np.random.default_rng(1).standard_normal((20, 64))
-    runs = [(oracle * (1 + EPS * k)).astype(np.float32) for k in (-2, -1, 0, 1, 2)]
-    wrong = (oracle * (1 + 2 * tolerance.LIMITS["isolated"]["total"] * EPS)).astype(np.float32)
+    oracle, runs, wrong = small_error()
     found = Comparison(run)
     found.add(step(oracle, runs), answer(wrong))
     name = "transformer.h.1"
