@@ -25,7 +25,6 @@ from .lockstep import heard_by, in_step, in_turn
 from .paging import Pages, gates_of
 from .runs import Run
 from .side import Modules, Side
-from .tasks import token_rows
 from .trace import RECORDED, Step
 
 TARGETS = ("models", "paddlenlp")
@@ -140,7 +139,7 @@ class Candidate(Side):
         with self._hooks(modules), heard_by(found):
             outputs = self.outputs(inputs.arrays)
         self._leave()
-        return found.given | {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}, (
+        return found.given | {name: inputs.rows(name, array) for name, array in outputs.items()}, (
             found.arriving)
 
     @abstractmethod
@@ -222,7 +221,7 @@ class _Listener:
     """``arrived(name, read)`` returns what a module is to be fed instead, whole arrays."""
 
     def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
-        self.mask, self.places, self.known = inputs.mask, places, known
+        self.rows, self.places, self.known = inputs.rows, places, known
         self.views: dict[str, dict[str, np.ndarray]] = {}
 
     def take(self) -> dict[str, dict[str, np.ndarray]]:
@@ -238,7 +237,7 @@ class _Listener:
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
 
     def put(self, view: str, name: str, array: np.ndarray) -> None:
-        self.views.setdefault(view, {})[name] = token_rows(name, array, self.mask)
+        self.views.setdefault(view, {})[name] = self.rows(name, array)
 
 
 class _Own(_Listener):
@@ -306,16 +305,16 @@ class _Once:
     """One pass, recorded whole."""
 
     def __init__(self, inputs: Inputs, entering: Mapping[str, np.ndarray]) -> None:
-        self.mask, self.entering = inputs.mask, entering
+        self.rows, self.entering = inputs.rows, entering
         self.given: dict[str, np.ndarray] = {}
         self.arriving: dict[str, np.ndarray] = {}
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         if name in self.entering:
-            self.arriving[name] = token_rows(name, read(), self.mask)
+            self.arriving[name] = self.rows(name, read())
         return self.entering.get(name)
 
     def answered(self, name: str, array: np.ndarray) -> None:
-        self.given[name] = token_rows(name, array, self.mask)
+        self.given[name] = self.rows(name, array)
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...

@@ -132,7 +132,7 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
 
     def inverted(move: Move, array: np.ndarray) -> np.ndarray:
         scalar = array.size == math.prod(move.source_shape or move.shape) == 1
-        return np.array(array if scalar or move.filling else move.rule.invert(array), order="C")
+        return np.array(array if scalar else move.turn_back(array), order="C")
 
     held: dict[str, np.ndarray] = {}
     for name, array in session.candidate.state():
@@ -148,7 +148,7 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
         def peers(name: str = name, shape: tuple[int, ...] = expected.shape) -> Iterator[tuple[str, np.ndarray]]:
             for other in sorted(moves, key=lambda other: other.rpartition(".")[0] != name.rpartition(".")[0]):
                 peer = moves[other]
-                if other != name and peer.source is not None and sorted(peer.source_shape) == sorted(shape):
+                if other != name and peer.sources and sorted(peer.source_shape) == sorted(shape):
                     yield other, expected_of(peer, run.checkpoint)
         found = difference(expected, array, peers, _heads(session))
         path = paths.get(name)

@@ -112,14 +112,14 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
 
     Part by part while they are equal, so that a matrix is not held three times; what differs is measured whole.
     """
-    comparable = move.source is not None and array.shape == move.shape and array.dtype == np.float32 and array.size
+    comparable = move.sources and array.shape == move.shape and array.dtype == np.float32 and array.size
     if comparable and _equal_in_parts(move, source, array):
         first = float(array.flat[0])
         same = Measures(0.0, 0.0, 0.0, 1.0, (0,) * array.ndim, (first, first))
         return TensorResult(move.target, move.source_shape, str(array.dtype), EXACT, True, same)
     expected = expected_of(move, source)
     scalar = expected.size == array.size == 1
-    inverted = array.reshape(expected.shape) if scalar else array if move.filling else move.rule.invert(array)
+    inverted = array.reshape(expected.shape) if scalar else move.turn_back(array)
     result = compare(move.target, expected, np.array(inverted, order="C"), EXACT)
     if result.passed and not np.array_equal(bits_of(expected), bits_of(inverted)):
         return replace(result, passed=False,
@@ -131,8 +131,8 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
 
 def _equal_in_parts(move: Move, source: Checkpoint, array: np.ndarray) -> bool:
     """Whether all elements are finite and have the source's bits; on all cores."""
-    info = source.tensors[move.source]
-    if not move.source_shape or info.strides is not None:
+    info = source.tensors[move.sources[0]]
+    if not move.source_shape or move.gather is not None or info.strides is not None:
         return False
     source.handle(info)
     rows = move.source_shape[0]
@@ -155,7 +155,7 @@ def _equal_rows(move: Move, source: Checkpoint, array: np.ndarray, rows: range) 
     for strip in cut(rows, high):
         expected = padded[: len(strip)]
         for part in cut(strip, some):
-            stored = source.read_rows(move.source, part.start, part.stop)
+            stored = source.read_rows(move.sources[0], part.start, part.stop)
             expected[part.start - strip.start: part.stop - strip.start] = _float32(move, stored).reshape(-1, width)
         held = turned[:, strip.start: strip.stop]
         if has_nonfinite(expected, FLOAT32) or not np.array_equal(expected.T.view(np.uint32), held.view(np.uint32)):
@@ -164,7 +164,7 @@ def _equal_rows(move: Move, source: Checkpoint, array: np.ndarray, rows: range) 
 
 
 def expected_of(move: Move, source: Checkpoint) -> np.ndarray:
-    array = move.filling.make(move.shape) if move.source is None else source.read(move.source)
+    array = move.take(source.read) if move.sources else move.filling.make(move.shape)
     return _float32(move, array)
 
 

@@ -14,7 +14,7 @@ from convert.errors import BadInput
 
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
-from .inputs import LENGTH, PATTERNS, ROWS, Inputs, positive, seeded
+from .inputs import LENGTH, ROWS, Inputs, positive, seeded
 from .inside import PROBE, Places
 from .lint import Description, differences
 from .noise import Kind, NoiseFloor
@@ -27,8 +27,9 @@ from .trace import RECORDED, Step
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's pass over the seeded inputs, module by module, with its noise floor."""
-    inputs = seeded(session.run.config, session.run.sizes, rows=session.options.rows or ROWS,
-                    tokens=session.options.tokens or LENGTH)
+    run, options = session.run, session.options
+    inputs = seeded(run.config, run.sizes, kind=run.head.inputs, rows=options.rows or ROWS,
+                    tokens=options.tokens or LENGTH)
     inputs.save(session.run.directory / "traces" / "forward_inputs.npz")
     told = {"inputs_digest": inputs.digest, "notes": list(inputs.notes)}
     for step in session.reference.steps(inputs):
@@ -311,9 +312,7 @@ def config_lint(run: Run) -> list[str]:
 
 
 def _told(inputs: Inputs) -> list[str]:
-    rows, tokens = inputs.mask.shape
-    return [f"Inputs: {rows} rows of {tokens} seeded tokens: {', '.join(PATTERNS[:rows])}; padded positions are not "
-            f"compared.", "Yardstick: torch's own rounding error, pooled over float64 against "
+    return [*inputs.told, "Yardstick: torch's own rounding error, pooled over float64 against "
             f"{REORDERED_RUNS + 1} float32 runs with their sums reordered."]
 
 

@@ -18,11 +18,39 @@ ROWS = 4
 LENGTH = 96
 MINIMUM = 64
 PATTERNS = ("whole", "padded left", "right", "and on both sides")
+PER_TOKEN_VECTORS = ("start_logits", "end_logits")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a model's arrays are real, called with an array's name and the array.
+
+    Padded queries are meaningless on both sides: of an array [batch, tokens, ...] the rows of real tokens are taken,
+    [rows, ...], by that one of ``masks`` that has its batch and tokens. Without masks there are pictures: a feature map
+    [batch, channels, height, width] has a row for each place. Any other array comes back as it is.
+    """
+
+    masks: tuple[np.ndarray, ...]
+    batch: int
+
+    def __call__(self, name: str, array: np.ndarray) -> np.ndarray:
+        if array.ndim == 3 or name in PER_TOKEN_VECTORS:
+            fitting = next((mask for mask in self.masks if mask.shape == array.shape[:2]), None)
+            return array.copy() if fitting is None else array[fitting]
+        if array.ndim == 4 and not self.masks:
+            return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
+        return array.copy()
+
+    @property
+    def first(self) -> Rows:
+        """The same for the first row of the batch alone."""
+        return Rows(tuple(mask[:1] for mask in self.masks), 1)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Keyword arguments of a model as int64 arrays [batch, tokens]; ``notes`` says what is unusual about them."""
+    """Keyword arguments of a model: ids and masks int64 [batch, tokens], pictures float32 [batch, channels, height,
+    width]; ``notes`` says what is unusual about them."""
 
     arrays: Mapping[str, np.ndarray]
     notes: tuple[str, ...] = ()
@@ -31,6 +59,18 @@ class Inputs:
     def mask(self) -> np.ndarray:
         """[batch, tokens], True where there is a token."""
         return self.arrays["attention_mask"].astype(bool)
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of real tokens, by the attention masks that there are."""
+        masks = [array.astype(bool) for name, array in self.arrays.items() if name.endswith("attention_mask")]
+        return Rows(tuple(masks), len(next(iter(self.arrays.values()))))
+
+    @property
+    def told(self) -> list[str]:
+        """What they are, in a sentence each."""
+        return [f"Inputs: {len(array)} rows of {array.shape[1]} seeded tokens: {', '.join(PATTERNS[:len(array)])}; "
+                "padded positions are not compared." for name, array in self.arrays.items() if name == "attention_mask"]
 
     @property
     def first(self) -> Inputs:
@@ -52,7 +92,13 @@ class Inputs:
         np.savez(file, **self.arrays)
 
 
-def seeded(config: Config, sizes: Sizes, *, padded: bool = True, rows: int = ROWS, tokens: int = LENGTH) -> Inputs:
+def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool = True, rows: int = ROWS,
+           tokens: int = LENGTH) -> Inputs:
+    """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding."""
+    return KINDS[kind](config, sizes, padded, rows, tokens)
+
+
+def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
     """Rows by turns whole, padded on the left, on the right, and on both sides (or all of them whole).
 
     Ids are uniform below ``vocab_size`` and never the pad token, so that no class mistakes a token for padding.
@@ -110,6 +156,9 @@ def batches(rows: list[dict[str, list[int]]], config: Config, size: int) -> list
             for name in chunk[0]
         }))
     return found
+
+
+KINDS = {"tokens": _tokens}
 
 
 def positive(text: str) -> int:

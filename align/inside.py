@@ -13,7 +13,6 @@ without a module of their own shows a wrong epsilon there.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,10 +73,7 @@ def small_input(array: np.ndarray) -> np.ndarray:
 
 def sublayers_of(run: Run, module: str) -> Module | None:
     """((torch, Paddle) path of the module, the same and the operation before it for each of its sublayers)."""
-    torch_path = {paddle: torch for torch, paddle in run.modules}.get(module)
-    prefix = run.family.prefix if run.head.base else ""
-    template = prefix + re.sub(r"\.\d+(?=\.|$)", ".{i}", module)
-    inside = run.family.inside.get(template)
+    torch_path, inside = {paddle: torch for torch, paddle in run.modules}.get(module), run.inside.get(module)
     if torch_path is None or inside is None:
         return None
     return (torch_path, module), [(f"{torch_path}.{torch}", f"{module}.{paddle}", f"{operation}, before {paddle}")

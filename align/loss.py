@@ -62,7 +62,7 @@ def cases(session: Session) -> list[Case]:
     """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored."""
     run = session.run
     task, generator = TASKS[run.head.task], np.random.default_rng(SEED)
-    whole, padded = (seeded(run.config, run.sizes, padded=padded) for padded in (False, True))
+    whole, padded = (seeded(run.config, run.sizes, kind=run.head.inputs, padded=padded) for padded in (False, True))
     drawn = [("plain", whole, False), ("padded", padded, False), ("ignored", padded, True)]
     found = [(name, inputs, task.labels(inputs, run.config, run.sizes, generator, ignore))
              for name, inputs, ignore in drawn]
@@ -114,7 +114,7 @@ def _pairs(session: Session) -> Inputs:
     run = session.run
     tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
     if tokenizer is None:
-        return seeded(run.config, run.sizes)
+        return seeded(run.config, run.sizes, kind=run.head.inputs)
     encoder = Encoder(tokenizer, run.config, run.sizes, max_length=128)
     _, rows = load_rows(None, "test", PAIRS)
     texts = [{"text": row[column]} for column in ("text", "next") for row in rows]

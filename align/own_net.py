@@ -132,18 +132,18 @@ class OwnTorchNet(TorchSide, _OwnNet):
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """What a rule drops is left out, and told by :meth:`described`; a mask of bools is one of 0 and 1."""
-        moves = {move.target: move for move in self.run.plan.moves}
-        for path, tensor in self.model.state_dict().items():
-            name = self.run.paddle_names.get(path, path)
-            if path in self.run.dropped:
-                continue
-            array = self._array(path, tensor)
-            if name not in moves:
-                yield name, array
-            elif moves[name].filling and array.dtype == bool:
-                yield name, array.astype(np.float32)
-            else:
-                yield name, moves[name].rule.apply(array)
+        held = {path: tensor for path, tensor in self.model.state_dict().items() if path not in self.run.dropped}
+        made = {move.target for move in self.run.plan.moves if move.filling}
+        moved = set()
+        for move in self.run.plan.moves:
+            paths = [names[0] for names in move.rule.sources]
+            if move.rule.moves and held.keys() >= set(paths):
+                moved |= set(paths)
+                arrays = [self._array(path, held[path]) for path in paths]
+                yield move.target, move.turn(move.gather(arrays) if move.gather else arrays[0])
+        for path in held.keys() - moved:
+            name, array = self.run.paddle_names.get(path, path), self._array(path, held[path])
+            yield name, array.astype(np.float32) if name in made and array.dtype == bool else array
 
     def described(self) -> Description:
         held = [path for path in self.model.state_dict() if path in self.run.dropped]

@@ -154,11 +154,15 @@ class PaddleNLPNet(PaddleNet):
         return net
 
     def _class(self) -> Any:
+        if self.run.head.paddlenlp is None:
+            raise BadInput(f"PaddleNLP has no counterpart of {self.run.head.architecture}. Leave --target out to "
+                           "compare the net in models/.")
         logging.getLogger("datasets").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             require("paddlenlp")
-            module = importlib.import_module(f"paddlenlp.transformers.{self.run.family.name}.modeling")
+            package = self.run.family.paddlenlp or self.run.family.name
+            module = importlib.import_module(f"paddlenlp.transformers.{package}.modeling")
         from paddlenlp.utils.log import logger
         logger.set_level("ERROR")
         return getattr(module, self.run.head.paddlenlp)

@@ -179,7 +179,7 @@ class Pages:
 def is_needed(run: Run, sides: int) -> bool:
     """Whether ``sides`` models of ``run``, in float32, do not fit into the free memory together."""
     from math import prod
-    elements = sum(prod(move.source_shape) for move in run.plan.moves if move.source)
+    elements = sum(prod(move.source_shape) for move in run.plan.moves if move.sources)
     return sides * 4 * elements + SLACK > available_memory()
 
 

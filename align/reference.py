@@ -21,14 +21,13 @@ import numpy as np
 
 from convert.errors import BadInput, require
 
-from .inputs import Inputs
+from .inputs import Inputs, Rows
 from .inside import Places, small_input
 from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
 from .runs import Run
 from .side import Modules
-from .tasks import token_rows
 from .tolerance import REORDERED_RUNS
 from .torch_side import TorchSide, floating, tensors_of
 from .trace import Step
@@ -107,7 +106,7 @@ class Reference(TorchSide):
         with self._hooks(modules), heard_by(found):
             outputs = outputs_of(self.model, inputs.arrays)
         self._leave()
-        found.given |= {name: token_rows(name, array, inputs.mask) for name, array in outputs.items()}
+        found.given |= {name: inputs.rows(name, array) for name, array in outputs.items()}
         return found.given, found.entering
 
     @contextmanager
@@ -154,7 +153,7 @@ class _Listener:
     """What the hooks of a pass tell, by Paddle's names. ``arrived`` returns what the module is to be fed instead."""
 
     def __init__(self, inputs: Inputs, places: Places) -> None:
-        self.mask, self.places = inputs.mask, places
+        self.rows, self.places = inputs.rows, places
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         return None
@@ -177,10 +176,10 @@ class _Plain(_Listener):
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> None:
         array = self.step.view("entering")[name] = read().copy()
         if name in self.places.sublayers:
-            self.step.view("arriving")[name] = token_rows(name, array, self.mask)
+            self.step.view("arriving")[name] = self.rows(name, array)
 
     def answered(self, name: str, array: np.ndarray) -> None:
-        rows = token_rows(name, array, self.mask)
+        rows = self.rows(name, array)
         if name not in self.places.sublayers:
             self.step.recorded[name] = rows
         if name in self.places.inside:
@@ -188,10 +187,10 @@ class _Plain(_Listener):
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
         small = self.step.view("small input")[name] = small_input(self.step.view("entering")[name])
-        self.step.view("small")[name] = token_rows(name, norm(small), self.mask)
+        self.step.view("small")[name] = self.rows(name, norm(small))
 
     def projected(self, name: str, array: np.ndarray, linear: Any) -> None:
-        rows = token_rows(name, array, self.mask)
+        rows = self.rows(name, array)
         sums = np.abs(rows) @ np.abs(linear.weight.detach().numpy()).T
         if linear.bias is not None:
             sums += np.abs(linear.bias.detach().numpy())
@@ -220,7 +219,7 @@ class _Small(_Listener):
 
     def answered(self, name: str, array: np.ndarray) -> None:
         if self.plain.small_row(name) is not None:
-            self.plain.step.view("small")[name] = token_rows(name, array, self.mask)
+            self.plain.step.view("small")[name] = self.rows(name, array)
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ class _Pooled(_Listener):
         if name in self.places.inside:
             self._add("inside", name, inside)
         if self.plain.small_row(name) is not None:
-            self._add("small", name, row, self.mask[:1])
+            self._add("small", name, row, self.rows.first)
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
         self._add("small", name, norm(self.plain.step.view("small input")[name]))
@@ -283,15 +282,15 @@ class _Pooled(_Listener):
     def projected(self, name: str, array: np.ndarray, linear: Any) -> None:
         own, alone, *_ = self._parts(array)
         for view, part in (("propagated", own), ("isolated", alone)):
-            _put(self.entering_heads, (view, name), token_rows(name, part, self.mask))
+            _put(self.entering_heads, (view, name), self.rows(name, part))
 
     def _is_copied(self, array: np.ndarray) -> bool:
         """Whether the copies lie one below the other; a table of positions, [1, tokens, width], is one for all."""
-        return array.ndim > 0 and array.shape[0] % (3 * len(self.mask) + 1) == 0
+        return array.ndim > 0 and array.shape[0] % (3 * self.rows.batch + 1) == 0
 
     def _parts(self, array: np.ndarray) -> list[np.ndarray]:
         """The three copies, and the row that is made small. A row may be several of the array's: [batch * tokens, …]"""
-        rows = array.shape[0] // (3 * len(self.mask) + 1) * len(self.mask)
+        rows = array.shape[0] // (3 * self.rows.batch + 1) * self.rows.batch
         return np.split(array, [rows, 2 * rows, 3 * rows])
 
     def _few(self, view: str) -> float:
@@ -299,8 +298,8 @@ class _Pooled(_Listener):
         return max((max(EPS, self.entering_heads[view, name].with_run(head.entering).relative) * head.scale
                     for name, head in self.plain.heads.items()), default=0.0)
 
-    def _add(self, view: str, name: str, array: np.ndarray, mask: np.ndarray | None = None) -> None:
-        _put(self.pools, (view, name), token_rows(name, array, self.mask if mask is None else mask))
+    def _add(self, view: str, name: str, array: np.ndarray, rows: Rows | None = None) -> None:
+        _put(self.pools, (view, name), (rows or self.rows)(name, array))
 
 
 def _put(pools: dict[tuple[str, str], Pool], key: tuple[str, str], rows: np.ndarray) -> None:
@@ -315,7 +314,7 @@ class _Once:
     """One pass, recorded whole."""
 
     def __init__(self, inputs: Inputs, replaced: Arrays) -> None:
-        self.mask, self.replaced = inputs.mask, replaced
+        self.rows, self.replaced = inputs.rows, replaced
         self.given: Arrays = {}
         self.entering: Arrays = {}
 
@@ -324,7 +323,7 @@ class _Once:
         return self.replaced.get(name)
 
     def answered(self, name: str, array: np.ndarray) -> None:
-        self.given[name] = token_rows(name, array, self.mask)
+        self.given[name] = self.rows(name, array)
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
 
@@ -337,26 +336,56 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     import torch
     try:
         with torch.no_grad():
-            result = model(**tensors_of(arrays), return_dict=True)
+            result = model(**tensors_of(arrays), **({"return_dict": True} if hasattr(model, "config_class") else {}))
     except (RuntimeError, IndexError, ValueError) as error:
         if any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:]):
             raise  # by a hook of ours, not by the model
-        raise BadInput(f"transformers' own {type(model).__name__} fails on this checkpoint, so there is nothing to "
+        raise BadInput(f"torch's own {type(model).__name__} fails on this checkpoint, so there is nothing to "
                        f"compare with: {next(iter(str(error).splitlines()), '')}.") from error
+    if not hasattr(result, "items"):
+        raise BadInput(f"torch's {type(model).__name__} returned a {type(result).__name__}; a mapping with "
+                       "transformers' output names is needed, as {'logits': …}.")
     return floating(result)
 
 
 def _load(run: Run) -> Any:
     import torch
+    if run.head.reference is not None:
+        return _rounded(run, _built(run))
     cls, config = _class_and_config(run)
     with _as_directory(run) as directory:
         model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
                                           attn_implementation="eager", output_loading_info=True)
-    absent = sorted(set(info["missing_keys"]) - {move.source for move in run.plan.moves})
+    absent = sorted(set(info["missing_keys"]) - {name for move in run.plan.moves for name in move.sources})
     if absent or info["mismatched_keys"]:
         raise _random_weights(run, (absent or info["mismatched_keys"])[0])
+    return _rounded(run, model)
+
+
+def _built(run: Run) -> Any:
+    """The net of a family of the user's own, which the family file builds."""
+    import torch
+    build = run.head.reference
+    try:
+        model = build(dict(run.config), run.source)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"the reference of family {run.family.name} could not be built: {type(error).__name__}: "
+                       f"{next(iter(str(error).splitlines()), '')}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise BadInput(f"the reference of family {run.family.name} is a {type(model).__name__}; a torch.nn.Module is "
+                       "needed.")
+    return model.float()
+
+
+def _rounded(run: Run, model: Any) -> Any:
+    """``model`` in eval mode, its weights rounded through the dtype that the conversion cast to, if it did."""
+    import torch
     if run.conversion.dtype != "keep":
-        _round_through(model, getattr(torch, run.conversion.dtype))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(getattr(torch, run.conversion.dtype)).float())
     return model.eval()
 
 
@@ -389,6 +418,9 @@ def _load_empty(run: Run) -> Any:
     """
     import torch
     from transformers.modeling_utils import no_init_weights
+    if run.head.reference is not None:
+        raise BadInput(f"the reference of family {run.family.name} loads its weights itself and cannot be paged. Use "
+                       "--paging off.")
     cls, config = _class_and_config(run)
     config._attn_implementation = "eager"
     register = torch.nn.Module.register_parameter
@@ -412,7 +444,7 @@ def _on_meta(parameter: Any) -> Any:
 
 def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
     import torch
-    keys = {path: key for path, key in _keys(run).items() if key in run.checkpoint.tensors}
+    keys = run.plan.keys
     cast = None if run.conversion.dtype == "keep" else getattr(torch, run.conversion.dtype)
     owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
@@ -423,12 +455,6 @@ def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
         info = run.checkpoint.tensors[keys[known[0]]]
         return _Slot(model, names, info.file, info.name, cast)
     return Pages(divide(owners, gates), slot)
-
-
-def _keys(run: Run) -> dict[str, str]:
-    """The source's key of every parameter, by its path in torch's class."""
-    moved = {move.target: move.source for move in run.plan.moves if move.source}
-    return {path: moved[name] for path, name in run.paddle_names.items() if name in moved}
 
 
 class _Slot:
@@ -484,13 +510,6 @@ def _put_rounded(stored: Any, values: Any, cast: Any) -> None:
     values.copy_(stored)
     if cast is not None:
         values.copy_(values.to(cast))
-
-
-def _round_through(model: Any, dtype: Any) -> None:
-    import torch
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype).float())
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from convert.__main__ import family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.cli import target_config
 from convert.errors import BadInput
-from convert.plan import Plan, expand, layers_of, make_plan, name_in
+from convert.plan import Plan, config_for, expand, make_plan, spelled
 from convert.report import Conversion, latest_run, load_conversion
-from convert.rules import Config, Family, Head, Sizes
+from convert.rules import Config, Family, Head, Layers, Rule, Sizes
 from convert.stream import chunks_of, digest_of
 
 
@@ -43,7 +43,7 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """The source's config."""
-        return read_config(self.source)
+        return config_for(self.family, self.source, self.checkpoint.tensors)
 
     @cached_property
     def target_config(self) -> Config:
@@ -68,11 +68,19 @@ class Run:
         return make_plan(self.family, self.config, self.checkpoint.tensors, self.conversion.dtype)
 
     @cached_property
+    def rules(self) -> list[Rule]:
+        """The rules of the head for this config, one for each layer."""
+        return list(expand([rule for rule in self.family.rules_of(self.head) if rule.when(self.config)], self.layers))
+
+    @cached_property
+    def layers(self) -> Layers:
+        return self.family.layers(self.config)
+
+    @cached_property
     def paddle_names(self) -> dict[str, str]:
-        """Paddle's name of every parameter of the head, by its path in torch's class."""
-        rules = [rule for rule in self.family.rules_of(self.head) if rule.source and rule.target]
-        return {name_in(rule.source, layer): name_in(rule.target, layer)
-                for rule, layer in expand(rules, layers_of(self.family, self.config))}
+        """Paddle's name of every parameter of the head that is one in Paddle too, by its path in torch's class."""
+        return {rule.sources[0][0]: rule.targets[0] for rule in self.rules
+                if len(rule.sources) == len(rule.targets) == 1}
 
     def paddle_path(self, path: str) -> str:
         """Paddle's path of a torch module or parameter: by its weights, else by the recorded module that holds it."""
@@ -85,18 +93,24 @@ class Run:
     @cached_property
     def dropped(self) -> set[str]:
         """Torch's names of what the Paddle side has no place for."""
-        rules = [rule for rule in self.family.rules_of(self.head) if not rule.target]
-        return {name_in(rule.source, layer) for rule, layer in expand(rules, layers_of(self.family, self.config))}
+        return {name for rule in self.rules if not rule.targets for names in rule.sources for name in names}
 
     @cached_property
     def modules(self) -> list[tuple[str, str]]:
         """(torch path, Paddle path) of every module that is recorded, in the order of execution."""
-        layers = layers_of(self.family, self.config)
-        return [
-            (name_in(torch, layer), name_in(paddle, layer))
-            for torch, paddle in self.family.modules_of(self.head)
-            for layer in range(layers if "{i}" in torch else 1)
-        ]
+        return [(torch, paddle) for torch, paddle, _ in self._modules]
+
+    @cached_property
+    def inside(self) -> dict[str, tuple[tuple[str, str, str], ...]]:
+        """What the family says is inside of each recorded module, by its Paddle path."""
+        return {paddle: self.family.inside[template] for _, paddle, template in self._modules
+                if template in self.family.inside}
+
+    @cached_property
+    def _modules(self) -> list[tuple[str, str, str]]:
+        templates = [template for _, template in self.family.modules]
+        return list(spelled([(*paths, template) for paths, template in
+                             zip(self.family.modules_of(self.head), templates, strict=True)], self.layers))
 
     @cached_property
     def source_digest(self) -> str:

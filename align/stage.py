@@ -55,7 +55,7 @@ class Session:
     def reference(self) -> Reference:
         from .reference import Reference
         self.advance("loading torch")
-        return Reference(self.run, self.paged)
+        return Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"))
 
     @cached_property
     def candidate(self) -> Candidate:

@@ -12,7 +12,6 @@ from convert.rules import Config, Sizes
 from .inputs import Inputs
 
 IGNORED = -100
-PER_TOKEN_VECTORS = ("start_logits", "end_logits")
 Labels = dict[str, np.ndarray]
 Flat = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -26,15 +25,6 @@ class Task:
 
     labels: Callable[[Inputs, Config, Sizes, np.random.Generator, bool], Labels]
     token_losses: Callable[[Mapping[str, np.ndarray], Labels], Flat]
-
-
-def token_rows(name: str, array: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The rows of real tokens, [tokens, ...]: padded queries are meaningless on both sides.
-
-    Arrays without a token axis come back as they are.
-    """
-    per_token = (array.ndim == 3 or name in PER_TOKEN_VECTORS) and array.shape[:2] == mask.shape
-    return array[mask] if per_token else array.copy()
 
 
 def _token_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:

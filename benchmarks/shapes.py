@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.__main__ import family_named
 from convert.dtypes import BY_NAME
-from convert.plan import expand, layers_of, name_in
+from convert.plan import expand
 
 FULL, SMALL = "full", "small"
 
@@ -63,12 +63,12 @@ class Shape:
         """Every tensor that transformers' class saves, in the order of the layers."""
         family = family_named(self.family)
         head = family.head(self.architecture)
-        stored = [rule for rule in family.rules_of(head) if rule.when(self.config) and rule.kind in ("linear", "keep")
+        stored = [rule for rule in family.rules_of(head) if rule.when(self.config) and rule.moves
                   and rule.otherwise is None]
         sizes = family.sizes(self.config)
-        return [Tensor(name_in(rule.source, layer), _kind(name_in(rule.source, layer), len(rule.shape)),
-                       tuple(sizes[size] if isinstance(size, str) else size for size in rule.shape))
-                for rule, layer in expand(stored, layers_of(family, self.config))]
+        return [Tensor(name, _kind(name, len(rule.shape)), rule.source_shape(sizes, number))
+                for rule in expand(stored, family.layers(self.config))
+                for number, (name, *_) in enumerate(rule.sources)]
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ from convert.rules import (
     Sizes,
     buffer,
     copy_of,
+    counted,
     drop,
     keep,
     labels_of,
@@ -67,7 +68,7 @@ MASKED_LM = rules(
 )
 
 FAMILY = Family(
-    name="bert", prefix="bert.", layers="num_hidden_layers", sizes=sizes, unsupported=unsupported,
+    name="bert", prefix="bert.", layers=counted("num_hidden_layers"), sizes=sizes, unsupported=unsupported,
     rules=rules(
         drop("bert.embeddings.position_ids", why="the numbers 0, 1, 2, …: Paddle counts them itself"),
         keep("bert.embeddings.word_embeddings.weight", "vocab", "hidden"),

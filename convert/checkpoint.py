@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -75,6 +75,14 @@ class Matrix:
             return replace(self, rows=1, columns=self.rows * self.columns)
         return self
 
+    def __getitem__(self, rows: slice) -> Matrix:
+        start, stop, _ = rows.indices(self.rows)
+        return replace(self, offset=self._place(start, 0), rows=max(0, stop - start))
+
+    def above(self, others: Sequence[Matrix]) -> Stacked:
+        """This one and below it the ``others``, as one."""
+        return Stacked((self, *others))
+
     def read(self, rows: range, columns: range, out: np.ndarray) -> None:
         """Fill ``out``, [rows, columns] in C order, with a block."""
         if self.step != 1:
@@ -96,6 +104,58 @@ class Matrix:
 
     def _place(self, row: int, column: int) -> int:
         return self.offset + (row * self.pitch + column * self.step) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Matrices of equal width one below the other, or ``beside`` each other, as one; what :class:`Matrix` offers."""
+
+    blocks: tuple[Matrix, ...]
+    beside: bool = False
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.blocks[0].dtype
+
+    @property
+    def rows(self) -> int:
+        return self.blocks[0].rows if self.beside else sum(block.rows for block in self.blocks)
+
+    @property
+    def columns(self) -> int:
+        return sum(block.columns for block in self.blocks) if self.beside else self.blocks[0].columns
+
+    @property
+    def T(self) -> Stacked:
+        return Stacked(tuple(block.T for block in self.blocks), not self.beside)
+
+    @property
+    def straight(self) -> bool:
+        return all(block.straight for block in self.blocks)
+
+    @property
+    def flat(self) -> Stacked:
+        return self
+
+    def read(self, rows: range, columns: range, out: np.ndarray) -> None:
+        """Fill ``out``, [rows, columns] in C order, with a block."""
+        along, start = columns if self.beside else rows, 0
+        for block in self.blocks:
+            length = block.columns if self.beside else block.rows
+            wanted = range(max(along.start, start), min(along.stop, start + length))
+            if wanted:
+                place = slice(wanted.start - along.start, wanted.stop - along.start)
+                inside = range(wanted.start - start, wanted.stop - start)
+                self._read_of(block, inside, rows, columns, out, place)
+            start += length
+
+    def _read_of(self, block: Matrix, inside: range, rows: range, columns: range, out: np.ndarray,
+                 place: slice) -> None:
+        if not self.beside:
+            block.read(inside, columns, out[place])
+            return
+        for number, row in enumerate(rows):
+            block.read(range(row, row + 1), inside, out[number: number + 1, place])
 
 
 @dataclass(frozen=True)

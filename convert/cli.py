@@ -62,13 +62,12 @@ def run(family: Family, options: argparse.Namespace) -> int:
 def conversion_of(family: Family, options: argparse.Namespace, source: str, path: Path, revision: str | None,
                   output: Path, shard_size: int) -> None:
     """Header, plan, stream, verify, report. Nothing is written before the plan is total."""
-    from .checkpoint import opened, read_config
-    from .plan import make_plan
+    from .checkpoint import opened
+    from .plan import config_for, make_plan
     from .writer import make_layout, refuse_overlap
     refuse_overlap(path, output)
-    config = read_config(path)
     with opened(path) as checkpoint:
-        plan = make_plan(family, config, checkpoint.tensors, options.dtype)
+        plan = make_plan(family, config_for(family, path, checkpoint.tensors), checkpoint.tensors, options.dtype)
         layout = make_layout(plan.moves, options.format, shard_size)
         if options.dry_run:
             from .report import print_plan

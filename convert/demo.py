@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from .dtypes import BY_NAME
-from .plan import Move, expand, layers_of, name_in
+from .plan import Move, expand
 from .rules import Family, Rule
 from .writer import MARKER, Staging, make_layout, refuse_existing
 
@@ -28,9 +28,9 @@ def build_demo(family: Family, directory: Path) -> Path:
     ours = marker.is_file() and json.loads(marker.read_text("utf-8")).get("demo") == family.name
     refuse_existing(directory, overwrite=ours)
     head = family.head(family.demo["architectures"][0])
-    rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.kind in ("linear", "keep")]
-    sizes, layers = family.sizes(family.demo), layers_of(family, family.demo)
-    moves = [_stored(rule, layer, sizes) for rule, layer in expand(rules, layers)]
+    rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.moves]
+    sizes, layers = family.sizes(family.demo), family.layers(family.demo)
+    moves = [move for rule in expand(rules, layers) for move in _stored(rule, sizes)]
     layout = make_layout(moves, "safetensors", shard_size=1 << 40, framework="pt")
     generator = np.random.default_rng(SEED)
     with Staging(directory) as staging:
@@ -45,18 +45,19 @@ def build_demo(family: Family, directory: Path) -> Path:
     return directory
 
 
-def _stored(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Move:
-    """A torch-side tensor as the writer's layout wants it: under its source name, in its source shape."""
-    shape = tuple(sizes[size] if isinstance(size, str) else size for size in rule.shape)
+def _stored(rule: Rule, sizes: Mapping[str, int]) -> Iterator[Move]:
+    """The torch-side tensors as the writer's layout wants them: under their source names, in their source shapes."""
     float32 = BY_NAME["float32"]
-    name = name_in(rule.source, layer)
-    return Move(name, rule, name, None, shape, float32, shape, float32)
+    for number, (name, *_) in enumerate(rule.sources):
+        shape = rule.source_shape(sizes, number)
+        yield Move(name, rule, (name,), None, shape, float32, shape, float32)
 
 
 def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
     noise = generator.standard_normal(prod(move.shape)).astype(np.float32).reshape(move.shape)
     if len(move.shape) == 2:
-        return noise * np.float32(0.5 if move.rule.kind == "keep" else 1.4 / np.sqrt(move.shape[1]))
+        return noise * np.float32(0.5 if move.rule.kind == "keep" else
+                                  1.4 / np.sqrt(move.shape[move.rule.transposed]))
     if move.target.endswith("weight"):
         return 1 + np.float32(0.2) * noise
     return np.float32(0.1) * noise

@@ -61,8 +61,13 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _say(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_in_one_line(str(message))}", file=sys.stderr)
     return code
+
+
+def _in_one_line(message: str) -> str:
+    """Names come from files: control characters in them are shown, not obeyed."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
 
 
 def _one_line(error: Exception) -> str:

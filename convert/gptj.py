@@ -10,6 +10,7 @@ from convert.rules import (
     buffer,
     causal_mask,
     constant,
+    counted,
     keep,
     labels_of,
     linear,
@@ -37,7 +38,8 @@ def unsupported(config: Config) -> str | None:
 
 
 FAMILY = Family(
-    name="gptj", prefix="transformer.", layers="n_layer", sizes=sizes, unsupported=unsupported,
+    name="gptj", prefix="transformer.", layers=counted("n_layer", "num_hidden_layers"), sizes=sizes,
+    unsupported=unsupported,
     rules=rules(
         keep("transformer.wte.weight", "vocab", "hidden"),
         norm("transformer.h.{i}.ln_1", "hidden"),

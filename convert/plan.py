@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import read_config
 from .dtypes import BY_NAME, Dtype
 from .errors import BadInput
-from .rules import Config, Family, Filling, Head, Rule, Sizes
+from .rules import Config, Family, Filling, Gather, Head, Layers, Names, Rule, Size, Sizes, in_numbers
 
 Header = Mapping[str, Any]
-MAX_LAYERS = 100_000
 SHOWN = 3
+LETTER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Move:
     """One target tensor: where it comes from, and what it looks like on both sides.
 
-    ``source`` is None where ``filling`` makes the tensor. Shapes are of the whole tensor, dtypes as files say.
+    ``sources`` is empty where ``filling`` makes the tensor. ``gather`` takes what is wanted from the sources, None
+    where that is all of the one source; ``source_shape`` is the shape of what is taken, still in the source's layout.
     """
 
     target: str
     rule: Rule
-    source: str | None
+    sources: tuple[str, ...]
     filling: Filling | None
     source_shape: tuple[int, ...]
     source_dtype: Dtype
     shape: tuple[int, ...]
     dtype: Dtype
+    gather: Gather | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,18 +51,45 @@ class Move:
     def transposed(self) -> bool:
         return self.rule.transposed and self.filling is None
 
+    @property
+    def source(self) -> str:
+        """The names of the source tensors, for people."""
+        return " + ".join(self.sources)
+
+    @property
+    def origin(self) -> str:
+        """What the tensor is made of, for people."""
+        return self.source or f"({self.filling.name})"
+
+    def take(self, read: Callable[[str], Any]) -> Any:
+        """What the target holds, in the source's layout: an array or a matrix, as ``read`` gives for each source."""
+        return read(self.sources[0]) if self.gather is None else self.gather([read(name) for name in self.sources])
+
+    def turn(self, taken: Any) -> Any:
+        """:meth:`take`'s in the target's layout."""
+        return self.rule.apply(taken) if self.transposed else taken
+
+    def turn_back(self, held: Any) -> Any:
+        """The inverse of :meth:`turn`."""
+        return self.rule.invert(held) if self.transposed else held
+
 
 @dataclass(frozen=True)
 class Check:
-    """A source tensor that is not moved because ``move`` makes it; its values must agree all the same."""
+    """A source tensor that is not moved; it must hold what ``filling`` makes in ``shape``, or what it copies."""
 
     source: str
-    move: Move
+    filling: Filling
+    shape: tuple[int, ...]
+    why: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do, before it does anything. ``moves`` are in the order of execution."""
+    """What a conversion will do, before it does anything. ``moves`` are in the order of execution.
+
+    ``keys`` are the header's names of the tensors that transformers' class calls otherwise or the same.
+    """
 
     family: Family
     head: Head
@@ -68,6 +98,7 @@ class Plan:
     moves: tuple[Move, ...]
     checks: tuple[Check, ...]
     dropped: tuple[tuple[str, str], ...]
+    keys: Mapping[str, str]
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +132,14 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
     raise BadInput(f"{closest.describe()} Nothing was written.")
 
 
+def config_for(family: Family, source: Path, header: Header) -> Config:
+    """The ``config.json`` beside a checkpoint; where there is none, what the family reads from the header."""
+    directory = source if source.is_dir() else source.parent
+    if family.config_of is not None and not (directory / "config.json").is_file():
+        return family.config_of(header)
+    return read_config(source)
+
+
 def _declared(config: Config) -> str | None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -108,26 +147,26 @@ def _declared(config: Config) -> str | None:
     return architectures[0] if architectures else None
 
 
-def layers_of(family: Family, config: Config) -> int:
-    """The number of layers that the config promises."""
-    from .rules import size_of
-    layers = size_of(config, family.layers, "num_hidden_layers")
-    if layers > MAX_LAYERS:
-        raise BadInput(f"config.json: {family.layers} is {layers}, which is absurd.")
-    return layers
-
-
-def expand(rules: Sequence[Rule], layers: int) -> Iterator[tuple[Rule, int]]:
-    """Rules in execution order, each with the layer it is for: all of layer 0, then all of layer 1, …"""
-    for per_layer, group in groupby(rules, key=lambda rule: rule.per_layer):
+def expand(rules: Sequence[Rule], layers: Layers) -> Iterator[Rule]:
+    """Rules in execution order, a rule for each layer: all of layer 0, then all of layer 1, …"""
+    for letter, group in groupby(rules, key=lambda rule: letter_of(rule.names)):
         members = list(group)
-        for layer in range(layers if per_layer else 1):
-            for rule in members:
-                yield rule, layer
+        for number in range(layers[letter] if letter else 1):
+            yield from (rule.at(letter, number) for rule in members) if letter else members
 
 
-def name_in(template: str, layer: int) -> str:
-    return template.replace("{i}", str(layer))
+def spelled(groups: Sequence[Names], layers: Layers) -> Iterator[Names]:
+    """:func:`expand` for groups of names whose last is a template that stays as it is."""
+    for letter, alike in groupby(groups, key=lambda names: letter_of(names)):
+        members = list(alike)
+        for number in range(layers[letter] if letter else 1):
+            yield from ((*(name.replace(f"{{{letter}}}", str(number)) for name in names), template)
+                        for *names, template in members)
+
+
+def letter_of(names: Sequence[str]) -> str | None:
+    """The letter that stands for a layer number in these names."""
+    return next((found.group(1) for found in map(LETTER.search, names) if found), None)
 
 
 @dataclass
@@ -149,86 +188,127 @@ class _Total:
     moves: list[Move]
     checks: list[Check]
     dropped: list[tuple[str, str]]
+    keys: dict[str, str]
 
     def plan(self, declared: str | None) -> Plan:
         return Plan(self.family, self.head, declared, self.config, tuple(self.moves), tuple(self.checks),
-                    tuple(self.dropped))
+                    tuple(self.dropped), self.keys)
 
 
 def _attempt(family: Family, head: Head, config: Config, header: Header, dtype: str) -> _Total | _Faulty:
-    sizes, layers = family.sizes(config), layers_of(family, config)
+    layers = family.layers(config)
     rules = [rule for rule in family.rules_of(head) if rule.when(config)]
-    weight_dtype = _weight_dtype(header, dtype)
-    moves: list[Move] = []
-    checks: list[Check] = []
-    dropped: list[tuple[str, str]] = []
-    unfilled: list[str] = []
-    faults: list[str] = []
-    claimed: set[str] = set()
+    expanded = list(expand(rules, layers))
+    keys = {names[0]: name for rule in expanded for names in rule.sources for name in names if name in header}
+    pour = _Pouring(family.sizes(config), header, keys, dtype, _weight_dtype(header, dtype))
+    for rule in expanded:
+        pour.add(rule)
+    claimed = {name for rule in expanded for names in rule.sources for name in names}
+    faults = pour.faults + _unclaimed(family, rules, layers, [name for name in header if name not in claimed])
+    if pour.unfilled:
+        faults.append(f"{_count(pour.unfilled, 'target tensor')} that no source tensor fills: {_some(pour.unfilled)}.")
+    if faults:
+        return _Faulty(family, head, faults)
+    moved = {name for move in pour.moves for name in move.sources}
+    told = [(check.source, check.why) for check in pour.checks if check.source not in moved]
+    return _Total(family, head, config, pour.moves, pour.checks, pour.dropped + told, keys)
 
-    for rule, layer in expand(rules, layers):
-        spelled = [name_in(name, layer) for name in (rule.source, *rule.spellings) if name]
-        present = [name for name in spelled if name in header]
-        claimed.update(present)
-        if len(present) > 1:
-            faults.append(f"{' and '.join(present)} are two spellings of one tensor; keep one.")
-        elif rule.kind == "drop":
-            dropped += [(name, rule.why) for name in present]
+
+class _Pouring:
+    """Takes in rules one at a time, and knows what becomes of a header by them."""
+
+    def __init__(self, sizes: Sizes, header: Header, keys: Mapping[str, str], dtype: str, weight_dtype: Dtype) -> None:
+        self.sizes, self.header, self.keys = sizes, header, keys
+        self.dtype, self.weight_dtype = dtype, weight_dtype
+        self.moves: list[Move] = []
+        self.checks: list[Check] = []
+        self.dropped: list[tuple[str, str]] = []
+        self.unfilled: list[str] = []
+        self.faults: list[str] = []
+
+    def add(self, rule: Rule) -> None:
+        """Claim what ``rule`` names, and fill its targets."""
+        spelled = [[name for name in names if name in self.header] for names in rule.sources]
+        repeated = next((names for names in spelled if len(names) > 1), None)
+        if repeated:
+            self.faults.append(f"{' and '.join(repeated)} are two spellings of one tensor; keep one.")
+            return
+        present = [names[0] for names in spelled if names]
+        if rule.kind == "drop":
+            self.dropped += [(name, rule.why) for name in present]
+        elif rule.kind == "tied":
+            self._check(present, rule, in_shape=rule.source_shape(self.sizes))
+        elif rule.kind == "buffer":
+            self._make(rule)
+            self._check(present, rule, in_shape=rule.taken_shape(self.sizes))
+        elif len(present) == len(rule.sources):
+            self._move(rule, tuple(present))
+        elif rule.otherwise and not present:
+            self._make(rule)
         else:
-            move = _move(rule, layer, present, header, sizes, weight_dtype, dtype)
-            if move is None:
-                unfilled.append(name_in(rule.target, layer))
-                continue
-            faults += _misfits(move, rule, sizes, header)
-            moves.append(move)
-            if move.filling and move.filling.checked and present:
-                checks.append(Check(present[0], move))
-            elif move.filling and present:
-                dropped.append((present[0], f"Paddle's own {move.target} is {move.filling.name}"))
+            self.unfilled += rule.targets
 
-    moved = {move.source for move in moves if move.source}
-    dropped += [(check.source, f"made again as {check.move.filling.name}; the source's values agree")
-                for check in checks if check.source not in moved]
-    faults += _unclaimed(family, rules, layers, [name for name in header if name not in claimed])
-    if unfilled:
-        faults.append(f"{_count(unfilled, 'target tensor')} that no source tensor fills: {_some(unfilled)}.")
-    return _Faulty(family, head, faults) if faults else _Total(family, head, config, moves, checks, dropped)
+    def _move(self, rule: Rule, present: tuple[str, ...]) -> None:
+        infos = [self.header[name] for name in present]
+        faults = [fault for number, name in enumerate(present) for fault in self._misfits(name, rule, number)]
+        if len({info.dtype for info in infos}) > 1:
+            faults.append(f"{' and '.join(present)} have different dtypes, and are one tensor in Paddle.")
+        self.faults += faults
+        dtype = infos[0].dtype
+        wanted = dtype if self.dtype == "keep" or not dtype.floating else BY_NAME[self.dtype]
+        for number, target in enumerate(rule.targets):
+            gather = rule.gather(self.sizes, number)
+            taken = rule.taken_shape(self.sizes, number) if gather else infos[0].shape
+            self.moves.append(Move(target, rule, present, None, taken, dtype, rule.turned_shape(taken), wanted, gather))
+
+    def _make(self, rule: Rule) -> None:
+        (target,), filling = rule.targets, rule.otherwise
+        if filling.copies is None:
+            shape = rule.turned_shape(rule.taken_shape(self.sizes))
+            own = BY_NAME["float32"] if rule.kind == "buffer" else self.weight_dtype
+            self.moves.append(Move(target, rule, (), filling, shape, BY_NAME["float32"], shape, own))
+        elif filling.copies in self.keys:
+            key = self.keys[filling.copies]
+            info = self.header[key]
+            wanted = info.dtype if self.dtype == "keep" else BY_NAME[self.dtype]
+            self.faults += self._misfits(key, rule, 0)
+            self.moves.append(Move(target, rule, (key,), filling, info.shape, info.dtype, info.shape, wanted))
+        else:
+            self.unfilled.append(target)
+
+    def _check(self, present: Sequence[str], rule: Rule, in_shape: tuple[int, ...]) -> None:
+        """What the file has beside what is made: it must be the same, or where only Paddle knows it is dropped."""
+        filling = rule.otherwise
+        why = (f"made again as {filling.name}; the source's values agree" if rule.targets else
+               f"{filling.name}, with the same values; Paddle has one parameter for both")
+        for name in present:
+            if not filling.checked:
+                self.dropped.append((name, f"Paddle's own {rule.targets[0]} is {filling.name}"))
+            elif filling.copies is None:
+                self.checks.append(Check(name, filling, in_shape, why))
+            elif filling.copies in self.keys:
+                self.checks.append(Check(name, replace(filling, copies=self.keys[filling.copies]), in_shape, why))
+            else:
+                self.faults.append(f"{name} is {filling.name}, which is not there.")
+
+    def _misfits(self, name: str, rule: Rule, number: int) -> list[str]:
+        info, expected = self.header[name], rule.source_shape(self.sizes, number)
+        faults = []
+        if info.shape != expected:
+            faults.append(f"{name} has shape {list(info.shape)}, the config asks for {list(expected)} "
+                          f"({' x '.join(_worded(size, self.sizes) for size in rule.shape) or 'a scalar'}).")
+        if not info.dtype.floating:
+            faults.append(f"{name} has dtype {info.dtype.name}; a weight is a floating dtype.")
+        groups = rule.gather(self.sizes, number)
+        if groups and sum(groups.widths) * groups.groups != sum(in_numbers(rule.parts, self.sizes)):
+            faults.append(f"{name}: {rule.groups} do not divide the parts that are fused in it.")
+        return faults
 
 
-def _move(rule: Rule, layer: int, present: list[str], header: Header, sizes: Sizes, weight_dtype: Dtype,
-          dtype: str) -> Move | None:
-    target = name_in(rule.target, layer)
-    expected = tuple(sizes[size] if isinstance(size, str) else size for size in rule.shape)
-    if present and rule.kind != "buffer":
-        info = header[present[0]]
-        wanted = info.dtype if dtype == "keep" or not info.dtype.floating else BY_NAME[dtype]
-        return Move(target, rule, present[0], None, info.shape, info.dtype, rule.target_shape(info.shape), wanted)
-    if rule.otherwise is None:
-        return None
-    copied = rule.otherwise.copies
-    if copied is None:
-        shape = rule.target_shape(expected)
-        own = BY_NAME["float32"] if rule.kind == "buffer" else weight_dtype
-        return Move(target, rule, None, rule.otherwise, shape, BY_NAME["float32"], shape, own)
-    if copied not in header:
-        return None
-    info = header[copied]
-    wanted = info.dtype if dtype == "keep" else BY_NAME[dtype]
-    return Move(target, rule, copied, rule.otherwise, info.shape, info.dtype, info.shape, wanted)
-
-
-def _misfits(move: Move, rule: Rule, sizes: Sizes, header: Header) -> list[str]:
-    if move.source is None:
-        return []
-    expected = tuple(sizes[size] if isinstance(size, str) else size for size in rule.shape)
-    faults = []
-    if move.source_shape != expected:
-        meaning = " x ".join(f"{size} {sizes[size]}" if isinstance(size, str) else str(size) for size in rule.shape)
-        faults.append(f"{move.source} has shape {list(move.source_shape)}, the config asks for {list(expected)} "
-                      f"({meaning or 'a scalar'}).")
-    if not move.source_dtype.floating:
-        faults.append(f"{move.source} has dtype {move.source_dtype.name}; a weight is a floating dtype.")
-    return faults
+def _worded(size: Size, sizes: Sizes) -> str:
+    if isinstance(size, tuple):
+        return f"({' + '.join(_worded(part, sizes) for part in size)})"
+    return f"{size} {sizes[size]}" if isinstance(size, str) else str(size)
 
 
 def _weight_dtype(header: Header, dtype: str) -> Dtype:
@@ -239,7 +319,7 @@ def _weight_dtype(header: Header, dtype: str) -> Dtype:
 
 def _refuse_other_family(family: Family, config: Config) -> None:
     kind = config.get("model_type")
-    if kind != family.name:
+    if kind != (family.model_type or family.name):
         told = f"model_type is {kind!r}" if kind else "there is no model_type"
         known = isinstance(kind, str) and kind.isidentifier() and Path(__file__).with_name(f"{kind}.py").is_file()
         advice = f" Try: python -m convert.{kind}" if known else ""
@@ -249,15 +329,16 @@ def _refuse_other_family(family: Family, config: Config) -> None:
         raise BadInput(f"{family.name}: {reason}. Nothing was written.")
 
 
-def _unclaimed(family: Family, rules: Sequence[Rule], layers: int, names: list[str]) -> list[str]:
+def _unclaimed(family: Family, rules: Sequence[Rule], layers: Layers, names: list[str]) -> list[str]:
     if not names:
         return []
     numbers = {int(found) for name in names for found in re.findall(r"\.(\d{1,9})\.", name)}
-    surplus = sorted(number for number in numbers if number >= layers)
+    promised = max(layers.values(), default=0)
+    surplus = sorted(number for number in numbers if number >= promised)
     if surplus and all(re.search(r"\.\d+\.", name) for name in names):
-        return [f"the config says {layers} layers, the source has layers up to {surplus[-1]} ({_some(names)})."]
-    templates = [rule.source or rule.target for rule in rules]
-    nearest = max(templates, key=lambda template: difflib.SequenceMatcher(None, template, names[0]).ratio())
+        return [f"the config says {promised} layers, the source has layers up to {surplus[-1]} ({_some(names)})."]
+    nearest = max((rule.names[0] for rule in rules),
+                  key=lambda template: difflib.SequenceMatcher(None, template, names[0]).ratio())
     return [f"{_count(names, 'source tensor')} that no rule claims: {_some(names)}. Nearest rule: {nearest}."]
 
 

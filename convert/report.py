@@ -97,9 +97,10 @@ def refuse_unwritable(reports: Path) -> None:
 def tensor_rows(plan: Plan, source_digests: dict[str, str], target_digests: dict[str, str]) -> list[dict[str, Any]]:
     """One row per target tensor; shapes and dtypes are the target's."""
     return [{
-        "source": move.source, "target": move.target, "rule": move.kind, "shape": list(move.shape),
+        "source": move.source or None, "target": move.target, "rule": move.kind, "shape": list(move.shape),
         "dtype": move.dtype.name, "transposed": move.transposed, "filling": move.filling and move.filling.name,
-        "source_digest": source_digests.get(move.source), "target_digest": target_digests.get(move.target),
+        "source_digest": " + ".join(source_digests[name] for name in move.sources) or None,
+        "target_digest": target_digests.get(move.target),
     } for move in plan.moves]
 
 
@@ -145,17 +146,19 @@ def print_rules(family: Family) -> None:
     everywhere = [(rule, "") for rule in family.rules]
     of_heads = [(rule, head.architecture) for head in family.heads for rule in head.rules if id(rule) not in shared]
     rules = everywhere + of_heads
-    moved = [(rule, head) for rule, head in rules if rule.kind in ("linear", "keep")]
+    moved = [(rule, head) for rule, head in rules if rule.moves]
     console.print(_table(f"{family.name}: name map, torch to Paddle (shapes as torch has them; T = transposed)",
                          ("name", "shape", "T"),
                          [(_mapped(rule, head), _shape(rule), "T" if rule.transposed else "") for rule, head in moved]))
     console.print(_table("do not transpose: two dimensions, and the same layout on both sides", ("Paddle", "shape"),
-                         [(rule.target + _only(head), _shape(rule)) for rule, head in rules
-                          if len(rule.shape) == 2 and not rule.transposed and rule.kind != "drop"]))
+                         [("\n".join(rule.targets) + _only(head), _shape(rule)) for rule, head in rules
+                          if len(rule.shape) == 2 and not rule.transposed and rule.targets]))
     console.print(_table("buffers: made here, because Paddle wants them and torch may not save them",
                          ("Paddle", "filled with"),
-                         [(rule.target + _only(head), rule.otherwise.name) for rule, head in rules if rule.otherwise]))
-    dropped = [(rule.source, rule.why) for rule, _ in rules if rule.kind == "drop"]
+                         [(rule.targets[0] + _only(head), rule.otherwise.name) for rule, head in rules
+                          if rule.otherwise and rule.targets]))
+    dropped = [(rule.sources[0][0], rule.why or f"{rule.otherwise.name}: Paddle has one parameter for both")
+               for rule, _ in rules if not rule.targets]
     if dropped:
         console.print(_table("dropped", ("torch", "why"), dropped))
 
@@ -166,7 +169,7 @@ def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> No
     console = _console()
     console.print(_table(f"{plan.family.name} ({plan.head.architecture}): {len(plan.moves)} tensors",
                          ("name", "shape in Paddle", "dtype", "bytes", "T"), [
-        (_arrow(move.source or f"({move.filling.name})", move.target), str(list(move.shape)), move.dtype.name,
+        (_arrow(move.origin, move.target), str(list(move.shape)), move.dtype.name,
          f"{move.nbytes:,}", "T" if move.transposed else "") for move in plan.moves]))
     if plan.dropped:
         console.print(_table("dropped", ("torch", "why"), plan.dropped))
@@ -195,7 +198,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _mapped(rule: Rule, head: str) -> str:
-    return _arrow("\nor\u00a0".join((rule.source, *rule.spellings)), rule.target) + _only(head)
+    sources = "\n+\u00a0".join("\nor\u00a0".join(names) for names in rule.sources)
+    return _arrow(sources, "\n+\u00a0".join(rule.targets)) + _only(head)
 
 
 def _arrow(source: str, target: str) -> str:
@@ -207,7 +211,8 @@ def _only(head: str) -> str:
 
 
 def _shape(rule: Rule) -> str:
-    return f"[{', '.join(map(str, rule.shape))}]"
+    words = (" + ".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in rule.shape)
+    return f"[{', '.join(words)}]" + (f", {rule.groups} by {rule.groups}" if rule.groups != 1 else "")
 
 
 def _code(name: str | None) -> str:

@@ -2,22 +2,29 @@
 
 A name is a template: ``{i}`` is a layer number, ``{a,b}`` are alternatives that the target side answers in the
 same order. Sizes are words that the family reads from the config, so every shape is known before a byte moves.
-Every rule can be undone: :meth:`Rule.invert` takes what a Paddle layer holds back to torch's layout.
+Every rule can be undone: :meth:`Rule.invert` takes what a Paddle layer holds back to torch's layout, and
+:meth:`Rule.inverse` is the rule that carries a Paddle checkpoint back.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
-Size = str | int
+Size = str | int | tuple["Size", ...]
+"""A word, a number, or several that stand one behind the other along the same axis."""
+Shape = tuple[Size, ...]
+Names = tuple[str, ...]
+Layers = Mapping[str, int]
+"""How often each letter that stands for a layer number counts: ``{"i": 28}``."""
 Condition = Callable[[Config], bool]
 MAX_SIZE = 2**30
+MAX_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -40,61 +47,189 @@ class Filling:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One elementary line of a family: one tensor, or one tensor per layer where the name holds ``{i}``.
+class Gather:
+    """One part of a fused tensor, or all parts fused; in the source's layout, on arrays and matrices alike.
 
-    ``shape`` is the torch side's; ``spellings`` are further names the source tensor goes by.
+    The fused axis holds ``groups`` times (one for each head, say) the parts in turn, of ``widths`` in each group.
+    ``part`` says which of them is taken; None joins one array per part.
+    """
+
+    widths: tuple[int, ...]
+    groups: int
+    part: int | None
+    leading: bool
+    """Whether the fused axis is the first of two, rather than the last."""
+
+    def __call__(self, arrays: Sequence[Any]) -> Any:
+        turned = [array if self.leading else array.T for array in arrays]
+        joined = _stacked(self._joined(turned) if self.part is None else self._taken(turned[0]))
+        return joined if self.leading else joined.T
+
+    def _taken(self, fused: Any) -> list[Any]:
+        start, period = sum(self.widths[: self.part]), sum(self.widths)
+        return [fused[first: first + self.widths[self.part]]
+                for first in range(start, period * self.groups, period)]
+
+    def _joined(self, parts: Sequence[Any]) -> list[Any]:
+        return [part[group * width: (group + 1) * width]
+                for group in range(self.groups) for part, width in zip(parts, self.widths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One elementary line of a family: one tensor, or one tensor per layer where the names hold ``{i}``.
+
+    ``sources`` holds for each source tensor the names it goes by, transformers' own first. Only ``split`` has several
+    targets and only ``merge`` several sources. ``shape`` is the source side's, of the fused tensor where there is one:
+    its fused axis is then a tuple, the sizes of the parts.
     """
 
     kind: str
-    source: str | None
-    target: str | None
-    shape: tuple[Size, ...] = ()
-    spellings: tuple[str, ...] = ()
+    sources: tuple[Names, ...]
+    targets: Names = ()
+    shape: Shape = ()
+    transposed: bool = False
+    groups: Size = 1
     otherwise: Filling | None = None
     why: str = ""
     when: Condition = field(default=lambda config: True, compare=False)
 
     @property
-    def transposed(self) -> bool:
-        return self.kind == "linear" and len(self.shape) == 2
+    def names(self) -> Names:
+        """Every name that it stands for, on both sides."""
+        return (*(name for names in self.sources for name in names), *self.targets)
 
     @property
-    def per_layer(self) -> bool:
-        return "{i}" in (self.target or self.source or "")
+    def moves(self) -> bool:
+        """Whether source tensors go into target tensors, rather than something made or nothing at all."""
+        return bool(self.targets) and self.kind != "buffer"
 
-    def target_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape on the Paddle side of a tensor that has ``shape`` on the torch side."""
+    @property
+    def parts(self) -> Sequence[Size]:
+        """The sizes of what is fused; empty where nothing is."""
+        return next((size for size in self.shape if isinstance(size, tuple)), ())
+
+    def source_shape(self, sizes: Sizes, number: int = 0) -> tuple[int, ...]:
+        """The shape in the source of tensor ``number`` of ``sources``."""
+        return in_numbers(self._of_part(number) if self.kind == "merge" else self.shape, sizes)
+
+    def taken_shape(self, sizes: Sizes, number: int = 0) -> tuple[int, ...]:
+        """The shape of what target ``number`` takes from the sources, still in their layout."""
+        return in_numbers(self._of_part(number) if self.kind == "split" else self.shape, sizes)
+
+    def gather(self, sizes: Sizes, number: int = 0) -> Gather | None:
+        """How target ``number`` is taken from the sources; None where it is the one source."""
+        if not self.parts:
+            return None
+        groups = in_numbers((self.groups,), sizes)[0]
+        widths = tuple(size // groups for size in in_numbers(tuple(self.parts), sizes))
+        leading = len(self.shape) == 2 and isinstance(self.shape[0], tuple)
+        return Gather(widths, groups, number if self.kind == "split" else None, leading)
+
+    def turned_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The target's shape where ``shape`` is what is taken from the source."""
         return shape[::-1] if self.transposed else shape
 
     def apply(self, array: Any) -> Any:
-        """Torch's layout to Paddle's."""
+        """What is taken from the source, in the target's layout."""
         return array.T if self.transposed else array
 
     def invert(self, array: Any) -> Any:
-        """Paddle's layout back to torch's."""
+        """What the target holds, in the source's layout."""
         return array.T if self.transposed else array
+
+    def inverse(self) -> Rule | None:
+        """The rule that carries Paddle's tensors back; None where Paddle has none.
+
+        A tied copy that Paddle holds must still be one; whatever else the conversion made is left out.
+        """
+        if not self.targets:
+            return None
+        back = tuple((target,) for target in self.targets)
+        if self.otherwise and self.otherwise.copies:
+            return Rule("tied", back, shape=self.shape, otherwise=self.otherwise, when=self.when)
+        if self.otherwise:
+            return Rule("drop", back, why=f"{self.otherwise.name}, which the conversion made for Paddle's class")
+        return replace(self, kind=INVERSE.get(self.kind, self.kind), sources=back,
+                       targets=tuple(names[0] for names in self.sources),
+                       shape=self.shape[::-1] if self.transposed else self.shape)
+
+    def at(self, letter: str, number: int) -> Rule:
+        """The rule for one layer: ``number`` for ``{letter}`` in every name."""
+        def put(name: str) -> str:
+            return name.replace(f"{{{letter}}}", str(number))
+        copied = self.otherwise and self.otherwise.copies and replace(self.otherwise, copies=put(self.otherwise.copies))
+        return replace(self, sources=tuple(tuple(map(put, names)) for names in self.sources),
+                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise)
+
+    def _of_part(self, number: int) -> Shape:
+        return tuple(size[number] if isinstance(size, tuple) else size for size in self.shape)
+
+
+INVERSE = {"split": "merge", "merge": "split"}
 
 
 def linear(name: str, rows: Size, columns: Size, to: str | None = None, *, bias: bool = True,
            otherwise: Filling | None = None, when: Condition | None = None) -> list[Rule]:
     """``nn.Linear``: torch keeps [out, in], Paddle [in, out]. ``rows`` = out, ``columns`` = in."""
-    weight = _rules("linear", f"{name}.weight", f"{to or name}.weight", (rows, columns), otherwise, when)
+    weight = _rules("linear", f"{name}.weight", f"{to or name}.weight", (rows, columns), otherwise, when, turn=True)
     return weight + (_rules("keep", f"{name}.bias", f"{to or name}.bias", (rows,), otherwise, when) if bias else [])
 
 
-def norm(name: str, size: Size, to: str | None = None) -> list[Rule]:
+def conv1d(name: str, rows: Size, columns: Size, to: str | None = None, *, bias: bool = True,
+           when: Condition | None = None) -> list[Rule]:
+    """GPT-2's ``Conv1D``, a linear that torch keeps as [in, out], as Paddle does. ``rows`` = in, ``columns`` = out."""
+    weight = _rules("conv1d", f"{name}.weight", f"{to or name}.weight", (rows, columns), None, when)
+    return weight + (_rules("keep", f"{name}.bias", f"{to or name}.bias", (columns,), None, when) if bias else [])
+
+
+def norm(name: str, size: Size, to: str | None = None, *, bias: bool = True,
+         when: Condition | None = None) -> list[Rule]:
     """A layer norm; checkpoints converted from TensorFlow call weight and bias gamma and beta."""
+    words = (("weight", "gamma"), ("bias", "beta"))[: 1 + bias]
     return [
-        replace(rule, spellings=(rule.source.removesuffix(new) + old,))
-        for new, old in (("weight", "gamma"), ("bias", "beta"))
-        for rule in _rules("keep", f"{name}.{new}", f"{to or name}.{new}", (size,))
+        replace(rule, sources=((rule.sources[0][0], rule.sources[0][0].removesuffix(new) + old),))
+        for new, old in words
+        for rule in _rules("keep", f"{name}.{new}", f"{to or name}.{new}", (size,), None, when)
     ]
 
 
-def keep(name: str, *shape: Size, to: str | None = None, when: Condition | None = None) -> list[Rule]:
-    """The same bytes on both sides: embeddings, biases, and whatever has one dimension."""
-    return _rules("keep", name, to or name, shape, None, when)
+def keep(name: str, *shape: Size, to: str | None = None, also: Sequence[str] = (),
+         when: Condition | None = None) -> list[Rule]:
+    """The same bytes on both sides: embeddings, biases, and whatever has one dimension.
+
+    ``also`` are further names of the source tensor.
+    """
+    rules = _rules("keep", name, to or name, shape, None, when)
+    spellings = [_alternatives(other) for other in also]
+    return [replace(rule, sources=((*rule.sources[0], *(names[number] for names in spellings)),))
+            for number, rule in enumerate(rules)]
+
+
+def split(name: str, shape: Shape, to: str, *, groups: Size = 1, transposed: bool = False,
+          when: Condition | None = None) -> list[Rule]:
+    """A fused tensor into its parts: ``split("c_attn.weight", ("hidden", 3 * ("hidden",)), "{q,k,v}_proj.weight")``.
+
+    The axis of ``shape`` that is a tuple is the fused one; ``groups="heads"`` where the parts take turns head by head.
+    """
+    rule = Rule("split", ((name,),), tuple(_alternatives(to)), shape, transposed, groups)
+    return [_sound(rule if when is None else replace(rule, when=when))]
+
+
+def merge(name: str, shape: Shape, to: str, *, groups: Size = 1, transposed: bool = False,
+          when: Condition | None = None) -> list[Rule]:
+    """Parts into one fused tensor, the inverse of :func:`split`: ``merge("{q,k,v}.weight", (…), "qkv.weight")``.
+
+    ``shape`` is the fused tensor's in the source's layout.
+    """
+    rule = Rule("merge", tuple((source,) for source in _alternatives(name)), (to,), shape, transposed, groups)
+    return [_sound(rule if when is None else replace(rule, when=when))]
+
+
+def tied(name: str, *shape: Size, of: str, when: Condition | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both."""
+    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of))
+    return [rule if when is None else replace(rule, when=when)]
 
 
 def buffer(name: str, *shape: Size, filling: Filling, when: Condition | None = None) -> list[Rule]:
@@ -104,7 +239,7 @@ def buffer(name: str, *shape: Size, filling: Filling, when: Condition | None = N
 
 def drop(name: str, *, why: str) -> list[Rule]:
     """A source tensor, if it is there, that the Paddle side has no place for."""
-    return [Rule("drop", source, None, why=why) for source in _alternatives(name)]
+    return [Rule("drop", ((source,),), why=why) for source in _alternatives(name)]
 
 
 def copy_of(source: str) -> Filling:
@@ -134,13 +269,32 @@ def constant(value: float) -> Filling:
     return Filling(f"{value:g}", rows)
 
 
-def _rules(kind: str, source: str, target: str, shape: tuple[Size, ...], otherwise: Filling | None = None,
-           when: Condition | None = None) -> list[Rule]:
+def _rules(kind: str, source: str, target: str, shape: Shape, otherwise: Filling | None = None,
+           when: Condition | None = None, turn: bool = False) -> list[Rule]:
     sources, targets = _alternatives(source), _alternatives(target)
     if len(sources) != len(targets):
         raise ValueError(f"{source} and {target} spell out different numbers of tensors")
-    rules = [Rule(kind, *names, shape, otherwise=otherwise) for names in zip(sources, targets, strict=True)]
+    rules = [Rule(kind, ((one,),), (other,), shape, turn, otherwise=otherwise)
+             for one, other in zip(sources, targets, strict=True)]
     return rules if when is None else [replace(rule, when=when) for rule in rules]
+
+
+def _sound(rule: Rule) -> Rule:
+    many = rule.targets if rule.kind == "split" else rule.sources
+    if len(many) != len(rule.parts) or sum(isinstance(size, tuple) for size in rule.shape) != 1:
+        raise ValueError(f"{rule.kind} of {rule.sources[0][0]}: one axis of the shape is to be a tuple of {len(many)} "
+                         "sizes, one for each name")
+    return rule
+
+
+def _stacked(pieces: Sequence[Any]) -> Any:
+    """Arrays or matrices one below the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if hasattr(pieces[0], "above"):
+        return pieces[0].above(pieces[1:])
+    import numpy as np
+    return np.concatenate(pieces)
 
 
 def _alternatives(name: str) -> list[str]:
@@ -159,57 +313,129 @@ def _alternatives(name: str) -> list[str]:
 class Head:
     """What sits on a family's backbone: one of torch's classes, and everything that depends on it.
 
-    ``architecture`` is the class in transformers and in ``models/``, ``paddlenlp`` the one in PaddleNLP;
-    ``task`` names the natural inputs, metric and loss (see ``align/tasks.py``).
+    ``architecture`` is the class in transformers and in ``models/``, ``paddlenlp`` the one in PaddleNLP, if there is
+    one; ``inputs`` is their kind (``align/inputs.py``), ``task`` names natural metric and loss (``align/tasks.py``).
+    Where the torch side is not transformers' class, ``reference(config, source)`` builds a ``torch.nn.Module`` that has
+    its weights, takes transformers' arguments, and returns a mapping with its output names.
     """
 
     architecture: str
-    paddlenlp: str
+    paddlenlp: str | None
     task: str
     rules: tuple[Rule, ...] = ()
     base: bool = False
+    inputs: str = "tokens"
+    reference: Callable[[Config, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. For align: ``modules`` pairs torch's and Paddle's module paths in the order of execution, and
-    ``inside`` says, for a module's Paddle path, which sublayers it has: (torch, Paddle, the operation before it).
-    ``demo`` is the config of the built-in checkpoint, ``tokenizer`` its kind: wordpiece, byte-level or none.
+    """One architecture. ``prefix`` is what the base model's names go without, on torch's side and on Paddle's.
+
+    ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
+    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has: (torch,
+    Paddle, the operation before it). ``demo`` is the config of the built-in checkpoint, ``tokenizer`` its kind:
+    wordpiece, byte-level or none. ``config_of`` reads from the header what a checkpoint without a config.json does not
+    say. ``model_type`` is the config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
     """
 
     name: str
     prefix: str
-    layers: str
+    layers: Callable[[Config], Layers]
     sizes: Callable[[Config], Sizes]
     rules: tuple[Rule, ...]
     heads: tuple[Head, ...]
-    modules: tuple[tuple[str, str], ...]
+    modules: tuple[tuple[str, str], ...] = ()
     demo: Config = field(default_factory=dict)
     tokenizer: str = "none"
     unsupported: Callable[[Config], str | None] = lambda config: None
     additions: Config = field(default_factory=dict)
     inside: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
+    target_prefix: str | None = None
+    config_of: Callable[[Mapping[str, Any]], Config] | None = None
+    model_type: str = ""
+    paddlenlp: str = ""
+
+    @property
+    def paddle_prefix(self) -> str:
+        return self.prefix if self.target_prefix is None else self.target_prefix
 
     def head(self, architecture: str) -> Head:
         """The head whose class is ``architecture``; KeyError when the family has none."""
         return {head.architecture: head for head in self.heads}[architecture]
 
     def rules_of(self, head: Head) -> list[Rule]:
-        """Every rule that holds for ``head``; the base model's names carry no prefix."""
-        if not head.base:
-            return [*self.rules, *head.rules]
-        return [_without_prefix(rule, self.prefix) for rule in (*self.rules, *head.rules)]
+        """Every rule that holds for ``head``. Names with and without the prefix are accepted, as transformers does."""
+        return [self._prefixed(rule, head.base) for rule in (*self.rules, *head.rules)]
 
     def modules_of(self, head: Head) -> list[tuple[str, str]]:
         """The module paths for ``head``, ``{i}`` still in place."""
         if not head.base:
             return list(self.modules)
-        return [(torch.removeprefix(self.prefix), paddle.removeprefix(self.prefix)) for torch, paddle in self.modules]
+        return [(torch.removeprefix(self.prefix), paddle.removeprefix(self.paddle_prefix))
+                for torch, paddle in self.modules]
+
+    def inverse(self) -> Family:
+        """The family that carries what its conversion makes back to torch."""
+        targets = {rule.sources[0][0]: rule.targets[0] for head in self.heads for rule in (*self.rules, *head.rules)
+                   if rule.targets and not rule.otherwise}
+
+        def inverted(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            found = (rule.inverse() for rule in rules)
+            return tuple(_copying(rule, targets) for rule in found if rule is not None)
+        return replace(self, prefix=self.paddle_prefix, target_prefix=self.prefix, rules=inverted(self.rules),
+                       heads=tuple(replace(head, rules=inverted(head.rules)) for head in self.heads))
+
+    def _prefixed(self, rule: Rule, base: bool) -> Rule:
+        """``rule`` with the names of a base model, or of one with a head, in front."""
+        def spelled(names: Names) -> Names:
+            bare = tuple(name.removeprefix(self.prefix) for name in names)
+            kinds = (bare, names) if base else (names, bare)
+            return tuple(dict.fromkeys(name for kind in kinds for name in kind))
+        if not self.prefix and not self.paddle_prefix:
+            return rule
+        targets = tuple(target.removeprefix(self.paddle_prefix) for target in rule.targets) if base else rule.targets
+        filling = rule.otherwise
+        if base and filling and filling.copies:
+            filling = replace(filling, copies=filling.copies.removeprefix(self.prefix))
+        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling)
 
 
-def rules(*groups: list[Rule]) -> tuple[Rule, ...]:
+def _copying(rule: Rule, targets: Mapping[str, str]) -> Rule:
+    """An inverse rule that copies what the other side calls by ``targets``' name."""
+    if rule.otherwise is None or rule.otherwise.copies is None:
+        return rule
+    return replace(rule, otherwise=copy_of(targets[rule.otherwise.copies]))
+
+
+def rules(*groups: Sequence[Rule]) -> tuple[Rule, ...]:
     """Flatten what the builders return."""
     return tuple(rule for group in groups for rule in group)
+
+
+def counted(*names: str, letter: str = "i") -> Callable[[Config], Layers]:
+    """The usual :attr:`Family.layers`: one letter, counted by the first of these keys that the config has."""
+    return lambda config: {letter: depth_of(config, *names)}
+
+
+def depth_of(config: Config, *names: str) -> int:
+    """:func:`size_of` for a number of layers."""
+    from .errors import BadInput
+    depth = size_of(config, *names)
+    if depth > MAX_LAYERS:
+        raise BadInput(f"config.json: {names[0]} is {depth}, which is absurd.")
+    return depth
+
+
+def in_numbers(shape: Shape, sizes: Sizes) -> tuple[int, ...]:
+    """A shape whose words are numbers."""
+    return tuple(_number(size, sizes) for size in shape)
+
+
+def _number(size: Size, sizes: Sizes) -> int:
+    if isinstance(size, tuple):
+        return sum(_number(part, sizes) for part in size)
+    return sizes[size] if isinstance(size, str) else size
 
 
 def size_of(config: Config, *names: str, default: int | None = None) -> int:
@@ -230,14 +456,3 @@ def labels_of(config: Config) -> int:
     if not isinstance(names, Sized):
         raise BadInput(f"config.json: id2label is {names!r}; a name for each label is needed.")
     return len(names)
-
-
-def _without_prefix(rule: Rule, prefix: str) -> Rule:
-    bare = replace(
-        rule,
-        source=rule.source and rule.source.removeprefix(prefix),
-        target=rule.target and rule.target.removeprefix(prefix),
-        spellings=tuple(spelling.removeprefix(prefix) for spelling in rule.spellings),
-    )
-    prefixed = tuple(name for name in (rule.source, *rule.spellings) if name and name.startswith(prefix))
-    return replace(bare, spellings=bare.spellings + prefixed)

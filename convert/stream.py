@@ -29,10 +29,11 @@ from math import prod
 import numpy as np
 import xxhash
 
-from .checkpoint import Checkpoint, Loaded, Matrix, TensorInfo, cut
-from .dtypes import Dtype, cast, has_nonfinite
+from .checkpoint import Checkpoint, Loaded, Matrix, Stacked, TensorInfo, cut
+from .dtypes import BY_NAME, Dtype, cast, has_nonfinite
 from .errors import BadInput
 from .plan import Check, Move, Plan
+from .rules import Filling
 from .writer import Layout, Staging
 
 TILES = (64 << 20, 12 << 20)
@@ -46,8 +47,10 @@ STRIP_PADDING = 64
 LARGEST = 8
 CAST_BYTES = 16
 WHOLE_ROWS = sys.maxsize
+FLOAT32 = BY_NAME["float32"]
 
 Advance = Callable[[int], None]
+Elements = Matrix | Stacked | Loaded
 Piece = tuple[int, np.ndarray]
 Seen = Callable[[int | None, np.ndarray], None]
 Task = Callable[["Buffers"], None]
@@ -68,8 +71,9 @@ def carry_out(plan: Plan, checkpoint: Checkpoint, layout: Layout, staging: Stagi
     ``advance`` is told the bytes written. Raises :class:`BadInput` for NaN, inf and tied copies that differ.
     """
     worker = _Worker(checkpoint, layout, staging, allow_nonfinite, advance)
-    unmoved = checkpoint.tensors.keys() - {move.source for move in plan.moves}
-    tasks = [partial(worker.make, group) if group[0].source is None else partial(worker.carry, *group)
+    whole = {name for move in plan.moves if is_hashed(move) for name in move.sources}
+    unmoved = checkpoint.tensors.keys() - whole
+    tasks = [partial(worker.carry, *group) if group[0].sources else partial(worker.make, group)
              for group in alike(plan.moves)]
     tasks += [partial(worker.hash_source, name) for name in sorted(unmoved)]
     tasks += [partial(worker.check, check) for check in plan.checks]
@@ -116,7 +120,7 @@ class Buffers:
             free.append(buffer)
 
 
-def flow(matrix: Matrix | Loaded, buffers: Buffers, *, run: int = WHOLE_ROWS,
+def flow(matrix: Elements, buffers: Buffers, *, run: int = WHOLE_ROWS,
          seen: Seen = lambda start, elements: None) -> Iterator[Piece]:
     """All elements of ``matrix`` in C order as (number of the first, elements); the memory of a piece is used again.
 
@@ -146,17 +150,21 @@ def together(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[tuple[np
         raise ValueError("one of two flows ended before the other")
 
 
-def in_one_order(one: Matrix | Loaded, other: Matrix | Loaded) -> tuple[Matrix | Loaded, Matrix | Loaded]:
+def in_one_order(one: Elements, other: Elements) -> tuple[Elements, Elements]:
     """Two matrices of one shape, both transposed where both lie across: what is compared needs one tile at most."""
     return (one, other) if one.straight or other.straight else (one.T, other.T)
 
 
-def made(move: Move) -> Iterator[Piece]:
-    """The elements of a tensor that its filling makes, as a flow."""
-    columns = move.shape[-1] if move.shape else 1
-    for rows in cut(range(prod(move.shape[:-1])), CHUNK // max(1, columns * move.source_dtype.size)):
-        some = move.filling.rows(move.shape, rows).reshape(-1)
-        yield rows.start * columns, cast(some, move.source_dtype, move.dtype)
+def made(filling: Filling, shape: tuple[int, ...], dtype: Dtype = FLOAT32) -> Iterator[Piece]:
+    """The elements of a tensor that a filling makes, as a flow."""
+    columns = shape[-1] if shape else 1
+    for rows in cut(range(prod(shape[:-1])), CHUNK // max(1, columns * FLOAT32.size)):
+        yield rows.start * columns, cast(filling.rows(shape, rows).reshape(-1), FLOAT32, dtype)
+
+
+def is_hashed(move: Move) -> bool:
+    """Whether moving it shows its source whole, so that the source is hashed on the way."""
+    return move.gather is None and move.filling is None
 
 
 def alike(moves: Iterable[Move]) -> list[list[Move]]:
@@ -166,7 +174,7 @@ def alike(moves: Iterable[Move]) -> list[list[Move]]:
     """
     groups: dict[object, list[Move]] = defaultdict(list)
     for move in moves:
-        groups[(move.filling, move.shape, move.dtype) if move.source is None else move.target].append(move)
+        groups[move.target if move.sources else (move.filling, move.shape, move.dtype)].append(move)
     return sorted(groups.values(),
                   key=lambda group: sum(-move.nbytes if move.transposed else move.nbytes for move in group))
 
@@ -232,7 +240,7 @@ def _setting(stop: threading.Event) -> Iterator[None]:
         raise
 
 
-def _straight(matrix: Matrix | Loaded, buffers: Buffers, seen: Seen) -> Iterator[Piece]:
+def _straight(matrix: Elements, buffers: Buffers, seen: Seen) -> Iterator[Piece]:
     per_piece = max(1, CHUNK // matrix.dtype.size)
     with buffers.borrow(max(CHUNK, LARGEST)) as buffer:
         for rows in cut(range(matrix.rows), per_piece // max(1, matrix.columns)):
@@ -328,14 +336,14 @@ class _Worker:
         """Move one tensor, and hash it on both sides: while it passes by, or else once more from its file."""
         file, offset = self.layout.places[move.target]
         source, target = _Running(prod(move.source_shape)), _Running(prod(move.shape))
-        matrix = self.checkpoint.matrix(move.source)
+        matrix = move.take(self.checkpoint.matrix)
 
         def seen(start: int | None, elements: np.ndarray) -> None:
             self._refuse_nonfinite(elements, move.source_dtype, f"{move.source} holds NaN or inf")
             if matrix.straight:
                 source.take(start, elements)
 
-        pieces = flow(move.rule.apply(matrix) if move.transposed else matrix, buffers, run=RUN, seen=seen)
+        pieces = flow(move.turn(matrix), buffers, run=RUN, seen=seen)
         results = cast_flow(pieces, move.source_dtype, move.dtype)
         if move.dtype != move.source_dtype:
             results = self._finite(results, move.dtype, f"{move.source} overflows {move.dtype.name}")
@@ -346,13 +354,13 @@ class _Worker:
             self.advance(result.nbytes)
         written = self.staging.matrix(file, offset, move.dtype, target.size)
         self.target_digests[move.target] = self._digest(target, written, buffers)
-        if move.filling is None:
+        if is_hashed(move):
             self.source_digests[move.source] = self._digest(source, matrix, buffers)
 
     def make(self, moves: Sequence[Move], buffers: Buffers) -> None:
         """Tensors that are made alike are made once."""
         running = _Running(prod(moves[0].shape))
-        for start, piece in running.watch(made(moves[0])):
+        for start, piece in running.watch(made(moves[0].filling, moves[0].shape, moves[0].dtype)):
             for move in moves:
                 if self.stop.is_set():
                     return
@@ -367,17 +375,17 @@ class _Worker:
 
     def check(self, check: Check, buffers: Buffers) -> None:
         """A source tensor that is made anew must hold what is made: the same bits, or for a mask the same truth."""
-        filling, held = check.move.filling, self.checkpoint.tensors[check.source]
+        filling, held = check.filling, self.checkpoint.tensors[check.source]
         if filling.copies:
             copied = self.checkpoint.tensors[filling.copies]
             agree = (held.shape == copied.shape and held.dtype == copied.dtype
                      and self._same(check.source, copied.name, buffers))
             told = f"is not the same as {filling.copies}, although the two are tied"
         else:
-            agree = held.shape == check.move.shape and all(
+            agree = held.shape == check.shape and all(
                 np.array_equal(left != 0, right != 0)
                 for left, right in together(flow(self.checkpoint.matrix(check.source), buffers),
-                                            made(check.move)))
+                                            made(filling, check.shape)))
             told = f"is not the {filling.name} that this family has"
         if not agree:
             raise BadInput(f"{check.source} in the source {told}. Nothing was written.")
@@ -387,7 +395,7 @@ class _Worker:
         return all(np.array_equal(left.view(np.uint8), right.view(np.uint8))
                    for left, right in together(*(flow(side, buffers) for side in sides)))
 
-    def _digest(self, running: _Running, matrix: Matrix | Loaded, buffers: Buffers) -> str:
+    def _digest(self, running: _Running, matrix: Elements, buffers: Buffers) -> str:
         if not running.whole:
             running = _Running(running.size)
             for _ in running.watch(flow(matrix, buffers)):

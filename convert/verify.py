@@ -25,7 +25,7 @@ def verify(plan: Plan, source: Checkpoint, result: Path, advance: Advance = lamb
         for info in held.tensors.values():
             held.handle(info)
         reading = _Reading(source, held, advance)
-        run_all([partial(reading.compare_made, group) if group[0].source is None else partial(reading.compare, *group)
+        run_all([partial(reading.compare, *group) if group[0].sources else partial(reading.compare_made, group)
                  for group in alike(plan.moves)], reading.stop)
 
 
@@ -49,9 +49,7 @@ class _Reading:
 
     def compare(self, move: Move, buffers: Buffers) -> None:
         """The result, inverted, against the source."""
-        held = self.held.matrix(move.target)
-        source, inverted = in_one_order(self.source.matrix(move.source),
-                                        move.rule.invert(held) if move.transposed else held)
+        source, inverted = in_one_order(move.take(self.source.matrix), move.turn_back(self.held.matrix(move.target)))
         right = cast_flow(flow(source, buffers), move.source_dtype, move.dtype)
         for expected, found in together(right, flow(inverted, buffers)):
             if self.stop.is_set():
@@ -62,12 +60,12 @@ class _Reading:
         """Tensors that are made alike are made once more, each time for all of them."""
         for move in moves:
             held = self.held.matrix(move.target)
-            for expected, found in together(made(move), flow(held, buffers)):
+            for expected, found in together(made(move.filling, move.shape, move.dtype), flow(held, buffers)):
                 if self.stop.is_set():
                     return
                 self._require_equal(move, found, expected)
 
     def _require_equal(self, move: Move, held: np.ndarray, expected: np.ndarray) -> None:
         if not np.array_equal(held.view(move.dtype.bits), expected.view(move.dtype.bits)):
-            raise NotBitExact(f"{move.target} read back is not {move.source or move.filling.name}, bit for bit")
+            raise NotBitExact(f"{move.target} read back is not {move.origin}, bit for bit")
         self.advance(held.nbytes)

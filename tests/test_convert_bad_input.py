@@ -72,10 +72,15 @@ def test_a_key_without_a_rule_is_named_with_the_nearest_rule(with_tensors, refus
 
 
 @pytest.mark.parametrize("name", ["transformer.h.00.ln_1.weight", "xtransformer.wte.weight", "transformer.wte.weightx",
-                                  "transformer.h.0.mlp.fc_in.weight.old", "transformer.h.x.ln_1.bias", "h.0.ln_1.bias",
+                                  "transformer.h.0.mlp.fc_in.weight.old", "transformer.h.x.ln_1.bias",
                                   "transformer.h.-1.ln_1.weight", f"transformer.h.{'9' * 5000}.ln_1.weight"])
 def test_patterns_are_anchored(name, with_tensors, refused):
     refused(with_tensors({name: torch.ones(16)}), says=(name, "no rule claims"))
+
+
+def test_a_name_without_its_prefix_is_another_spelling(with_tensors, refused):
+    refused(with_tensors({"h.0.ln_1.bias": torch.ones(16)}),
+            says="transformer.h.0.ln_1.bias and h.0.ln_1.bias are two spellings of one tensor")
 
 
 def test_a_target_that_nothing_fills(with_tensors, refused):

@@ -199,10 +199,10 @@ def test_a_tensor_of_any_dimensions_is_a_matrix(shape, tmp_path, monkeypatch):
        chunk=st.integers(1, 300), dimensions=st.sampled_from([2, 4]))
 def test_what_is_made_in_pieces_is_what_is_made_whole(filling, length, chunk, dimensions):
     shape = (1,) * (dimensions - 2) + (length, length)
-    rule = Rule("buffer", "it", "it", shape, otherwise=filling)
-    move = Move("it", rule, None, filling, shape, BY_NAME["float32"], shape, BY_NAME["float16"])
+    rule = Rule("buffer", (("it",),), ("it",), shape, otherwise=filling)
+    move = Move("it", rule, (), filling, shape, BY_NAME["float32"], shape, BY_NAME["float16"])
     patch = with_constants({"CHUNK": chunk})
-    pieces = list(made(move))
+    pieces = list(made(move.filling, move.shape, move.dtype))
     patch.undo()
     by_name = {"causal mask": np.tril(np.ones(shape[-2:])), "zeros": np.zeros(shape)}
     whole = by_name.get(filling.name, np.full(shape, -1e9))
@@ -220,22 +220,23 @@ def test_fillings_of_every_shape(shape):
 
 
 def linear(name, shape, dtype, target):
-    rule = Rule("linear", name, name, shape)
-    return Move(name, rule, name, None, shape, BY_NAME[dtype], shape[::-1], BY_NAME[target])
+    rule = Rule("linear", ((name,),), (name,), shape, transposed=True)
+    return Move(name, rule, (name,), None, shape, BY_NAME[dtype], shape[::-1], BY_NAME[target])
 
 
 def kept(name, shape, dtype, target):
-    return Move(name, Rule("keep", name, name, shape), name, None, shape, BY_NAME[dtype], shape, BY_NAME[target])
+    rule = Rule("keep", ((name,),), (name,), shape)
+    return Move(name, rule, (name,), None, shape, BY_NAME[dtype], shape, BY_NAME[target])
 
 
 def filled(name, shape, filling, dtype):
     float32 = BY_NAME["float32"]
-    return Move(name, Rule("buffer", name, name, shape, otherwise=filling), None, filling, shape, float32, shape,
+    return Move(name, Rule("buffer", ((name,),), (name,), shape, otherwise=filling), (), filling, shape, float32, shape,
                 BY_NAME[dtype])
 
 
 def plan_of(moves):
-    return Plan(None, Head("Some", "Some", "encoder"), None, {}, tuple(moves), (), ())
+    return Plan(None, Head("Some", "Some", "encoder"), None, {}, tuple(moves), (), (), {})
 
 
 def converted(moves, source, output, file_format="safetensors", shard_size=1 << 40):
@@ -324,7 +325,7 @@ def test_any_tensors_with_any_constants(data, tmp_path_factory):
                               shard_size=data.draw(st.sampled_from([1, 500, 1 << 40])))
     patch.undo()
     for move in moves:
-        whole = torch.ones(1, 1, 7, 7).tril() if move.source is None else values[move.source]
+        whole = values[move.source] if move.sources else torch.ones(1, 1, 7, 7).tril()
         right = bits(whole.t() if move.transposed else whole, move.dtype.name)
         assert held[move.target].tobytes() == right
         assert digests.target[move.target] == xxhash.xxh3_128(right).hexdigest()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from convert import gptj
-from convert.plan import expand, name_in
+from convert.plan import expand
 
 LIMIT = 128_000_000
 CONVERSION = """
@@ -29,9 +29,8 @@ sys.exit(code)
 def shapes(config):
     """Name and shape of every tensor of GPT-J that a checkpoint of today holds."""
     sizes, rules = gptj.sizes(config), gptj.FAMILY.rules_of(gptj.FAMILY.head("GPTJForCausalLM"))
-    stored = [rule for rule in rules if rule.kind in ("linear", "keep") and rule.when(config)]
-    return {name_in(rule.source, layer): [sizes[size] if isinstance(size, str) else size for size in rule.shape]
-            for rule, layer in expand(stored, config["n_layer"])}
+    stored = [rule for rule in rules if rule.moves and rule.when(config)]
+    return {rule.sources[0][0]: list(rule.source_shape(sizes)) for rule in expand(stored, {"i": config["n_layer"]})}
 
 
 def safetensors(directory, tensors, code, width):

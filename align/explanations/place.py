@@ -17,7 +17,6 @@ from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
 from ..oracle import Float64, Reordered
 from ..reference import Reference, outputs_of
-from ..tasks import token_rows
 from ..tolerance import REORDERED_RUNS
 from . import surgery
 from .surgery import Change
@@ -67,7 +66,7 @@ class Place:
                 for path in self.listed:
                     stubs.enter_context(surgery.forward(
                         path, lambda module, run, path=path: lambda *_, **__: _as(self._answers[path], dtype))(root))
-                return token_rows(self.name, outputs_of(root, self.inputs.arrays)[self.name], self.mask)
+                return self.inputs.rows(self.name, outputs_of(root, self.inputs.arrays)[self.name])
 
     def with_change(self, change: Change) -> np.ndarray:
         """:meth:`run` with ``change`` in force."""
@@ -104,13 +103,13 @@ class Place:
 
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named["hidden_states"]
-            found[ARRIVING + name] = token_rows(name, value.numpy(), self.mask)
+            found[ARRIVING + name] = self.inputs.rows(name, value.numpy())
             given = torch.from_numpy(entering[name]).to(dtype)
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
         def after(name: str, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            found[name] = token_rows(name, first.numpy(), self.mask)
+            found[name] = self.inputs.rows(name, first.numpy())
         with ExitStack() as hooks:
             for path, name in self.sublayers:
                 if name in entering:
@@ -164,7 +163,7 @@ class Place:
             seen: list[Any] = []
             with surgery.output(path, lambda x, seen=seen: seen.append(x) or 2 * x)(self.root):
                 twice = run()
-            term = token_rows(self.name, seen[0].numpy(), self.mask).astype(np.float64) if seen else np.zeros(0)
+            term = self.inputs.rows(self.name, seen[0].numpy()).astype(np.float64) if seen else np.zeros(0)
             for name, array in plain.items():
                 if term.shape == array.shape and np.allclose(
                         twice[name] - array, term, atol=1e-4 * np.abs(array).max()):
@@ -181,7 +180,7 @@ class Place:
 
     def _rows(self, output: Any) -> np.ndarray:
         first = output[0] if isinstance(output, tuple) else output
-        return token_rows(self.name, first.numpy(), self.mask)
+        return self.inputs.rows(self.name, first.numpy())
 
     def _until_start(self, root: Any) -> np.ndarray:
         found = []
