@@ -40,7 +40,7 @@ example: install
 	$(BIN)/python -m align.example
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 selftest: install
 	$(BIN)/python -m align.selftest
