@@ -71,7 +71,7 @@ class Float64(TorchFunctionMode):
 
     A class's own casts to float32 (GPT-J's query, key and logits) are ignored. Methods that write into a tensor keep
     the tensor they write into. Numbers that come of integers alone are left as torch computes them: T5 rounds the
-    logarithm of a distance down to the row of a table, and at a distance of 40 of 100 float64 finds another row.
+    logarithm of a distance down to the row of a table, and where that should be whole float64 may find another row.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),

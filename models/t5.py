@@ -383,7 +383,7 @@ def relative_position_bucket(distance: Tensor, bidirectional: bool, buckets: int
 
     Half of a direction's buckets are one distance each, the rest grow by a constant factor up to ``max_distance``,
     beyond which all share the last. Bidirectional: half of all are for keys behind the query. The logarithm is in
-    float32, as torch's: where it should be whole (buckets 32, max_distance 100, distance 40), float64 falls short.
+    float32, as torch's: where it should be whole (buckets 32, max_distance 100, distance 40) float64 may fall short.
     """
     ahead = paddle.zeros_like(distance)
     if bidirectional:
