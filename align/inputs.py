@@ -142,6 +142,12 @@ def pad_token(config: Config) -> int:
     return 0
 
 
+def decoder_start(config: Config) -> int:
+    """The id that a decoder's texts begin with; T5's is padding where the config does not say."""
+    start = config.get("decoder_start_token_id")
+    return start if isinstance(start, int) and start >= 0 else pad_token(config)
+
+
 def batches(rows: list[dict[str, list[int]]], config: Config, size: int) -> list[Inputs]:
     """Rows of token ids as right-padded batches, in order, none dropped."""
     if not rows:
@@ -149,13 +155,15 @@ def batches(rows: list[dict[str, list[int]]], config: Config, size: int) -> list
     found = []
     for start in range(0, len(rows), size):
         chunk = rows[start: start + size]
-        width = max(len(row["input_ids"]) for row in chunk)
-        fill = {"input_ids": pad_token(config), "labels": -100}
-        found.append(Inputs({
-            name: np.array([row[name] + [fill.get(name, 0)] * (width - len(row[name])) for row in chunk], np.int64)
-            for name in chunk[0]
-        }))
+        fill = {"input_ids": pad_token(config), "decoder_input_ids": pad_token(config), "labels": -100}
+        found.append(Inputs({name: _right_padded([row[name] for row in chunk], fill.get(name, 0))
+                             for name in chunk[0]}))
     return found
+
+
+def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
+    width = max(map(len, rows))
+    return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
 KINDS = {"tokens": _tokens}

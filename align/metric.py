@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,26 +13,31 @@ from convert.errors import BadInput
 
 from .candidate import Candidate
 from .compare import TensorResult, compare, missing
-from .inputs import Inputs, batches, positive
+from .decode import TEXT, Limits, greedy
+from .inputs import Inputs, batches, decoder_start, positive
 from .reference import Reference
-from .scores import SCORES, Arrays, neighbours
+from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
 from .stage import Findings, RecordedStage, Session, main
-from .texts import ENCODE, Encoder, Example, load_rows, load_tokenizer, renamed
+from .texts import ENCODE, PREFIX, Encoder, Example, load_rows, load_tokenizer, pieces_of, renamed
 from .tolerance import EXACT, FORWARD, METRIC, TOKEN_LOSS, margin_noise
 from .trace import RECORDED, Step
 
 EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mean_squared_error")
+TEXTS = ("piece_targets", "sentence_targets")
+LONGER = 8
 
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
     run, options = session.run, session.options
-    name, rows = load_rows(options.dataset, options.split, options.limit)
+    name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
     tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
-    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length)
+    prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
+    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix)
     encoded = ENCODE[run.head.task](renamed(rows, options.columns), encoder)
     examples = [example for example in encoded if example.inputs["input_ids"]]
-    step = _evaluate(session, session.reference, examples, options.batch_size)
+    texts = _texts(run.head.task, examples, tokenizer)
+    step = _evaluate(session, session.reference, examples, options.batch_size, texts)
     if not all(array.size for array in step.recorded.values()):
         raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     given = ("tokenized as the source does" if tokenizer else
@@ -39,6 +45,8 @@ def reference(session: Session) -> Iterator[Step]:
     notes = [f"Data: {len(examples)} rows of {name}, {given}; at most {encoder.max_length} tokens each."]
     if len(encoded) > len(examples):
         notes.append(f"{len(encoded) - len(examples)} rows without a single token were left out.")
+    if texts:
+        notes.append(_told_of_texts(prefix if tokenizer else ""))
     step.told |= {"notes": notes, "batch_size": options.batch_size,
                   "examples": [[example.inputs, example.targets] for example in examples]}
     yield step
@@ -51,7 +59,8 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
             raise BadInput("the reference was recorded without its examples, so the candidate cannot be fed them. "
                            "Record it again: python -m align.metric --only reference")
         examples = [Example(inputs, targets) for inputs, targets in step.told["examples"]]
-        yield _evaluate(session, session.candidate, examples, step.told["batch_size"])
+        texts = {name: array for name, array in step.view("targets").items() if name in TEXTS}
+        yield _evaluate(session, session.candidate, examples, step.told["batch_size"], texts)
 
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
@@ -78,16 +87,16 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
     Where predictions differ inside the noise, values are compared with these predictions taken as equal, and the
     number of such places is told.
     """
-    results, notes, settled = [], [], dict(candidate)
+    results, (settled, notes) = [], _parted(reference, candidate)
     for name, allowed in ((EMBEDDINGS, FORWARD), (TOKEN_NLL, TOKEN_LOSS), ("scores", FORWARD)):
         if name in reference:
             results.append(compare(name, reference[name], candidate[name], allowed))
     for name in [name for name in reference if name.endswith(".predictions")]:
         stem = name.removesuffix(".predictions")
-        results.append(compare(f"{stem}.largest", reference[f"{stem}.largest"], candidate[f"{stem}.largest"], FORWARD))
+        results.append(compare(f"{stem}.largest", reference[f"{stem}.largest"], settled[f"{stem}.largest"], FORWARD))
         noise = margin_noise(1.0) * reference[f"{stem}.largest"]
-        close = (reference[f"{stem}.margins"] <= noise) & (reference[name] != candidate[name])
-        settled[name] = np.where(close, reference[name], candidate[name])
+        close = (reference[f"{stem}.margins"] <= noise) & (reference[name] != settled[name])
+        settled[name] = np.where(close, reference[name], settled[name])
         results.append(compare(name, reference[name], settled[name], EXACT))
         if close.any():
             notes.append(f"{int(close.sum())} of {close.size} {stem} predictions differ where the two best scores lie "
@@ -98,7 +107,53 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
     return results, notes
 
 
-def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int) -> Step:
+def _parted(reference: Arrays, candidate: Arrays) -> tuple[Arrays, list[str]]:
+    """The candidate's arrays with each text that parts within the noise taken as the reference's from there on.
+
+    What a decoder chooses depends on all that it chose before, so that behind such a place nothing can be compared.
+    """
+    names = [f"{TEXT}.{kind}" for kind in ("predictions", "margins", "largest")]
+    if not reference.keys() >= set(names):
+        return dict(candidate), []
+    expected, margins, largest = (reference[name] for name in names)
+    differs = expected != candidate[names[0]]
+    place = differs.argmax(axis=1)
+    rows = np.arange(len(place))
+    close = differs.any(axis=1) & (margins[rows, place] <= margin_noise(1.0) * largest[rows, place])
+    behind = close[:, None] & (np.arange(expected.shape[1]) >= place[:, None])
+    settled = {name: np.where(behind, reference[name], candidate[name]) for name in names}
+    return candidate | settled, [
+        f"{int(close.sum())} of {len(close)} decoded texts part where the two best tokens lie closer together than "
+        "rounding can tell; they are taken as equal from there on."] if close.any() else []
+
+
+def _texts(task: str, examples: Sequence[Example], tokenizer: Any) -> Arrays:
+    """What decoded ids are made into texts with, and the texts that they are scored against."""
+    if task not in DECODED:
+        return {}
+    return dict(zip(TEXTS, map(packed, (pieces_of(tokenizer), [example.targets["text"] for example in examples])),
+                    strict=True))
+
+
+def _told_of_texts(prefix: str) -> str:
+    before = f"before each source: {prefix!r}; " if prefix else ""
+    return f"Texts: {before}decoded greedily, at most {LONGER} tokens longer than the longest reference; {signature()}."
+
+
+def _decoded(session: Session, side: Reference | Candidate, fed: Sequence[Inputs], examples: Sequence[Example],
+             ) -> Arrays:
+    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference."""
+    config = session.run.config
+    steps = LONGER + max(len(example.targets["labels"]) for example in examples)
+    end = config.get("eos_token_id")
+    limits = Limits(decoder_start(config), end if isinstance(end, int) else None, steps)
+    sources = [{name: array for name, array in inputs.arrays.items() if not name.startswith("decoder_")}
+               for inputs in fed]
+    return greedy(side, sources, limits, lambda step: session.advance(f"{side.framework}, token {step} of {steps}"))
+
+
+def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int,
+              texts: Arrays) -> Step:
     """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
     fed = batches([example.inputs for example in examples], session.run.config, batch_size)
     score = SCORES[session.run.head.task]
@@ -112,6 +167,8 @@ def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[
     arrays = {name: np.concatenate([batch[name] for batch in reduced]) for name in reduced[0]}
     if EMBEDDINGS in arrays:
         arrays |= neighbours(arrays[EMBEDDINGS])
+    if session.run.head.task in DECODED:
+        arrays |= _decoded(session, side, fed, examples) | texts
     targets = {name: array for name, array in arrays.items() if "target" in name or "label" in name}
     values = score.values(arrays) if all(array.size for array in arrays.values()) else {}
     digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)
@@ -129,6 +186,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text, label, question, answer, …")
     add("--limit", type=positive, default=64, help="rows at most; default 64")
     add("--max-length", type=positive, default=128, help="tokens a row at most; default 128")
+    add("--prefix", metavar="TEXT", help="for translation: what stands before every source; default: "
+        f"'{PREFIX}' before those that ship, else nothing")
     add("--batch-size", type=positive, default=8, help="rows a batch; default 8")
 
 

@@ -17,8 +17,10 @@ LINEAR = {F.linear}
 MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
 LAYER_NORM = {F.layer_norm, torch.layer_norm}
 SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
+MEAN = {torch.mean, torch.Tensor.mean}
 CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type}
 CHUNK = 1 << 22
+COUNTED = "_paddle_parity_counted"
 
 
 class Reordered(TorchFunctionMode):
@@ -49,6 +51,8 @@ class Reordered(TorchFunctionMode):
             order = self._order(args[0].shape[dim])
             permuted = func(args[0].index_select(dim, order), *args[1:], **kwargs)
             return permuted.index_select(dim, torch.argsort(order))
+        if func in MEAN and -1 in (*args[1:2], kwargs.get("dim")):
+            return func(args[0][..., self._order(args[0].shape[-1])], *args[1:], **kwargs)
         return func(*args, **kwargs)
 
     def _layer_norm(self, x: torch.Tensor, shape: Any, weight: torch.Tensor | None = None,
@@ -66,13 +70,16 @@ class Float64(TorchFunctionMode):
     """Run a float32 model in double: every float32 tensor is widened where it is used, which is exact.
 
     A class's own casts to float32 (GPT-J's query, key and logits) are ignored. Methods that write into a tensor keep
-    the tensor they write into.
+    the tensor they write into. Numbers that come of integers alone are left as torch computes them: T5 rounds the
+    logarithm of a distance down to the row of a table, and where that should be whole float64 may find another row.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if _is_of_integers(func, args, kwargs):
+            return _counted(func(*args, **kwargs))
         if func in CASTS and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
             narrowing = func is torch.Tensor.float or torch.float32 in (*args[1:], kwargs.get("dtype"))
             return args[0].double() if narrowing else func(*args, **kwargs)
@@ -109,6 +116,19 @@ def in_chunks(x: torch.Tensor, weight: torch.Tensor, prepare: Callable[[torch.Te
         found[..., start: start + rows] = F.linear(x, prepare(part, buffer[: len(part)]),
                                                    None if bias is None else bias[start: start + rows])
     return found
+
+
+def _is_of_integers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether integers are cast, or all floating tensors among the arguments were made of integers."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return all(hasattr(tensor, COUNTED) for tensor in floating) if floating else bool(tensors) and func in CASTS
+
+
+def _counted(result: Any) -> Any:
+    if isinstance(result, torch.Tensor) and result.is_floating_point():
+        setattr(result, COUNTED, True)
+    return result
 
 
 def _widened(value: Any) -> Any:

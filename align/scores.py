@@ -7,6 +7,7 @@ magnitude that rounding is measured by.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,20 @@ def perplexity(token_losses: np.ndarray) -> float:
     return float(np.exp(token_losses.astype(np.float64).mean()))
 
 
+def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Of the corpus, 0 to 100 (Papineni et al. 2002), with sacrebleu's defaults: 13a tokens, exponential smoothing."""
+    from sacrebleu.metrics import BLEU
+    return float(BLEU().corpus_score(list(texts), [list(references)]).score)
+
+
+def signature() -> str:
+    """sacrebleu's own words for how :func:`bleu` counts, to be printed beside the figure."""
+    from sacrebleu.metrics import BLEU
+    scorer = BLEU()
+    scorer.corpus_score(["a"], [["a"]])
+    return f"BLEU {scorer.get_signature()}"
+
+
 def choices(name: str, logits: np.ndarray, targets: np.ndarray) -> Arrays:
     """Greedy choice among the classes, for logits [n, classes] and targets [n]."""
     if logits.shape[-1] < 2:
@@ -68,6 +83,40 @@ def _next_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Se
     logits, targets = outputs["logits"][:, :-1][pairs], inputs.arrays["input_ids"][:, 1:][pairs]
     likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
     return choices("token", logits, targets) | {"token_nll": -likelihood}
+
+
+def _translated_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    """Each token of the reference translation, given those before it."""
+    labels = _padded([example.targets["labels"] for example in examples], outputs["logits"].shape[1])
+    logits, targets = outputs["logits"][labels != -100], labels[labels != -100]
+    likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+    return choices("token", logits, targets) | {"token_nll": -likelihood}
+
+
+def _translation_values(arrays: Arrays) -> dict[str, float]:
+    texts = texts_of(arrays["text.predictions"], unpacked(arrays["piece_targets"]))
+    return {"perplexity": perplexity(arrays["token_nll"]), **_accuracy("token", "next_token_accuracy")(arrays),
+            "bleu": bleu(texts, unpacked(arrays["sentence_targets"]))}
+
+
+def texts_of(ids: np.ndarray, pieces: Sequence[str]) -> list[str]:
+    """SentencePiece's pieces joined, ``▁`` for a space, of ids [rows, tokens]; special tokens have an empty piece.
+
+    Without ``pieces`` the ids themselves are the words.
+    """
+    if not pieces:
+        return [" ".join(map(str, row)) for row in ids]
+    return ["".join(pieces[token] if token < len(pieces) else "" for token in row).replace("▁", " ").strip()
+            for row in ids]
+
+
+def packed(texts: Sequence[str]) -> np.ndarray:
+    """Texts as one array of bytes, so that they travel with the other arrays."""
+    return np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+
+
+def unpacked(array: np.ndarray) -> list[str]:
+    return json.loads(array.tobytes())
 
 
 def _masked_tokens(logits: str) -> Reduce:
@@ -180,5 +229,8 @@ SCORES = {
     "sequence-classification": Score(_classes, _class_values),
     "token-classification": Score(_masked_tokens("logits"), _accuracy_and_f1("token")),
     "question-answering": Score(_spans, _span_values),
+    "translation": Score(_translated_tokens, _translation_values),
     "encoder": Score(_embeddings, _neighbour_values),
 }
+DECODED = {"translation"}
+"""Tasks whose texts are decoded besides, from what the encoder reads alone."""

@@ -13,9 +13,12 @@ import numpy as np
 from convert.errors import BadInput, require
 from convert.rules import Config, Sizes
 
-from .inputs import SEED, pad_token
+from .inputs import SEED, decoder_start, pad_token
 
-PASSAGES = Path(__file__).with_name("data") / "passages.jsonl"
+DATA = Path(__file__).with_name("data")
+PASSAGES = ("passages.jsonl", "the passages that ship with paddle-parity")
+SHIPPED = {"translation": ("translations.jsonl", "the sentence pairs that ship with paddle-parity")}
+PREFIX = "translate English to German: "
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 BUILDERS = {".jsonl": ("json", {}), ".json": ("json", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
             ".parquet": ("parquet", {}), ".txt": ("text", {})}
@@ -34,12 +37,16 @@ class Example:
 
 @dataclass
 class Encoder:
-    """Rows to examples, with the source's tokenizer, or with seeded ids where it has none."""
+    """Rows to examples, with the source's tokenizer, or with seeded ids where it has none.
+
+    ``prefix`` stands before every source that is to be translated: T5 is told its task in words.
+    """
 
     tokenizer: Any | None
     config: Config
     sizes: Sizes
     max_length: int
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         self.generator = np.random.default_rng(SEED)
@@ -93,11 +100,14 @@ def load_tokenizer(directory: Path) -> Any | None:
         raise BadInput(f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
-def load_rows(dataset: str | None, split: str, limit: int) -> tuple[str, list[Row]]:
-    """(name, rows): at most ``limit``, in order. Raises :class:`BadInput` when the set cannot be had."""
+def load_rows(dataset: str | None, split: str, limit: int, task: str = "") -> tuple[str, list[Row]]:
+    """(name, rows): at most ``limit``, in order. Raises :class:`BadInput` when the set cannot be had.
+
+    Without ``dataset``, what ships with the project for ``task``.
+    """
     if dataset is None:
-        rows = [json.loads(line) for line in PASSAGES.read_text("utf-8").splitlines()]
-        return "the passages that ship with paddle-parity", rows[:limit]
+        file, name = SHIPPED.get(task, PASSAGES)
+        return name, [json.loads(line) for line in (DATA / file).read_text("utf-8").splitlines()][:limit]
     path, _, configuration = dataset.partition(":")
     builder, options = BUILDERS.get(Path(path).suffix, (None, {}))
     if builder and not Path(path).is_file():
@@ -126,17 +136,26 @@ def columns(rows: Sequence[Row], **kinds: type) -> None:
 
 
 def renamed(rows: Iterable[Row], mapping: str | None) -> list[Row]:
-    """``text=sentence,label=stars``: the set's own column names under the names that the metrics use."""
+    """``text=sentence,label=stars``: the set's own column names under the names that the metrics use.
+
+    ``translation.de`` is the entry ``de`` of a column ``translation``, as the sets of translations have it.
+    """
     pairs = [pair.partition("=") for pair in mapping.split(",")] if mapping else []
     if any(not ours or not theirs for ours, _, theirs in pairs):
         raise BadInput(f"--columns {mapping} is not of the form text=sentence,label=stars.")
     found = []
     for row in rows:
-        unknown = [theirs for _, _, theirs in pairs if theirs not in row]
-        if unknown:
-            raise BadInput(f"the set has no column {unknown[0]}; it has {', '.join(row)}.")
-        found.append({**row, **{ours: row[theirs] for ours, _, theirs in pairs}})
+        found.append({**row, **{ours: _column(row, theirs) for ours, _, theirs in pairs}})
     return found
+
+
+def _column(row: Row, name: str) -> Any:
+    if name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    if isinstance(row.get(outer), Mapping) and inner in row[outer]:
+        return row[outer][inner]
+    raise BadInput(f"the set has no column {name}; it has {', '.join(row)}.")
 
 
 def plain_texts(rows: Sequence[Row], encoder: Encoder, **targets: type) -> list[Example]:
@@ -205,6 +224,30 @@ def questions(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     return found
 
 
+def translations(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """A source for the encoder; its translation for the decoder, which reads each token to predict the next one."""
+    columns(rows, source=str, target=str)
+    found = []
+    for row in rows:
+        source = encoder.encode(encoder.prefix + row["source"]) if encoder.tokenizer else encoder.seeded()
+        labels = list((encoder.encode(row["target"]) if encoder.tokenizer else encoder.seeded())["input_ids"])
+        text = row["target"] if encoder.tokenizer else " ".join(map(str, labels))
+        example = encoder.example(source, labels=labels, text=text)
+        given = {"decoder_input_ids": [decoder_start(encoder.config), *labels[:-1]],
+                 "decoder_attention_mask": [1] * len(labels)}
+        found.append(Example(example.inputs | given, example.targets))
+    return found
+
+
+def pieces_of(tokenizer: Any | None) -> list[str]:
+    """What each id stands for in SentencePiece's spelling, nothing for special ones; none without a tokenizer."""
+    if tokenizer is None:
+        return []
+    special = set(tokenizer.all_special_ids)
+    return ["" if number in special else piece or ""
+            for number, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))]
+
+
 def _answer(encoding: Any, text: str, answer: str) -> tuple[int, int]:
     """First and last token of ``answer``; -1, -1 where the text has none, or not all of it was kept."""
     begin = text.find(answer)
@@ -221,5 +264,6 @@ ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {
     "sequence-classification": labelled_texts,
     "token-classification": named_words,
     "question-answering": questions,
+    "translation": translations,
     "encoder": labelled_texts,
 }

@@ -14,7 +14,7 @@ from paddle import Tensor, nn
 from convert.errors import BadInput
 
 from .activation import activation, tanh
-from .attention import attend, heads_first, split_heads
+from .attention import attend, heads_first, padding_mask, split_heads
 from .config import Config
 from .layer import Embedding, LayerNorm, VocabularyLinear, linear
 from .loss import classification_loss, cross_entropy, span_loss
@@ -300,14 +300,3 @@ class BertForQuestionAnswering(BertPretrained):
         if start_positions is not None and end_positions is not None:
             outputs["loss"] = span_loss(start, end, start_positions, end_positions)
         return outputs
-
-
-def padding_mask(attention_mask: Tensor | None, dtype: paddle.dtype) -> Tensor | None:
-    """What transformers adds to the scores: 0 where the mask [batch, time] is 1, the lowest float where it is
-    0.
-
-    [batch, 1, 1, time]. A row without any 1 comes out uniform, in torch too.
-    """
-    if attention_mask is None:
-        return None
-    return (1.0 - attention_mask.astype(dtype).unsqueeze([1, 2])) * paddle.finfo(dtype).min

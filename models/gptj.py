@@ -18,10 +18,11 @@ from paddle.nn import functional as F
 from convert.errors import BadInput
 
 from .activation import activation
-from .attention import attend, heads_first, split_heads
+from .attention import attend, causal_mask, heads_first, split_heads
 from .config import Config
 from .layer import Embedding, LayerNorm, VocabularyLinear, linear
 from .loss import causal_lm_loss, classification_loss, span_loss
+from .pooling import last_token
 from .pretrained import Pretrained
 
 KeyValue = tuple[Tensor, Tensor]
@@ -229,23 +230,6 @@ class GPTJForQuestionAnswering(GPTJPretrained):
         return outputs
 
 
-def causal_mask(attention_mask: Tensor | None, queries: int, keys: int, dtype: paddle.dtype) -> Tensor:
-    """What transformers adds to the scores: 0 where a query may look, the lowest float elsewhere.
-
-    [batch or 1, 1, queries, keys]. Causal and padding in one mask, so that no sum of two of them overflows. A
-    row that may look nowhere comes out uniform, in torch too.
-    """
-    visible = paddle.tril(paddle.ones([1, 1, queries, keys], dtype="bool"), keys - queries)
-    if attention_mask is not None:
-        if attention_mask.shape[-1] != keys:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}."
-            )
-        visible = visible & (attention_mask != 0).unsqueeze([1, 2])
-    lowest = paddle.full([1], paddle.finfo(dtype).min, dtype=dtype)
-    return paddle.where(visible, paddle.zeros_like(lowest), lowest)
-
-
 def rotary_table(positions: int, width: int) -> Tensor:
     """sin and cos of position / 10000^(2i / width) (Su et al. 2021), side by side: [positions, width].
 
@@ -266,13 +250,3 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     even, odd = x[..., 0:turning:2], x[..., 1:turning:2]
     turned = paddle.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).flatten(-2)
     return turned if turning == x.shape[-1] else paddle.concat([turned, x[..., turning:]], axis=-1)
-
-
-def last_token(input_ids: Tensor, pad_token_id: int | None) -> Tensor:
-    """Per row the index [batch] of the rightmost token that is no pad, wherever the padding is."""
-    batch, length = input_ids.shape
-    if pad_token_id is None and batch > 1:
-        raise ValueError(f"a batch of {batch} needs pad_token_id in the config, to tell where each row ends.")
-    if pad_token_id is None:
-        return paddle.full([1], length - 1, dtype="int64")
-    return (paddle.arange(length) * (input_ids != pad_token_id).astype("int64")).max(axis=-1)

@@ -1,4 +1,4 @@
-"""Linear, embedding and layer norm as torch has them, initialised as transformers does it."""
+"""Linear, embedding and norms as torch has them, initialised as transformers does it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
-from paddle.nn.initializer import Normal
+from paddle.nn.initializer import Constant, Normal
 
 LARGEST_EPSILON = 1e-3
 
@@ -66,3 +66,17 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = self.weight.astype("float64"), self.bias.astype("float64")
         shrunk = x.astype("float64") * self._shrink
         return F.layer_norm(shrunk, self._normalized_shape, weight, bias, self._epsilon).astype(x.dtype)
+
+
+class RMSNorm(nn.Layer):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis (Zhang and Sennrich 2019), in float64 as LayerNorm."""
+
+    def __init__(self, width: int, epsilon: float):
+        super().__init__()
+        self.weight = self.create_parameter([width], default_initializer=Constant(1.0))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.astype("float64")
+        scale = paddle.rsqrt(wide.square().mean(axis=-1, keepdim=True) + self.epsilon)
+        return (wide * scale * self.weight.astype("float64")).astype(x.dtype)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
+from transformers import BertConfig, BertModel, GPTJConfig, GPTJForCausalLM, T5Config, T5EncoderModel
 
 from align.compare import compare
 from align.forward import agreement, top_agreement
@@ -16,14 +16,25 @@ from align.tolerance import FORWARD
 IDS = torch.arange(24).reshape(2, 12) % 40
 
 
-@pytest.fixture(scope="module", params=["gptj", "bert"])
+def t5_encoder(**overrides):
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                   attn_implementation="eager", **overrides))
+
+
+MODELS = {
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4,
+                                               n_positions=32)),
+    "bert": lambda: BertModel(BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                         intermediate_size=64, max_position_embeddings=32,
+                                         attn_implementation="eager")),
+    "t5": t5_encoder,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
     torch.manual_seed(0)
-    made = GPTJForCausalLM(GPTJConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32)) if (
-        request.param == "gptj") else BertModel(BertConfig(
-            vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=32, attn_implementation="eager"))
-    return made.eval()
+    return MODELS[request.param]().eval()
 
 
 def first(model):
@@ -56,6 +67,27 @@ def test_without_the_mode_gptj_in_double_still_computes_in_float32():
     assert first(double).dtype == torch.float32
     with Float64():
         assert first(double).dtype == torch.float64
+
+
+def test_the_oracle_looks_up_the_rows_that_torch_looks_up():
+    """T5's row for a distance of 728 of 939 is 16 + 16 log(728 / 16) / log(939 / 16), rounded down."""
+    torch.manual_seed(0)
+    model = t5_encoder(relative_attention_num_buckets=64, relative_attention_max_distance=939).eval()
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    with torch.no_grad():
+        plain = attention.compute_bias(730, 730)
+        with Float64():
+            found = attention.compute_bias(730, 730)
+    assert found.dtype == torch.float64 and torch.equal(found, plain.double())
+
+
+def test_a_mean_over_the_last_axis_is_reordered_and_others_are_not():
+    values = torch.randn(64, 999, generator=torch.Generator().manual_seed(0)) + 100
+    with Reordered(1):
+        found = [values.mean(-1, keepdim=True), torch.mean(values, dim=-1), values.mean(0), values.mean()]
+    plain = [values.mean(-1, keepdim=True), values.mean(-1), values.mean(0), values.mean()]
+    assert [torch.equal(*two) for two in zip(found, plain, strict=True)] == [False, False, True, True]
+    assert all(torch.allclose(*two, rtol=1e-6) for two in zip(found, plain, strict=True))
 
 
 def floor_of(oracle, *runs):
