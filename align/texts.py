@@ -89,13 +89,16 @@ class Encoder:
 
 
 def load_tokenizer(directory: Path) -> Any | None:
-    """The source's own tokenizer through transformers, None where it has none."""
+    """The source's own tokenizer through transformers, None where it has none.
+
+    ``trust_remote_code=False``, because transformers asks on the terminal where nothing is said, and a y runs the code.
+    """
     if not any(True for pattern in TOKENIZER_FILES for _ in directory.glob(pattern)):
         return None
     require("transformers")
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(directory, use_fast=True)
+        return AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False)
     except Exception as error:
         raise BadInput(f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {error}).") from error
 
