@@ -201,7 +201,8 @@ def _by_probe(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found
     if name not in entering:
         return None
     small = small_input(entering[name])
-    return _on_small_input(session, inputs, pair, Alone(session.reference, inputs, path, name, small), small)
+    with session.reference.probing(pair), session.candidate.probing(pair):
+        return _on_small_input(session, inputs, pair, Alone(session.reference, inputs, path, name, small), small)
 
 
 def _by_first_row(session: Session, inputs: Inputs, pair: tuple[str, str]) -> _Found | None:

@@ -8,7 +8,8 @@ noise and still stand out of its sublayer's by a factor of 50.
 Layer norms are run once more on a small input, where their epsilon shows. On the activations of a late block the
 variance is so much larger that a wrong epsilon hides in the last bits; scaled to an rms of 1e-3, a variance of 1e-6,
 even 1e-7 for 1e-12 moves the output by a twentieth. So is every block, on the first row: a net that computes its norms
-without a module of their own shows a wrong epsilon there.
+without a module of their own shows a wrong epsilon there. A batch norm in eval mode divides by its running variance and
+not by its input's: for its probe the running statistics are small too, mean 0 and variance 2^-20, which is 1e-6.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .runs import Run
 
 Module = tuple[tuple[str, str], list[tuple[str, str, str]]]
 SMALL = 1e-3
+SMALL_VARIANCE = 2.0**-20
 PROBE = " (small input)"
 
 

@@ -37,12 +37,15 @@ def describe(model: Any, modules: Mapping[str, Any], weights: Mapping[str, Any],
     Dropouts are told by the recorded module that holds them.
     """
     found: Description = {"settings": _settings(getattr(model, "config", None)), "epsilon": {}, "dropout": {},
-                          "mask value": {}}
+                          "momentum": {}, "running variance": {}, "mask value": {}}
     for path, module in modules.items():
         kind, name = type(module).__name__, named(path)
         epsilon = next((number for key in EPSILONS if isinstance(number := _held(module, key), (int, float))), None)
         if "Norm" in kind and epsilon is not None:
             found["epsilon"][name] = float(epsilon)
+        if "BatchNorm" in kind:
+            found["momentum"][name] = _share_of_batch(module)
+            found["running variance"][name] = "biased" if _held(module, "_variance") is not ... else "unbiased"
         if "Dropout" in kind and isinstance(getattr(module, "p", None), (int, float)):
             home = next((place for _, place in run.modules if f"{name}.".startswith(f"{place}.")), "the other modules")
             found["dropout"][home] = sorted({*found["dropout"].get(home, ()), float(module.p)})
@@ -70,6 +73,12 @@ def differences(reference: Description, candidate: Description) -> list[str]:
     norms = [name for name in reference["epsilon"] if name in candidate["epsilon"]]
     told += _grouped("the epsilon of", reference["epsilon"], candidate["epsilon"], norms,
                      "An ordinary input may not show it.")
+    running = [name for name in reference["momentum"] if name in candidate["momentum"]]
+    told += _grouped("what a batch counts for in the running statistics of", reference["momentum"],
+                     candidate["momentum"], running, "Outputs do not show it, training does.")
+    parting = [name for name in running if reference["running variance"][name] != candidate["running variance"][name]]
+    told += [f"the running variance of {_some(parting)} is in training the sum of squares over n - 1 in torch and "
+             "over n in the candidate, n = batch x height x width. Outputs do not show it."] * bool(parting)
     homes = [name for name in reference["dropout"] if name in candidate["dropout"]]
     told += _grouped("dropout in", *({name: [p for p in side["dropout"][name] if p] for name in homes}
                                      for side in (reference, candidate)), homes,
@@ -86,7 +95,8 @@ def differences(reference: Description, candidate: Description) -> list[str]:
     told += [f"the mask value of the candidate is {value:g}; torch's class adds {LOWEST:.1e}. A row whose scores are "
              "lower still would show it." for value in values]
     configs = sorted({reference["settings"][key][0] for key in settings})
-    built = [*(["each norm's epsilon"] * bool(norms)), *(["each module's dropout"] * bool(homes)),
+    built = [*(["each norm's epsilon"] * bool(norms)), *(["each batch norm's momentum"] * bool(running)),
+             *(["each module's dropout"] * bool(homes)),
              *(["the mask value"] * bool(candidate["mask value"])),
              *(["shared weights"] * any(len(one) > 1 for one in tied))]
     compared = [f"of the configs: {', '.join(configs)}"] * bool(configs) + [
@@ -107,6 +117,12 @@ def _settings(config: Any) -> dict[str, tuple[str, Any]]:
     return found
 
 
+def _share_of_batch(module: Any) -> float:
+    """How much of a batch's statistics goes into the running ones: torch's momentum, and 1 minus Paddle's."""
+    kept = _held(module, "_momentum")
+    return 1.0 - kept if isinstance(kept, float) else float(_held(module, "momentum") or 0.0)
+
+
 def _held(holder: Any, key: str) -> Any:
     """What a mapping or an object of any kind has under ``key``; Ellipsis where it has nothing."""
     try:
@@ -123,8 +139,12 @@ def _grouped(what: str, torch: Mapping[str, Any], candidate: Mapping[str, Any], 
         if torch[name] != candidate[name] and not (isinstance(torch[name], float) and math.isclose(
                 torch[name], candidate[name], rel_tol=THROUGH_FLOAT32)):
             alike.setdefault((_shown(torch[name]), _shown(candidate[name])), []).append(name)
-    return [f"{what} {', '.join(names[:SHOWN])}{f' (+{len(names) - SHOWN} more)' if len(names) > SHOWN else ''} is "
-            f"{left} in torch and {right} in the candidate. {therefore}" for (left, right), names in alike.items()]
+    return [f"{what} {_some(names)} is {left} in torch and {right} in the candidate. {therefore}"
+            for (left, right), names in alike.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:SHOWN])}{f' (+{len(names) - SHOWN} more)' if len(names) > SHOWN else ''}"
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,9 @@ MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
 LAYER_NORM = {F.layer_norm, torch.layer_norm}
 SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 MEAN = {torch.mean, torch.Tensor.mean}
+CONVOLUTION = {F.conv2d}
+BATCH_NORM = {F.batch_norm}
+AVERAGE_POOL = {F.adaptive_avg_pool2d}
 CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type}
 CHUNK = 1 << 22
 COUNTED = "_paddle_parity_counted"
@@ -27,7 +30,9 @@ class Reordered(TorchFunctionMode):
     """Permute the contracted axis of every product and the reduced axis of every norm and softmax.
 
     In exact arithmetic nothing changes, so what changes is rounding: the spread over several seeds is the error
-    that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n].
+    that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n]; pictures [batch,
+    channels, height, width]. A batch norm has no axis to permute in eval mode: torch's x a + (b - mean a) is computed
+    as (x - mean) a + b by every other of them, by lot.
     """
 
     def __init__(self, seed: int) -> None:
@@ -46,6 +51,13 @@ class Reordered(TorchFunctionMode):
             return func(args[0][..., order], args[1][..., order, :], *args[2:], **kwargs)
         if func in LAYER_NORM:
             return self._layer_norm(*args, **kwargs)
+        if func in CONVOLUTION:
+            return self._convolution(*args, **kwargs)
+        if func in BATCH_NORM and not kwargs.get("training") and self._tossed():
+            return _centred_batch_norm(*args, **kwargs)
+        if func in AVERAGE_POOL and args[1] in (1, (1, 1)):
+            places = args[0].flatten(2)
+            return func(places[..., self._order(places.shape[-1])].view(args[0].shape), *args[1:], **kwargs)
         if func in SOFTMAX:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             order = self._order(args[0].shape[dim])
@@ -62,8 +74,31 @@ class Reordered(TorchFunctionMode):
                                 None if bias is None else bias[order], eps)
         return permuted[..., torch.argsort(order)]
 
+    def _convolution(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1,
+                     padding: Any = 0, dilation: Any = 1, groups: int = 1) -> torch.Tensor:
+        """Input channels permuted, and by lot height and width exchanged, which adds a kernel up the other way."""
+        if groups == 1:
+            order = self._order(x.shape[1])
+            x, weight = x[:, order], weight[:, order]
+        if not self._tossed():
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        turned = [size[::-1] if isinstance(size, tuple) else size for size in (stride, padding, dilation)]
+        return F.conv2d(x.mT.contiguous(), weight.mT.contiguous(), bias, *turned, groups).mT.contiguous()
+
     def _order(self, size: int) -> torch.Tensor:
         return torch.randperm(size, generator=self.generator)
+
+    def _tossed(self) -> bool:
+        return bool(torch.randint(2, (), generator=self.generator))
+
+
+def _centred_batch_norm(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor,
+                        weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, training: bool = False,
+                        momentum: float = 0.1, eps: float = 1e-5) -> torch.Tensor:
+    """Of running statistics."""
+    column = (-1, *(1 for _ in x.shape[2:]))
+    slope = torch.rsqrt(variance + eps) * (1.0 if weight is None else weight)
+    return (x - mean.view(column)) * slope.view(column) + (0.0 if bias is None else bias.view(column))
 
 
 class Float64(TorchFunctionMode):

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .candidate import Candidate, Look
+from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
@@ -69,7 +70,7 @@ class PaddleNet(Candidate):
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
             if listener_here():
-                listener_here().probed(name, lambda array: layer.forward(paddle.to_tensor(array)).numpy())
+                listener_here().probed(name, lambda array: probed(layer, paddle.to_tensor(array)))
                 listener_here().answered(name, first.numpy())
 
         with hooked(layers, "register_forward_post_hook", ((name, name) for _, name in modules), before, after):
@@ -82,6 +83,9 @@ class PaddleNet(Candidate):
             result = self._call({name: paddle.to_tensor(array) for name, array in arrays.items()})
         return {name: value.numpy() for name, value in result.items()
                 if isinstance(value, paddle.Tensor) and value.is_floating_point()}
+
+    def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
+        return small_statistics(self._layers().get(pair[1], self.model))
 
     def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
         """With ``models.loss``."""
@@ -187,6 +191,29 @@ def _initialise_all_but_weights(net: Any) -> None:
         for layer in net.sublayers():
             if not isinstance(layer, (paddle.nn.Linear, paddle.nn.Embedding)):
                 net._init_weights(layer)
+
+
+@contextmanager
+def small_statistics(layer: Any) -> Iterator[None]:
+    """Those of a batch norm meanwhile; of another layer nothing changes."""
+    import paddle
+    tables = [table for table in (layer._parameters, layer._buffers) if {"_mean", "_variance"} <= table.keys()]
+    if not tables:
+        yield
+        return
+    held = {name: tables[0][name] for name in ("_mean", "_variance")}
+    tables[0]["_mean"] = paddle.zeros_like(held["_mean"])
+    tables[0]["_variance"] = paddle.full_like(held["_variance"], SMALL_VARIANCE)
+    try:
+        yield
+    finally:
+        tables[0].update(held)
+
+
+def probed(layer: Any, small: Any) -> np.ndarray:
+    """What a layer gives for a small input, without its hooks."""
+    with small_statistics(layer):
+        return layer.forward(small).numpy()
 
 
 # A net larger than memory ---------------------------------------------------------------------------------------------

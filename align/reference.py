@@ -10,7 +10,7 @@ import os
 import tempfile
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -124,17 +124,16 @@ class Reference(TorchSide):
         return isinstance(module, torch.nn.Embedding)
 
     def norms(self, modules: Modules) -> list[tuple[str, str]]:
-        """Those of ``modules`` that are layer norms in torch."""
-        import torch
+        """Those of ``modules`` that are layer norms or batch norms in torch."""
         found = dict(self.model.named_modules())
-        return [pair for pair in modules if isinstance(found.get(pair[0]), torch.nn.LayerNorm)]
+        return [pair for pair in modules if self._is_probed(found.get(pair[0]))]
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return outputs_of(self.model, arrays)
 
     def _is_probed(self, module: Any) -> bool:
         import torch
-        return isinstance(module, torch.nn.LayerNorm)
+        return isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d))
 
     @contextmanager
     def _heads_heard(self) -> Iterator[None]:
@@ -383,9 +382,7 @@ def _rounded(run: Run, model: Any) -> Any:
     """``model`` in eval mode, its weights rounded through the dtype that the conversion cast to, if it did."""
     import torch
     if run.conversion.dtype != "keep":
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(getattr(torch, run.conversion.dtype)).float())
+        _round_through(model, getattr(torch, run.conversion.dtype), run.plan.keys)
     return model.eval()
 
 
@@ -411,7 +408,8 @@ PART = 64 << 20
 
 
 def _load_empty(run: Run) -> Any:
-    """The class with its parameters on the meta device; its buffers, which no file holds, are real.
+    """The class with its parameters on the meta device; its buffers are real, and those that the file holds go there
+    when pages are made of them.
 
     Only parameters are sent there, as accelerate's ``init_empty_weights`` does: ``with torch.device("meta")`` would
     take plain attributes along, such as GPT-J's rotary table, which nothing restores.
@@ -446,7 +444,9 @@ def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
     import torch
     keys = run.plan.keys
     cast = None if run.conversion.dtype == "keep" else getattr(torch, run.conversion.dtype)
-    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    owners = {name: id(weight) for name, weight in (
+        *model.named_parameters(remove_duplicate=False),
+        *((name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in keys))}
 
     def slot(names: Sequence[str]) -> _Slot:
         known = [name for name in names if name in keys]
@@ -458,12 +458,17 @@ def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
 
 
 class _Slot:
-    """One parameter of a torch module, under all its names."""
+    """One parameter of a torch module, or one buffer that the file holds, under all its names."""
 
     def __init__(self, model: Any, names: Sequence[str], file: Path, key: str, cast: Any) -> None:
+        import torch
         self.names, self._file, self._key, self._cast = names, file, key, cast
-        self._places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-        self._empty = model.get_parameter(names[0])
+        places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+        self._is_buffer = places[0][1] in places[0][0]._buffers
+        self._tables = [(module._buffers if self._is_buffer else module._parameters, word) for module, word in places]
+        table, word = self._tables[0]
+        self._empty = torch.empty_like(table[word], device="meta")
+        self.release()
 
     @property
     def elements(self) -> int:
@@ -474,14 +479,16 @@ class _Slot:
         values = torch.from_numpy(memory).view(self._empty.shape)
         read = _read_safetensors if self._file.suffix == ".safetensors" else _read_bin
         read(self._file, self._key, values, self._cast)
-        self._put(torch.nn.Parameter(values, requires_grad=False))
+        self._put(values)
 
     def release(self) -> None:
         self._put(self._empty)
 
-    def _put(self, parameter: Any) -> None:
-        for module, name in self._places:
-            module._parameters[name] = parameter
+    def _put(self, values: Any) -> None:
+        import torch
+        held = values if self._is_buffer else torch.nn.Parameter(values, requires_grad=False)
+        for table, word in self._tables:
+            table[word] = held
 
 
 def _read_safetensors(file: Path, key: str, values: Any, cast: Any) -> None:
@@ -510,6 +517,15 @@ def _put_rounded(stored: Any, values: Any, cast: Any) -> None:
     values.copy_(stored)
     if cast is not None:
         values.copy_(values.to(cast))
+
+
+def _round_through(model: Any, dtype: Any, moved: Collection[str]) -> None:
+    """Parameters, and those buffers that are ``moved`` from the file: running statistics."""
+    import torch
+    buffers = [buffer for name, buffer in model.named_buffers() if name in moved]
+    with torch.no_grad():
+        for weight in [*model.parameters(), *buffers]:
+            weight.copy_(weight.to(dtype).float())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ Arrays = dict[str, np.ndarray]
 Reduce = Callable[[Mapping[str, np.ndarray], Inputs, Sequence[Example]], Arrays]
 MAX_ANSWER = 30
 NEIGHBOURS = 5
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,27 @@ def _classes(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequen
     return choices("class", outputs["logits"], targets)
 
 
+def _best_classes(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    """The best class, and the five best where there are more than five; their margin is to the sixth."""
+    found, logits = _classes(outputs, inputs, examples), outputs["logits"]
+    if logits.shape[-1] <= TOP:
+        return found
+    best = np.sort(np.argpartition(logits, -TOP, axis=-1)[:, -TOP:], axis=-1)
+    ordered = np.sort(logits, axis=-1)
+    margins, largest = ordered[:, -TOP] - ordered[:, -TOP - 1], found["class.largest"]
+    return found | {"classes.predictions": best, "classes.margins": np.repeat(margins[:, None], TOP, 1),
+                    "classes.largest": np.repeat(largest[:, None], TOP, 1), "classes.targets": found["class.targets"]}
+
+
+def _top_values(arrays: Arrays) -> dict[str, float]:
+    """Share of rows whose label is the best class, and is among the five best."""
+    if "scores" in arrays:
+        return _class_values(arrays)
+    among = {"top5_accuracy": float((arrays["classes.predictions"] == arrays["classes.targets"][:, None]).any(1).mean())
+             } if "classes.predictions" in arrays else {}
+    return {"top1_accuracy": accuracy(arrays["class.predictions"], arrays["class.targets"])} | among
+
+
 def _class_values(arrays: Arrays) -> dict[str, float]:
     if "scores" in arrays:
         errors = arrays["scores"].astype(np.float64) - arrays["score_targets"]
@@ -183,6 +205,13 @@ def _embeddings(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Seq
     pooled = (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1)
     labels = np.array([example.targets["label"] for example in examples])
     return {"embeddings": pooled.astype(np.float32), "embedding_labels": labels}
+
+
+def _pooled_pictures(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    """[batch, channels, 1, 1] as one vector a picture."""
+    pooled = outputs["pooler_output"]
+    labels = np.array([example.targets["label"] for example in examples])
+    return {"embeddings": pooled.reshape(len(pooled), -1), "embedding_labels": labels}
 
 
 def neighbours(embeddings: np.ndarray) -> Arrays:
@@ -231,6 +260,8 @@ SCORES = {
     "question-answering": Score(_spans, _span_values),
     "translation": Score(_translated_tokens, _translation_values),
     "encoder": Score(_embeddings, _neighbour_values),
+    "image-classification": Score(_best_classes, _top_values),
+    "image-encoder": Score(_pooled_pictures, _neighbour_values),
 }
 DECODED = {"translation"}
 """Tasks whose texts are decoded besides, from what the encoder reads alone."""

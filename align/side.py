@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,12 @@ class Side(ABC):
     @abstractmethod
     def described(self) -> Description:
         """What this net says of itself as built."""
+
+    @abstractmethod
+    def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
+        """While the module of these (torch, Paddle) paths, if there is one, is run on a small input: the running
+        statistics of a batch norm are small too.
+        """
 
     def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
         """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
+from .inside import SMALL_VARIANCE
 from .lint import Description, describe
 from .lockstep import listener_here
 from .side import Modules, Side, entering, fed, hooked
@@ -37,6 +38,9 @@ class TorchSide(Side):
         first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
         return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
 
+    def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
+        return small_statistics(dict(self.model.named_modules()).get(pair[0]))
+
     def _is_probed(self, module: Any) -> bool:
         """Whether a module is run on a small input too, where its listener knows one."""
         return True
@@ -60,12 +64,32 @@ class TorchSide(Side):
                 return
             first = output[0] if isinstance(output, (tuple, list)) else output
             if self._is_probed(module):
-                listener_here().probed(
-                    name, lambda array: module.forward(torch.tensor(array, dtype=first.dtype)).detach().numpy())
+                listener_here().probed(name, lambda array: probed(module, torch.tensor(array, dtype=first.dtype)))
             listener_here().answered(name, first.detach().numpy())
 
         with hooked(found, "register_forward_hook", modules, before, after):
             yield
+
+
+@contextmanager
+def small_statistics(module: Any) -> Iterator[None]:
+    """Those of a batch norm meanwhile; of another module nothing changes."""
+    import torch
+    if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or module.running_var is None:
+        yield
+        return
+    held = module.running_mean, module.running_var
+    module.running_mean, module.running_var = torch.zeros_like(held[0]), torch.full_like(held[1], SMALL_VARIANCE)
+    try:
+        yield
+    finally:
+        module.running_mean, module.running_var = held
+
+
+def probed(module: Any, small: Any) -> np.ndarray:
+    """What a module gives for a small input, without its hooks."""
+    with small_statistics(module):
+        return module.forward(small).detach().numpy()
 
 
 def floating(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

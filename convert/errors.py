@@ -20,6 +20,7 @@ FRAMEWORKS = {
     "transformers": "pip install transformers",
     "paddle": "pip install paddlepaddle",
     "paddlenlp": 'pip install "paddle-parity[paddlenlp]"',
+    "PIL": "pip install pillow",
 }
 
 

@@ -1,9 +1,12 @@
 """``--target package.module:build``: a net of the user's own against the reference."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import paddle
 import pytest
+import torch
 from align_fixtures import save_checkpoint
 
 from align import lint
@@ -365,13 +368,27 @@ def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same
     class Rounded:
         _epsilon = float(np.float32(1e-5))
     Rounded.__name__ = "LayerNorm"
-    from types import SimpleNamespace
     run = SimpleNamespace(modules=[])
     left = lint.describe(None, {"a": RMSNorm(), "b": LayerNorm()}, {}, run, str)
     right = lint.describe(None, {"a": RMSNorm(), "b": Rounded()}, {}, run, str)
     assert left["epsilon"] == {"b": 1e-5}
     assert lint.differences(left, right) == [
         "Lint: no differences among what was compared, of the nets as built: each norm's epsilon."]
+
+
+def test_batch_norms_of_the_two_frameworks_agree_but_for_the_variance_that_they_keep_in_training():
+    run = SimpleNamespace(modules=[])
+    torchs = lint.describe(None, {"bn1": torch.nn.BatchNorm2d(3, momentum=0.1)}, {}, run, str)
+    paddles, hasty = (lint.describe(None, {"bn1": paddle.nn.BatchNorm2D(3, momentum=momentum)}, {}, run, str)
+                      for momentum in (0.9, 0.1))
+    variance = ("Lint: the running variance of bn1 is in training the sum of squares over n - 1 in torch and over n in "
+                "the candidate, n = batch x height x width. Outputs do not show it.")
+    compared = "among what was compared, of the nets as built: each norm's epsilon, each batch norm's momentum."
+    assert lint.differences(torchs, paddles) == [variance, f"Lint: 1 difference {compared}"]
+    assert lint.differences(torchs, torchs) == [f"Lint: no differences {compared}"]
+    assert lint.differences(torchs, hasty) == [
+        "Lint: what a batch counts for in the running statistics of bn1 is 0.1 in torch and 0.9 in the candidate. "
+        "Outputs do not show it, training does.", variance, f"Lint: 2 differences {compared}"]
 
 
 @pytest.mark.parametrize("target,says", [

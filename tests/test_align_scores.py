@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, top_k_accuracy_score
 
 from align.inputs import Inputs
 from align.metric import compare_scores
@@ -80,6 +80,50 @@ def test_mean_squared_error_of_a_regression():
     logits = [[1.0], [2.0], [4.0]]
     _, values = score("sequence-classification", {"logits": logits}, np.ones((3, 1), int), label=[1, 0, 1])
     assert values == {"mean_squared_error": (0 + 4 + 9) / 3}
+
+
+def test_top_1_and_top_5_are_sklearns():
+    targets, logits = GENERATOR.integers(0, 12, 60), GENERATOR.standard_normal((60, 12)).astype(np.float32)
+    arrays, values = score("image-classification", {"logits": logits}, np.ones((60, 1), int), label=targets)
+    assert values == {f"top{k}_accuracy": top_k_accuracy_score(targets, logits, k=k, labels=range(12)) for k in (1, 5)}
+    assert 0 < values["top1_accuracy"] < values["top5_accuracy"] < 1
+    best = np.argsort(-logits, axis=1)
+    assert (arrays["classes.predictions"] == np.sort(best[:, :5], axis=1)).all()
+    gaps = np.take_along_axis(logits, best[:, 4:5], 1) - np.take_along_axis(logits, best[:, 5:6], 1)
+    assert (arrays["classes.margins"] == gaps).all()
+
+
+def test_of_five_classes_the_five_best_are_no_question():
+    _, values = score("image-classification", {"logits": np.eye(5)}, np.ones((5, 1), int), label=[0, 1, 2, 0, 0])
+    assert values == {"top1_accuracy": 0.6}
+
+
+def test_one_score_a_picture_is_a_regression():
+    _, values = score("image-classification", {"logits": [[1.0], [3.0]]}, np.ones((2, 1), int), label=[1, 1])
+    assert values == {"mean_squared_error": 2.0}
+
+
+def test_the_fifth_and_the_sixth_class_may_change_places_within_rounding_only():
+    logits = np.arange(8, dtype=np.float32)[None] + 1
+    label = dict(label=[7])
+    held, _ = score("image-classification", {"logits": logits}, [[1]], **label)
+    for nearer, passed in ((np.nextafter(np.float32(4), np.float32(3)), True), (np.float32(3.9), False)):
+        close = logits.copy()
+        close[0, 2] = nearer
+        swapped = close.copy()
+        swapped[0, [2, 3]] = close[0, [3, 2]]
+        left, _ = score("image-classification", {"logits": close}, [[1]], **label)
+        right, _ = score("image-classification", {"logits": swapped}, [[1]], **label)
+        results, notes = compare_scores("image-classification", left, right)
+        assert all(result.passed for result in results) == passed
+        assert bool(notes) == passed
+    assert held["classes.predictions"].tolist() == [[3, 4, 5, 6, 7]]
+
+
+def test_pictures_neighbours_are_those_of_their_pooled_features():
+    pooled = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 1.1]])[:, :, None, None]
+    _, values = score("image-encoder", {"pooler_output": pooled}, np.ones((4, 1), int), label=[0, 0, 1, 1])
+    assert values["nearest_neighbour_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("task, logits", [("masked-lm", "logits"), ("token-classification", "logits"),

@@ -32,6 +32,36 @@ def test_paddles_relu_hides_nan():
     assert paddle.nn.functional.relu(paddle.to_tensor(float("nan"))).item() == 0.0
 
 
+def test_paddles_max_pool_hides_nan():
+    picture = np.zeros((1, 1, 2, 2), "float32")
+    picture[0, 0, 0, 0] = np.nan
+    assert torch.nn.functional.max_pool2d(torch.from_numpy(picture), 2).isnan()
+    assert paddle.nn.functional.max_pool2d(paddle.to_tensor(picture), 2).item() == 0.0
+
+
+def test_paddles_batch_norm_keeps_momentum_of_what_torch_forgets():
+    """torch: running = (1 - momentum) running + momentum batch; Paddle: running = momentum running + …"""
+    batch = np.full((4, 1, 2, 2), 3.0, "float32")
+    for momentum in (0.1, 0.25):
+        torchs, paddles = torch.nn.BatchNorm2d(1, momentum=momentum), paddle.nn.BatchNorm2D(1, momentum=1 - momentum)
+        torchs.train()(torch.from_numpy(batch))
+        paddles.train()(paddle.to_tensor(batch))
+        assert torchs.running_mean.item() == pytest.approx(3 * momentum, rel=1e-6)
+        assert paddles._mean.item() == pytest.approx(3 * momentum, rel=1e-6)
+
+
+def test_paddles_batch_norm_keeps_the_biased_variance_and_torchs_the_unbiased():
+    """Outputs agree in training all the same, running variances part by n / (n - 1), n = batch x height x width."""
+    batch = np.random.default_rng(2).standard_normal((2, 3, 2, 2)).astype("float32")
+    torchs, paddles = torch.nn.BatchNorm2d(3, momentum=1.0).train(), paddle.nn.BatchNorm2D(3, momentum=0.0)
+    paddles.train()
+    given = torchs(torch.from_numpy(batch)).detach().numpy(), paddles(paddle.to_tensor(batch)).numpy()
+    np.testing.assert_allclose(*given, atol=2e-6)
+    np.testing.assert_allclose(torchs.running_var.numpy(), batch.var((0, 2, 3), ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(paddles._variance.numpy(), batch.var((0, 2, 3), ddof=0), rtol=1e-5)
+    np.testing.assert_allclose(torchs.running_var.numpy(), paddles._variance.numpy() * 8 / 7, rtol=1e-5)
+
+
 def test_paddles_layer_norm_refuses_a_large_epsilon():
     with pytest.raises(ValueError, match="epsilon"):
         paddle.nn.functional.layer_norm(paddle.ones([2, 4]), 4, epsilon=1e-2)
