@@ -20,7 +20,7 @@ from convert.checkpoint import Checkpoint, cut, open_checkpoint, opened, read_co
 from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
-from .candidate import Candidate, Look
+from .candidate import Candidate, Look, blamed
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here
@@ -145,7 +145,9 @@ class PaddleNLPNet(PaddleNet):
     """PaddleNLP's class for the family, with its own loss."""
 
     def _build(self) -> Any:
-        return self._class().from_pretrained(str(self.run.output), dtype="float32")
+        cls = self._class()
+        with blamed(f"PaddleNLP's {cls.__name__}"):
+            return cls.from_pretrained(str(self.run.output), dtype="float32")
 
     def _build_empty(self) -> Any:
         import paddle
@@ -172,7 +174,8 @@ class PaddleNLPNet(PaddleNet):
         return getattr(module, self.run.head.paddlenlp)
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        return self.model(**tensors, return_dict=True)
+        with blamed(f"PaddleNLP's {type(self.model).__name__}"):
+            return self.model(**tensors, return_dict=True)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         import paddle
