@@ -23,6 +23,7 @@ Names = tuple[str, ...]
 Layers = Mapping[str, int]
 """How often each letter that stands for a layer number counts: ``{"i": 28}``."""
 Condition = Callable[[Config], bool]
+Inside = Mapping[str, tuple[tuple[str, str, str], ...]]
 MAX_SIZE = 2**30
 MAX_LAYERS = 100_000
 
@@ -232,9 +233,10 @@ def tied(name: str, *shape: Size, of: str, when: Condition | None = None) -> lis
     return [rule if when is None else replace(rule, when=when)]
 
 
-def buffer(name: str, *shape: Size, filling: Filling, when: Condition | None = None) -> list[Rule]:
+def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
+           when: Condition | None = None) -> list[Rule]:
     """What the Paddle side wants beyond the source. A source that carries it is claimed and checked."""
-    return _rules("buffer", name, name, shape, filling, when)
+    return _rules("buffer", name, to or name, shape, filling, when)
 
 
 def drop(name: str, *, why: str) -> list[Rule]:
@@ -261,12 +263,12 @@ def causal_mask() -> Filling:
     return Filling("causal mask", rows, checked=True)
 
 
-def constant(value: float) -> Filling:
+def constant(value: float, *, checked: bool = False) -> Filling:
     """One value everywhere."""
     def rows(shape: tuple[int, ...], some: range) -> Any:
         import numpy as np
         return np.full((len(some), *(shape[-1:] or (1,))), value, np.float32)
-    return Filling(f"{value:g}", rows)
+    return Filling(f"{value:g}", rows, checked=checked)
 
 
 def _rules(kind: str, source: str, target: str, shape: Shape, otherwise: Filling | None = None,
@@ -333,10 +335,12 @@ class Family:
     """One architecture. ``prefix`` is what the base model's names go without, on torch's side and on Paddle's.
 
     ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
-    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has: (torch,
-    Paddle, the operation before it). ``demo`` is the config of the built-in checkpoint, ``tokenizer`` its kind:
+    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has, in that
+    order too, which may depend on the config: (torch, Paddle, the operation before it). ``demo`` is the config of the
+    built-in checkpoint, ``tokenizer`` its kind:
     wordpiece, byte-level or none. ``config_of`` reads from the header what a checkpoint without a config.json does not
-    say. ``model_type`` is the config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
+    say; ``additions`` are keys that PaddleNLP's class wants in a config, where it has them not. ``model_type`` is the
+    config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
     """
 
     name: str
@@ -349,8 +353,8 @@ class Family:
     demo: Config = field(default_factory=dict)
     tokenizer: str = "none"
     unsupported: Callable[[Config], str | None] = lambda config: None
-    additions: Config = field(default_factory=dict)
-    inside: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
+    additions: Callable[[Config], Config] = lambda config: {}
+    inside: Inside | Callable[[Config], Inside] = field(default_factory=dict)
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     model_type: str = ""
@@ -363,6 +367,10 @@ class Family:
     def head(self, architecture: str) -> Head:
         """The head whose class is ``architecture``; KeyError when the family has none."""
         return {head.architecture: head for head in self.heads}[architecture]
+
+    def inside_of(self, config: Config) -> Inside:
+        """The sublayers of a module, by its Paddle path, ``{i}`` still in place."""
+        return self.inside(config) if callable(self.inside) else self.inside
 
     def rules_of(self, head: Head) -> list[Rule]:
         """Every rule that holds for ``head``. Names with and without the prefix are accepted, as transformers does."""
