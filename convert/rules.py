@@ -82,7 +82,8 @@ class Rule:
 
     ``sources`` holds for each source tensor the names it goes by, transformers' own first. Only ``split`` has several
     targets and only ``merge`` several sources. ``shape`` is the source side's, of the fused tensor where there is one:
-    its fused axis is then a tuple, the sizes of the parts.
+    its fused axis is then a tuple, the sizes of the parts. ``again`` is what Paddle's net calls a tied parameter
+    besides the name that the file has.
     """
 
     kind: str
@@ -93,6 +94,7 @@ class Rule:
     groups: Size = 1
     otherwise: Filling | None = None
     why: str = ""
+    again: str = ""
     when: Condition = field(default=lambda config: True, compare=False)
 
     @property
@@ -144,6 +146,8 @@ class Rule:
 
         A tied copy that Paddle holds must still be one; whatever else the conversion made is left out.
         """
+        if self.again:
+            return replace(self, sources=((self.again,),), again=self.sources[0][0])
         if not self.targets:
             return None
         back = tuple((target,) for target in self.targets)
@@ -161,7 +165,7 @@ class Rule:
             return name.replace(f"{{{letter}}}", str(number))
         copied = self.otherwise and self.otherwise.copies and replace(self.otherwise, copies=put(self.otherwise.copies))
         return replace(self, sources=tuple(tuple(map(put, names)) for names in self.sources),
-                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise)
+                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise, again=put(self.again))
 
     def _of_part(self, number: int) -> Shape:
         return tuple(size[number] if isinstance(size, tuple) else size for size in self.shape)
@@ -227,9 +231,12 @@ def merge(name: str, shape: Shape, to: str, *, groups: Size = 1, transposed: boo
     return [_sound(rule if when is None else replace(rule, when=when))]
 
 
-def tied(name: str, *shape: Size, of: str, when: Condition | None = None) -> list[Rule]:
-    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both."""
-    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of))
+def tied(name: str, *shape: Size, of: str, again: str = "", when: Condition | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both.
+
+    ``again`` is the second name of that parameter, if the net has one; the file need not hold it.
+    """
+    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of), again=again)
     return [rule if when is None else replace(rule, when=when)]
 
 
