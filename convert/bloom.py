@@ -41,7 +41,7 @@ FAMILY = Family(
     ),
     heads=(
         Head("BloomForCausalLM", "BloomForCausalLM", "causal-lm", rules(
-            tied("lm_head.weight", "vocab", "hidden", of=WORDS, when=is_tied),
+            tied("lm_head.weight", "vocab", "hidden", of=WORDS, again="lm_head.decoder_weight", when=is_tied),
             keep("lm_head.weight", "vocab", "hidden", to="lm_head.decoder_weight",
                  when=lambda config: not is_tied(config)))),
         Head("BloomForSequenceClassification", "BloomForSequenceClassification", "sequence-classification",

@@ -6,6 +6,7 @@ Numerically what transformers' ``modeling_opt`` computes with eager attention. I
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -180,7 +181,13 @@ class OPTDecoder(nn.Layer):
 
 
 class OPTPretrained(Pretrained):
+    """A net without biases, or whose norms learn nothing, needs no zeros and ones that PaddleNLP's class asks for."""
+
     config_class = OPTConfig
+    unused_buffers = re.compile(
+        r"(opt\.)?decoder\.(layers\.\d+\.(self_attn\.(q|k|v|out)_proj|linear[12])\.bias|"
+        r"(layers\.\d+\.norm[12]|final_layer_norm)\.(weight|bias))"
+    )
 
 
 class OPTModel(OPTPretrained):
