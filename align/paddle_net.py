@@ -26,7 +26,7 @@ from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
 from .runs import Run
-from .side import Modules, entering, fed, hooked
+from .side import Modules, entering, fed, hooked, in_shape
 
 
 class PaddleNet(Candidate):
@@ -65,7 +65,9 @@ class PaddleNet(Candidate):
             place, listener = entering(arguments, named, is_floating), listener_here()
             value = None if place is None else (arguments or named)[place]
             given = listener.arrived(name, value.numpy) if listener is not None and is_floating(value) else None
-            return None if given is None else fed(arguments, named, place, paddle.to_tensor(given))
+            if given is None:
+                return None
+            return fed(arguments, named, place, paddle.to_tensor(in_shape(given, value.shape)))
 
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output

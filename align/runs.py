@@ -103,8 +103,8 @@ class Run:
     @cached_property
     def inside(self) -> dict[str, tuple[tuple[str, str, str], ...]]:
         """What the family says is inside of each recorded module, by its Paddle path."""
-        return {paddle: self.family.inside[template] for _, paddle, template in self._modules
-                if template in self.family.inside}
+        found = self.family.inside_of(self.config)
+        return {paddle: found[template] for _, paddle, template in self._modules if template in found}
 
     @cached_property
     def _modules(self) -> list[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -29,6 +30,13 @@ def entering(arguments: tuple[Any, ...], named: Mapping[str, Any], is_array: Cal
 def fed(arguments: tuple[Any, ...], named: Mapping[str, Any], place: str | int, value: Any) -> tuple[tuple, dict]:
     """The arguments with ``value`` at ``place``."""
     return ((value, *arguments[1:]), dict(named)) if place == 0 else (arguments, {**named, place: value})
+
+
+def in_shape(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """``array`` as a module is called with it: one side may have [batch, tokens, width], the other [batch * tokens,
+    width]."""
+    same = array.size == math.prod(shape) and array.shape[-1:] == tuple(shape[-1:])
+    return array.reshape(shape) if same else array
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe
 from .lockstep import listener_here
-from .side import Modules, Side, entering, fed, hooked
+from .side import Modules, Side, entering, fed, hooked, in_shape
 
 
 class TorchSide(Side):
@@ -57,7 +57,9 @@ class TorchSide(Side):
             if listener_here() is None or not _is_floating(value):
                 return None
             given = listener_here().arrived(name, value.detach().numpy)
-            return None if given is None else fed(arguments, named, place, torch.tensor(given, dtype=value.dtype))
+            if given is None:
+                return None
+            return fed(arguments, named, place, torch.tensor(in_shape(given, value.shape), dtype=value.dtype))
 
         def after(name: str, module: Any, output: Any) -> None:
             if listener_here() is None:
