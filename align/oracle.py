@@ -22,6 +22,8 @@ MEAN = {torch.mean, torch.Tensor.mean}
 CONVOLUTION = {F.conv2d}
 BATCH_NORM = {F.batch_norm}
 AVERAGE_POOL = {F.adaptive_avg_pool2d}
+MADE = {torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros}
+DTYPE = torch.Tensor.dtype.__get__
 CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type}
 CHUNK = 1 << 22
 COUNTED = "_paddle_parity_counted"
@@ -112,10 +114,11 @@ def _centred_batch_norm(x: torch.Tensor, mean: torch.Tensor, variance: torch.Ten
 class Float64(TorchFunctionMode):
     """Run a float32 model in double: every float32 tensor is widened where it is used, which is exact.
 
-    A class's own casts to float32 (GPT-J's query, key and logits, BLOOM's softmax) are ignored. Methods that write into
-    a tensor keep the tensor they write into. Numbers that come of integers alone are left as torch computes them: T5
-    rounds the logarithm of a distance down to the row of a table, and where that should be whole float64 may find
-    another row.
+    A class's own casts to float32 (GPT-J's query, key and logits, BLOOM's softmax) are ignored, what it makes in
+    float32 is made in double, and where it asks for a dtype it is told float32: GPT-2's upcast attention refuses to go
+    on in any other. Methods that write into a tensor keep the tensor they write into. Numbers that come of integers
+    alone are left as torch computes them: T5 rounds the logarithm of a distance down to the row of a table, and where
+    that should be whole float64 may find another row.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
@@ -133,7 +136,9 @@ class Float64(TorchFunctionMode):
                              **{key: _widened(value) for key, value in kwargs.items()})
         if func is F.embedding:
             return func(*args, **kwargs).double()
-        if func in SOFTMAX and kwargs.get("dtype") is torch.float32:
+        if func == DTYPE:
+            return torch.float32 if args[0].dtype is torch.float64 else args[0].dtype
+        if func in SOFTMAX | MADE and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         if name in UNTOUCHED or name == "__get__":
             return func(*args, **kwargs)

@@ -40,7 +40,7 @@ def in_shape(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 @contextmanager
-def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, str]],
+def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, Any]],
            before: Callable[..., Any], after: Callable[..., None]) -> Iterator[None]:
     """``before(name, arguments, named)`` and ``after(name, layer, output)`` of the layers there are, by (path, name).
 

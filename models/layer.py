@@ -38,13 +38,14 @@ class Embedding(nn.Embedding):
 class VocabularyLinear(nn.Layer):
     """``x @ weight.T + bias`` with weight [vocabulary, width], which may be an embedding's own."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, bias: bool = True):
         super().__init__()
         self.weight = weight
-        self.bias = self.create_parameter([weight.shape[0]], is_bias=True)
+        self.bias = self.create_parameter([weight.shape[0]], is_bias=True) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return paddle.matmul(hidden, self.weight, transpose_y=True) + self.bias
+        scores = paddle.matmul(hidden, self.weight, transpose_y=True)
+        return scores if self.bias is None else scores + self.bias
 
 
 class LMHead(nn.Layer):

@@ -10,6 +10,8 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
     OPTConfig,
@@ -123,7 +125,25 @@ def test_without_the_mode_gptj_in_double_still_computes_in_float32():
     double = model.eval().double()
     assert first(double).dtype == torch.float32
     with Float64():
-        assert first(double).dtype == torch.float64
+        found = first(double)
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_gpt2_in_double_is_what_the_oracle_computes_also_of_an_attention_that_refuses_double(reordered):
+    """``reorder_and_upcast_attn`` raises where the scores are not float32; its float32 is scaled before the product."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_implementation="eager")
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    whole = first(__import__("copy").deepcopy(model).double())
+    for block in model.transformer.h:
+        block.attn.reorder_and_upcast_attn = reordered
+    with Float64():
+        found = first(model)
+    assert found.dtype == torch.float64 and (found - whole).norm() < 1e-14 * whole.norm()
 
 
 def test_the_oracle_looks_up_the_rows_that_torch_looks_up():
