@@ -335,8 +335,9 @@ class Family:
     ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
     paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has: (torch,
     Paddle, the operation before it). ``demo`` is the config of the built-in checkpoint, ``tokenizer`` its kind:
-    wordpiece, byte-level or none. ``config_of`` reads from the header what a checkpoint without a config.json does not
-    say. ``model_type`` is the config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
+    wordpiece, byte-level, sentencepiece or none. ``config_of`` reads from the header what a checkpoint without a
+    config.json does not say. ``model_type`` is the config's, ``paddlenlp`` the package in PaddleNLP; both are ``name``
+    unless given.
     """
 
     name: str
