@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
@@ -143,6 +143,14 @@ class Candidate(Side):
         self._leave()
         return found.given | {name: inputs.rows(name, array) for name, array in outputs.items()}, (
             found.arriving)
+
+    def _shown(self, names: Sequence[str]) -> Sequence[str]:
+        """Under which of its names a weight is shown: all that the plan knows, of which T5's table has one."""
+        return [name for name in names if name in self._planned] or names[:1]
+
+    @cached_property
+    def _planned(self) -> set[str]:
+        return {move.target for move in self.run.plan.moves}
 
     @abstractmethod
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

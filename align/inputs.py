@@ -65,6 +65,11 @@ class Inputs:
         return self.arrays["attention_mask"].astype(bool)
 
     @property
+    def last_mask(self) -> np.ndarray:
+        """:attr:`mask` of the tokens that the model's last hidden states belong to: the decoder's, where it has one."""
+        return self.arrays.get("decoder_attention_mask", self.arrays["attention_mask"]).astype(bool)
+
+    @property
     def rows(self) -> Rows:
         """The rows of real tokens, by the attention masks that there are."""
         masks = [array.astype(bool) for name, array in self.arrays.items() if name.endswith("attention_mask")]
@@ -73,8 +78,11 @@ class Inputs:
     @property
     def told(self) -> list[str]:
         """What they are, in a sentence each."""
-        return [f"Inputs: {len(array)} rows of {array.shape[1]} seeded tokens: {', '.join(PATTERNS[:len(array)])}; "
-                "padded positions are not compared." for name, array in self.arrays.items() if name == "attention_mask"]
+        shapes = {name: array.shape for name, array in self.arrays.items() if name.endswith("attention_mask")}
+        encoder, decoder = (shapes.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+        return [*([f"Inputs: {encoder[0]} rows of {encoder[1]} seeded tokens: {', '.join(PATTERNS[:encoder[0]])}; "
+                   "padded positions are not compared."] if encoder else []),
+                *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else [])]
 
     @property
     def first(self) -> Inputs:
@@ -103,10 +111,7 @@ def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool =
 
 
 def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
-    """Rows by turns whole, padded on the left, on the right, and on both sides (or all of them whole).
-
-    Ids are uniform below ``vocab_size`` and never the pad token, so that no class mistakes a token for padding.
-    """
+    """Rows of ids with their mask, as long as is asked for and the model has positions."""
     length = min(tokens, sizes["positions"])
     asked = f"The inputs are {length} tokens long, as asked for; {MINIMUM} or more show more."
     short = f"The model has {length} positions, so the inputs are {length} tokens long instead of {MINIMUM}."
@@ -115,18 +120,42 @@ def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) 
         notes = (cut,) if length < tokens != LENGTH else ()
     else:
         notes = (short if length < tokens else asked,)
-    generator = np.random.default_rng(SEED + padded)
-    pad = pad_token(config)
-    ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), (rows, length))
-    ids += ids >= pad
+    mask = _padding(rows, length, padded)
+    ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + padded))
+    return Inputs({"input_ids": ids, "attention_mask": mask} | token_types(sizes, mask), notes)
+
+
+def _tokens_to_tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """For the encoder what a model of tokens gets; for the decoder a quarter less, its rows padded in another order.
+
+    The two lengths are never the same, so that a shape says which of the two an array belongs to.
+    """
+    encoder = _tokens(config, sizes, padded, rows, tokens)
+    length = encoder.mask.shape[1]
+    mask = _padding(rows, length - max(length // 4, 1) or 2, padded)
+    mask[1:] = mask[:0:-1].copy()
+    ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + 2 + padded))
+    given = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return Inputs({**encoder.arrays, **given}, encoder.notes)
+
+
+def _padding(rows: int, length: int, padded: bool) -> np.ndarray:
+    """1 for a token: rows by turns whole, padded on the left, on the right, on both sides; or all of them whole."""
     mask = np.ones((rows, length), np.int64)
     if padded:
         third = length // 3
         mask[1::4, :third] = 0
         mask[2::4, length - third:] = 0
         mask[3::4, : third // 2] = mask[3::4, length - third // 2:] = 0
-    arrays = {"input_ids": np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1)), "attention_mask": mask}
-    return Inputs(arrays | token_types(sizes, mask), notes)
+    return mask
+
+
+def _drawn(mask: np.ndarray, config: Config, sizes: Sizes, generator: np.random.Generator) -> np.ndarray:
+    """Ids uniform below ``vocab_size`` and never the pad token, so that no class mistakes a token for padding."""
+    pad = pad_token(config)
+    ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), mask.shape)
+    ids += ids >= pad
+    return np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1))
 
 
 def token_types(sizes: Sizes, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -170,7 +199,7 @@ def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
-KINDS = {"tokens": _tokens}
+KINDS = {"tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
 
 
 def positive(text: str) -> int:

@@ -43,15 +43,18 @@ class PaddleNet(Candidate):
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         if self._pages is None:
+            held: dict[int, tuple[Any, list[str]]] = {}
             for name, tensor in self.model.state_dict().items():
-                yield name, tensor.numpy()
+                held.setdefault(id(tensor), (tensor, []))[1].append(name)
+            for tensor, names in held.values():
+                yield from ((name, tensor.numpy()) for name in self._shown(names))
             return
         for slot in self._pages.each():
             array = _looked_at(slot.tensor)
-            yield from ((name, array) for name in slot.names)
+            yield from ((name, array) for name in self._shown(slot.names))
 
     def _show_when_in(self, look: Look) -> None:
-        self._pages.show(lambda slot: [look(name, _looked_at(slot.tensor)) for name in slot.names])
+        self._pages.show(lambda slot: [look(name, _looked_at(slot.tensor)) for name in self._shown(slot.names)])
 
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:

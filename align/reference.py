@@ -29,7 +29,7 @@ from .paging import Pages, divide, gates_of
 from .runs import Run
 from .side import Modules
 from .tolerance import REORDERED_RUNS
-from .torch_side import TorchSide, floating, tensors_of
+from .torch_side import TorchSide, floating, is_rms_norm, tensors_of
 from .trace import Step
 
 OURS = str(Path(__file__).parent)
@@ -66,9 +66,9 @@ class Reference(TorchSide):
 
     @property
     def present(self) -> list[str]:
-        """Paddle's paths of the recorded modules that torch's class has."""
+        """Paddle's paths of the recorded modules, and of sublayers, that torch's class has."""
         found = dict(self.model.named_modules())
-        return [name for path, name in self.run.modules if path in found]
+        return [name for path, name in Places.of(self.run).all if path in found]
 
     def steps(self, inputs: Inputs, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
         """One forward pass and its noise floor, a step for what lies between two gates, in the order of execution.
@@ -124,7 +124,7 @@ class Reference(TorchSide):
         return isinstance(module, torch.nn.Embedding)
 
     def norms(self, modules: Modules) -> list[tuple[str, str]]:
-        """Those of ``modules`` that are layer norms or batch norms in torch."""
+        """Those of ``modules`` that are layer, batch or RMS norms in torch."""
         found = dict(self.model.named_modules())
         return [pair for pair in modules if self._is_probed(found.get(pair[0]))]
 
@@ -133,7 +133,7 @@ class Reference(TorchSide):
 
     def _is_probed(self, module: Any) -> bool:
         import torch
-        return isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d))
+        return isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)) or is_rms_norm(module)
 
     @contextmanager
     def _heads_heard(self) -> Iterator[None]:

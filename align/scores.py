@@ -202,7 +202,7 @@ def _span_values(arrays: Arrays) -> dict[str, float]:
 
 
 def _embeddings(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
-    weights = inputs.mask[..., None].astype(np.float64)
+    weights = inputs.last_mask[..., None].astype(np.float64)
     pooled = (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1)
     labels = np.array([example.targets["label"] for example in examples])
     return {"embeddings": pooled.astype(np.float32), "embedding_labels": labels}
@@ -261,6 +261,7 @@ SCORES = {
     "question-answering": Score(_spans, _span_values),
     "translation": Score(_translated_tokens, _translation_values),
     "encoder": Score(_embeddings, _neighbour_values),
+    "encoder-decoder": Score(_embeddings, _neighbour_values),
     "image-classification": Score(_best_classes, _top_values),
     "image-encoder": Score(_pooled_pictures, _neighbour_values),
 }

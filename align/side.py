@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .lint import Description
-from .lockstep import halt, heard_by, in_turn, together
+from .lockstep import halt, has_answered, heard_by, in_turn, is_first_call, together
 from .paging import Pages
 from .runs import Run
 
@@ -44,15 +44,22 @@ def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str
            before: Callable[..., Any], after: Callable[..., None]) -> Iterator[None]:
     """``before(name, arguments, named)`` and ``after(name, layer, output)`` of the layers there are, by (path, name).
 
-    ``after_name`` is what the framework calls registering the latter.
+    Both at the layer's first call in a pass. ``after_name`` is what the framework calls registering the latter.
     """
+    def entered(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return before(name, arguments, named) if is_first_call(name) else None
+
+    def left(name: str, layer: Any, output: Any) -> None:
+        if is_first_call(name):
+            after(name, layer, output)
+            has_answered(name)
     with ExitStack() as hooks:
         for path, name in pairs:
             if path in layers:
                 hooks.callback(layers[path].register_forward_pre_hook(
-                    lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                    lambda _, arguments, named, name=name: entered(name, arguments, named), with_kwargs=True).remove)
                 hooks.callback(getattr(layers[path], after_name)(
-                    lambda layer, _, output, name=name: after(name, layer, output)).remove)
+                    lambda layer, _, output, name=name: left(name, layer, output)).remove)
         yield
 
 

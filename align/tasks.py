@@ -21,17 +21,20 @@ class Task:
     """``labels(inputs, config, sizes, generator, ignore)`` draws labels, some of them ignored if asked.
 
     ``token_losses(outputs, labels)`` pairs logits [n, classes] with labels [n] for the losses without reduction.
+    ``spared`` are inputs that a model makes of the labels where it is not given them.
     """
 
     labels: Callable[[Inputs, Config, Sizes, np.random.Generator, bool], Labels]
     token_losses: Callable[[Mapping[str, np.ndarray], Labels], Flat]
+    spared: tuple[str, ...] = ()
 
 
 def _token_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:
-    labels = generator.integers(0, classes, inputs.mask.shape)
-    ignored = ~inputs.mask
+    mask = inputs.last_mask
+    labels = generator.integers(0, classes, mask.shape)
+    ignored = ~mask
     if ignore:
-        ignored |= generator.random(inputs.mask.shape) < 0.3
+        ignored |= generator.random(mask.shape) < 0.3
     return np.where(ignored, IGNORED, labels)
 
 
@@ -131,5 +134,11 @@ TASKS = {
     "token-classification": Task(
         _class_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
+    "translation": Task(
+        _vocabulary_labels,
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])},
+        spared=("decoder_input_ids", "decoder_attention_mask")),
     "question-answering": Task(_span_labels, _span_losses),
 }
+BARE = {"encoder", "encoder-decoder"}
+"""Tasks of models without a head: they have no loss of their own, and are measured by their mean-pooled states."""

@@ -265,6 +265,21 @@ def translations(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     return found
 
 
+def echoed_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """A text for the encoder, and the same for the decoder, which reads it one token later."""
+    return [_echoed(example, encoder.config) for example in plain_texts(rows, encoder)]
+
+
+def labelled_echoes(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    return [_echoed(example, encoder.config) for example in labelled_texts(rows, encoder)]
+
+
+def _echoed(example: Example, config: Config) -> Example:
+    ids, mask = example.inputs["input_ids"], example.inputs["attention_mask"]
+    shifted = {"decoder_input_ids": [decoder_start(config), *ids[:-1]], "decoder_attention_mask": list(mask)}
+    return Example(example.inputs | shifted, example.targets)
+
+
 def pieces_of(tokenizer: Any | None) -> list[str]:
     """What each id stands for in SentencePiece's spelling, nothing for special ones; none without a tokenizer."""
     if tokenizer is None:
@@ -292,4 +307,5 @@ ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {
     "question-answering": questions,
     "translation": translations,
     "encoder": labelled_texts,
+    "encoder-decoder": labelled_echoes,
 }

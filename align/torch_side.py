@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -100,6 +101,11 @@ def probed(module: Any, small: Any) -> np.ndarray:
     """What a module gives for a small input, without its hooks."""
     with small_statistics(module):
         return module.forward(small).detach().numpy()
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module, by its name, is a norm that every class writes anew: T5LayerNorm, LlamaRMSNorm, …"""
+    return re.search(r"(Layer|RMS)Norm$", type(module).__name__) is not None and not any(module.children())
 
 
 def floating(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -204,10 +204,10 @@ class Place:
             return calls, answers
 
         def heard(path: str, arguments: Any, named: Any, output: Any) -> None:
-            if path == self.path:
+            if path == self.path and path not in calls:
                 calls[path] = (tuple(_detached(value) for value in arguments),
                                {name: _detached(value) for name, value in named.items()})
-            if self.whole:
+            if self.whole and path not in answers:
                 answers[path] = copy.deepcopy(output)
         with ExitStack() as hooks:
             for path in self.listed if self.whole else [self.path]:
