@@ -339,34 +339,36 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. ``prefix`` is what the base model's names go without, on torch's side and on Paddle's.
-
-    ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
-    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has, in that
-    order too, which may depend on the config: (torch, Paddle, the operation before it). ``demo`` is the config of the
-    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names what can be
-    otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a config.json
-    does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
-    config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
-    """
+    """One architecture: how its weights move, and what align needs to know of it."""
 
     name: str
     prefix: str
+    """What the base model's names go without on torch's side, and on Paddle's where there is no ``target_prefix``."""
     layers: Callable[[Config], Layers]
     sizes: Callable[[Config], Sizes]
     rules: tuple[Rule, ...]
     heads: tuple[Head, ...]
     modules: tuple[tuple[str, str], ...] = ()
-    demo: Config = field(default_factory=dict)
-    tokenizer: str = "none"
-    variants: Mapping[str, Config] = field(default_factory=dict)
-    unsupported: Callable[[Config], str | None] = lambda config: None
-    additions: Callable[[Config], Config] = lambda config: {}
+    """(torch, Paddle) paths of the modules that align records, in the order of execution."""
     inside: Inside | Callable[[Config], Inside] = field(default_factory=dict)
+    """For a module's Paddle path its sublayers in that order too: (torch, Paddle, the operation before it)."""
+    demo: Config = field(default_factory=dict)
+    """The config of the built-in checkpoint."""
+    variants: Mapping[str, Config] = field(default_factory=dict)
+    """By name, what can be otherwise in ``demo`` and changes the numbers."""
+    tokenizer: str = "none"
+    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece or none."""
+    unsupported: Callable[[Config], str | None] = lambda config: None
+    """Why a config cannot be converted."""
+    additions: Callable[[Config], Config] = lambda config: {}
+    """Keys that PaddleNLP's class wants in a config that does not have them."""
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
+    """The config of a checkpoint that comes without a config.json, read from its header."""
     model_type: str = ""
+    """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""
+    """The package below ``paddlenlp.transformers``; ``name`` unless given."""
 
     @property
     def paddle_prefix(self) -> str:
