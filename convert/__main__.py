@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import _parser, run
+from .cli import parser_of, run
 from .errors import BadInput, guarded
 from .rules import Family
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of a conversion whose family is found rather than named."""
-    parser = _parser("python -m convert", "a family that its config names", "--source is needed.")
+    parser = parser_of("python -m convert", "a family that its config names", "--source is needed.")
     parser.add_argument("--family", metavar="FILE", help="a family file of your own; its code is run")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(_family_of(options.family, options.source, options.revision), options))
@@ -52,6 +53,12 @@ def family_named(name: object) -> Family:
         if isinstance(getattr(module, "FAMILY", None), Family):
             return module.FAMILY
     raise BadInput(f"there is no family {name!r}. Write one as a file and give it with --family FILE.")
+
+
+def families() -> list[Family]:
+    """Every family that has a file beside this one."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return [family_named(file.stem) for file in files if re.search(r"^FAMILY\b", file.read_text("utf-8"), re.MULTILINE)]
 
 
 def _family_of(file: str | None, source: str | None, revision: str | None) -> Family:
