@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,12 +52,6 @@ def family_named(name: object) -> Family:
         if isinstance(getattr(module, "FAMILY", None), Family):
             return module.FAMILY
     raise BadInput(f"there is no family {name!r}. Write one as a file and give it with --family FILE.")
-
-
-def families() -> list[Family]:
-    """Every family that has a file beside this one."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return [family_named(file.stem) for file in files if re.search(r"^FAMILY\b", file.read_text("utf-8"), re.MULTILINE)]
 
 
 def _family_of(file: str | None, source: str | None, revision: str | None) -> Family:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .__main__ import families, load_family
+from .__main__ import families, family_named, load_family
 from .cli import Task, add_shared_flags, convert, described, last_component, prepared
 from .direction import ABSENT, Direction, Result, main_dtype
 from .errors import BadInput, guarded
@@ -139,7 +139,7 @@ def _family_of(options: argparse.Namespace) -> Family:
         return load_family(Path(options.family))
     from .checkpoint import read_config
     kind = read_config(Path(options.source)).get("model_type")
-    known = families()
+    known = [family_named(name) for name in families()]
     of_torch = [family for family in known if kind == (family.model_type or family.name)]
     of_paddle = [family for family in known if kind == (family.paddlenlp or family.name)]
     if not of_torch + of_paddle:
