@@ -1,5 +1,6 @@
 """T5: the same names below ``t5.``, linears transposed, one table for what torch calls by up to four names."""
 
+import re
 import sys
 
 from convert.rules import (
@@ -40,6 +41,9 @@ def layers(config: Config) -> Layers:
 
 
 def unsupported(config: Config) -> str | None:
+    projection = config.get("feed_forward_proj", "relu")
+    if not re.fullmatch(r"(gated-)?[^-]+", str(projection)):
+        return f"feed_forward_proj is {projection!r}; an activation, or gated- and one, is needed"
     for key in ("tie_encoder_decoder", "is_decoder"):
         if config.get(key):
             return f"{key} is set; PaddleNLP's T5 and models/ have an encoder and a decoder with weights of their own"
@@ -171,12 +175,13 @@ FAMILY = Family(
     tokenizer="sentencepiece",
     demo={
         "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256, "d_model": 64,
-        "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
-        "relative_attention_num_buckets": 16, "relative_attention_max_distance": 40, "dropout_rate": 0.1,
+        "d_kv": 4, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 8,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
         "layer_norm_epsilon": 1e-06, "initializer_factor": 1.0, "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
         "tie_word_embeddings": False,
     },
+    additions={"bos_token_id": "decoder_start_token_id"},
 )
 
 if __name__ == "__main__":
