@@ -26,8 +26,9 @@ class Rows:
     """Which rows of a model's arrays are real, called with an array's name and the array.
 
     Padded queries are meaningless on both sides: of an array [batch, tokens, ...] the rows of real tokens are taken,
-    [rows, ...], by that one of ``masks`` that has its batch and tokens. Without masks there are pictures: a feature map
-    [batch, channels, height, width] has a row for each place. Any other array comes back as it is.
+    [rows, ...], by that one of ``masks`` that has its batch and tokens; of an array [batch * tokens, width], as OPT's
+    MLP has them, the same. Without masks there are pictures: a feature map [batch, channels, height, width] has a row
+    for each place. Any other array comes back as it is.
     """
 
     masks: tuple[np.ndarray, ...]
@@ -37,6 +38,9 @@ class Rows:
         if array.ndim == 3 or name in PER_TOKEN_VECTORS:
             fitting = next((mask for mask in self.masks if mask.shape == array.shape[:2]), None)
             return array.copy() if fitting is None else array[fitting]
+        if array.ndim == 2:
+            fitting = next((mask for mask in self.masks if mask.size == len(array)), None)
+            return array.copy() if fitting is None else array[fitting.reshape(-1)]
         if array.ndim == 4 and not self.masks:
             return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
         return array.copy()

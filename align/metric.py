@@ -18,7 +18,18 @@ from .inputs import Inputs, batches, decoder_start, positive
 from .reference import Reference
 from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
 from .stage import Findings, RecordedStage, Session, main
-from .texts import ENCODE, PREFIX, Encoder, Example, load_rows, load_tokenizer, pieces_of, renamed
+from .texts import (
+    ENCODE,
+    PREFIX,
+    Encoder,
+    Example,
+    Row,
+    load_rows,
+    load_tokenizer,
+    pieces_of,
+    renamed,
+    sliding_windows,
+)
 from .tolerance import EXACT, FORWARD, METRIC, TOKEN_LOSS, margin_noise
 from .trace import RECORDED, Step
 
@@ -34,7 +45,7 @@ def reference(session: Session) -> Iterator[Step]:
     tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
     prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
     encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix)
-    encoded = ENCODE[run.head.task](renamed(rows, options.columns), encoder)
+    encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
     texts = _texts(run.head.task, examples, tokenizer)
     step = _evaluate(session, session.reference, examples, options.batch_size, texts)
@@ -42,7 +53,9 @@ def reference(session: Session) -> Iterator[Step]:
         raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     given = ("tokenized as the source does" if tokenizer else
              "as seeded ids below vocab_size, because the checkpoint has no tokenizer")
-    notes = [f"Data: {len(examples)} rows of {name}, {given}; at most {encoder.max_length} tokens each."]
+    parts = (f"{len(examples)} windows over {len(rows)} rows of {name}, joined, that move on by {options.stride} tokens"
+             if options.stride else f"{len(examples)} rows of {name}")
+    notes = [f"Data: {parts}, {given}; at most {encoder.max_length} tokens each."]
     if len(encoded) > len(examples):
         notes.append(f"{len(encoded) - len(examples)} rows without a single token were left out.")
     if texts:
@@ -105,6 +118,14 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
     results += [compare(f"value.{name}", np.array(value), np.array(found[name]), METRIC if name in RELATIVE else EXACT)
                 for name, value in expected.items()]
     return results, notes
+
+
+def _encoded(task: str, rows: Sequence[Row], encoder: Encoder, stride: int | None) -> list[Example]:
+    if stride is None:
+        return ENCODE[task](rows, encoder)
+    if task != "causal-lm":
+        raise BadInput("--stride is for language models that read from left to right, and this head is none.")
+    return sliding_windows(rows, encoder, stride)
 
 
 def _parted(reference: Arrays, candidate: Arrays) -> tuple[Arrays, list[str]]:
@@ -186,6 +207,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text, label, question, answer, …")
     add("--limit", type=positive, default=64, help="rows at most; default 64")
     add("--max-length", type=positive, default=128, help="tokens a row at most; default 128")
+    add("--stride", type=positive, metavar="TOKENS", help="language models: take all rows as one text, in windows of "
+        "--max-length tokens that move on by so many; default: every row alone, cut at --max-length")
     add("--prefix", metavar="TEXT", help="for translation: what stands before every source; default: "
         f"'{PREFIX}' before those that ship, else nothing")
     add("--batch-size", type=positive, default=8, help="rows a batch; default 8")

@@ -20,13 +20,13 @@ from convert.checkpoint import Checkpoint, cut, open_checkpoint, opened, read_co
 from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
-from .candidate import Candidate, Look
+from .candidate import Candidate, Look, blamed
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
 from .runs import Run
-from .side import Modules, entering, fed, hooked
+from .side import Modules, entering, fed, hooked, in_shape
 
 
 class PaddleNet(Candidate):
@@ -68,7 +68,9 @@ class PaddleNet(Candidate):
             place, listener = entering(arguments, named, is_floating), listener_here()
             value = None if place is None else (arguments or named)[place]
             given = listener.arrived(name, value.numpy) if listener is not None and is_floating(value) else None
-            return None if given is None else fed(arguments, named, place, paddle.to_tensor(given))
+            if given is None:
+                return None
+            return fed(arguments, named, place, paddle.to_tensor(in_shape(given, value.shape)))
 
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
@@ -148,7 +150,9 @@ class PaddleNLPNet(PaddleNet):
     """PaddleNLP's class for the family, with its own loss."""
 
     def _build(self) -> Any:
-        return self._class().from_pretrained(str(self.run.output), dtype="float32")
+        cls = self._class()
+        with blamed(f"PaddleNLP's {cls.__name__}"):
+            return cls.from_pretrained(str(self.run.output), dtype="float32")
 
     def _build_empty(self) -> Any:
         import paddle
@@ -175,7 +179,8 @@ class PaddleNLPNet(PaddleNet):
         return getattr(module, self.run.head.paddlenlp)
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        return self.model(**tensors, return_dict=True)
+        with blamed(f"PaddleNLP's {type(self.model).__name__}"):
+            return self.model(**tensors, return_dict=True)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         import paddle

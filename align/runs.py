@@ -15,6 +15,8 @@ from convert.report import Conversion, latest_run, load_conversion
 from convert.rules import Config, Family, Head, Layers, Rule, Sizes
 from convert.stream import chunks_of, digest_of
 
+from .parts import part_name
+
 
 @dataclass(frozen=True)
 class Run:
@@ -78,9 +80,17 @@ class Run:
 
     @cached_property
     def paddle_names(self) -> dict[str, str]:
-        """Paddle's name of every parameter of the head that is one in Paddle too, by its path in torch's class."""
-        return {rule.sources[0][0]: rule.targets[0] for rule in self.rules
-                if len(rule.sources) == len(rule.targets) == 1}
+        """Paddle's name of every parameter of the head that is one in Paddle too, by its path in torch's class.
+
+        What torch has fused and Paddle has not goes by the names of its parts.
+        """
+        found = {}
+        for rule in self.rules:
+            if len(rule.sources) == 1:
+                gathered = [rule.gather(self.sizes, number) for number in range(len(rule.targets))]
+                parts = [part_name(rule.sources[0][0], gather) if gather else rule.sources[0][0] for gather in gathered]
+                found |= {part: target for part, target in zip(parts, rule.targets, strict=True) if part}
+        return found
 
     def paddle_path(self, path: str) -> str:
         """Paddle's path of a torch module or parameter: by its weights, else by the recorded module that holds it."""
@@ -103,8 +113,8 @@ class Run:
     @cached_property
     def inside(self) -> dict[str, tuple[tuple[str, str, str], ...]]:
         """What the family says is inside of each recorded module, by its Paddle path."""
-        return {paddle: self.family.inside[template] for _, paddle, template in self._modules
-                if template in self.family.inside}
+        found = self.family.inside_of(self.config)
+        return {paddle: found[template] for _, paddle, template in self._modules if template in found}
 
     @cached_property
     def _modules(self) -> list[tuple[str, str, str]]:

@@ -80,7 +80,8 @@ def choices(name: str, logits: np.ndarray, targets: np.ndarray) -> Arrays:
 
 
 def _next_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
-    pairs = inputs.mask[:, :-1] & inputs.mask[:, 1:]
+    first = np.array([example.targets.get("first", 1) for example in examples])
+    pairs = inputs.mask[:, :-1] & inputs.mask[:, 1:] & (np.arange(1, inputs.mask.shape[1]) >= first[:, None])
     logits, targets = outputs["logits"][:, :-1][pairs], inputs.arrays["input_ids"][:, 1:][pairs]
     likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
     return choices("token", logits, targets) | {"token_nll": -likelihood}

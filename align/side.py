@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -31,8 +32,15 @@ def fed(arguments: tuple[Any, ...], named: Mapping[str, Any], place: str | int, 
     return ((value, *arguments[1:]), dict(named)) if place == 0 else (arguments, {**named, place: value})
 
 
+def in_shape(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """``array`` as a module is called with it: one side may have [batch, tokens, width], the other [batch * tokens,
+    width]."""
+    same = array.size == math.prod(shape) and array.shape[-1:] == tuple(shape[-1:])
+    return array.reshape(shape) if same else array
+
+
 @contextmanager
-def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, str]],
+def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, Any]],
            before: Callable[..., Any], after: Callable[..., None]) -> Iterator[None]:
     """``before(name, arguments, named)`` and ``after(name, layer, output)`` of the layers there are, by (path, name).
 

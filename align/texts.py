@@ -168,6 +168,29 @@ def plain_texts(rows: Sequence[Row], encoder: Encoder, **targets: type) -> list[
                             **{name: row[name] for name in targets}) for row in rows]
 
 
+def sliding_windows(rows: Sequence[Row], encoder: Encoder, stride: int) -> list[Example]:
+    """All rows as one text, in windows of ``max_length`` tokens that move on by ``stride``.
+
+    ``first`` is where in its window the first token is scored: all before it were scored in an earlier one. So every
+    token but the text's first is scored once, on at least ``max_length - stride`` tokens before it where there are so
+    many. As transformers' "Perplexity of fixed-length models" does it, but for the last window, which may be shorter.
+    """
+    columns(rows, text=str)
+    if stride >= encoder.max_length:
+        raise BadInput(f"--stride {stride} leaves tokens without anything before them in windows of "
+                       f"{encoder.max_length} tokens (--max-length, and the model's positions); give a smaller one.")
+    ids = (encoder.tokenizer("\n\n".join(row["text"] for row in rows))["input_ids"] if encoder.tokenizer else
+           [token for _ in rows for token in encoder.seeded()["input_ids"]])
+    found, scored = [], 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + encoder.max_length, len(ids))
+        found.append(encoder.example({"input_ids": ids[begin:end]}, first=scored - begin))
+        scored = end
+        if end == len(ids):
+            break
+    return found
+
+
 def labelled_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     return plain_texts(rows, encoder, label=float if encoder.sizes.get("labels") == 1 else int)
 

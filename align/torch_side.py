@@ -12,7 +12,10 @@ import numpy as np
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe
 from .lockstep import listener_here
-from .side import Modules, Side, entering, fed, hooked
+from .parts import Index, by_module
+from .side import Modules, Side, entering, fed, hooked, in_shape
+
+Parts = list[tuple[str, Index]]
 
 
 class TorchSide(Side):
@@ -48,27 +51,34 @@ class TorchSide(Side):
 
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:
-        """The modules, by (torch path, Paddle's name), tell whoever listens what arrives at them and what they give."""
+        """The modules, by (torch path, Paddle's name), tell whoever listens what arrives at them and what they give.
+
+        A fused module tells it for each of its parts.
+        """
         import torch
         found = dict(self.model.named_modules())
 
-        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        def before(parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             place = entering(arguments, named, _is_floating)
             value = None if place is None else (arguments or named)[place]
             if listener_here() is None or not _is_floating(value):
                 return None
-            given = listener_here().arrived(name, value.detach().numpy)
-            return None if given is None else fed(arguments, named, place, torch.tensor(given, dtype=value.dtype))
+            given = [listener_here().arrived(name, value.detach().numpy) for name, _ in parts][-1]
+            if given is None:
+                return None
+            return fed(arguments, named, place, torch.tensor(in_shape(given, value.shape), dtype=value.dtype))
 
-        def after(name: str, module: Any, output: Any) -> None:
+        def after(parts: Parts, module: Any, output: Any) -> None:
             if listener_here() is None:
                 return
             first = output[0] if isinstance(output, (tuple, list)) else output
-            if self._is_probed(module):
-                listener_here().probed(name, lambda array: probed(module, torch.tensor(array, dtype=first.dtype)))
-            listener_here().answered(name, first.detach().numpy())
+            for name, part in parts:
+                if self._is_probed(module):
+                    listener_here().probed(name, lambda array, part=part: probed(
+                        module, torch.tensor(array, dtype=first.dtype))[part])
+                listener_here().answered(name, first.detach().numpy()[part])
 
-        with hooked(found, "register_forward_hook", modules, before, after):
+        with hooked(found, "register_forward_hook", by_module(modules), before, after):
             yield
 
 

@@ -11,25 +11,30 @@ import string
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from .dtypes import BY_NAME
 from .plan import Move, expand
-from .rules import Family, Rule
+from .rules import Config, Family, Rule
 from .writer import MARKER, Staging, make_layout, refuse_existing
 
 SEED = 20260601
 
 
-def build_demo(family: Family, directory: Path) -> Path:
-    """Write the demo checkpoint of ``family`` into ``directory``, in the place of an earlier one."""
+def build_demo(family: Family, directory: Path, changes: Config = MappingProxyType({})) -> Path:
+    """Write the demo checkpoint of ``family`` into ``directory``, in the place of an earlier one.
+
+    ``changes`` are entries of its config that are to be others: another head, another activation.
+    """
+    config = {**family.demo, **changes}
     marker = directory / MARKER
     ours = marker.is_file() and json.loads(marker.read_text("utf-8")).get("demo") == family.name
     refuse_existing(directory, overwrite=ours)
-    head = family.head(family.demo["architectures"][0])
-    rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.moves]
-    sizes, layers = family.sizes(family.demo), family.layers(family.demo)
+    head = family.head(config["architectures"][0])
+    rules = [rule for rule in family.rules_of(head) if rule.when(config) and rule.moves and not rule.otherwise]
+    sizes, layers = family.sizes(config), family.layers(config)
     moves = [move for rule in expand(rules, layers) for move in _stored(rule, sizes)]
     layout = make_layout(moves, "safetensors", shard_size=1 << 40, framework="pt")
     generator = np.random.default_rng(SEED)
@@ -39,7 +44,7 @@ def build_demo(family: Family, directory: Path) -> Path:
             values = _trained_like(move, generator)
             staging.write(layout.places[move.target][0], memoryview(values.reshape(-1).view(np.uint8)),
                           layout.places[move.target][1])
-        for name, text in _companions(family).items():
+        for name, text in _companions(family, config).items():
             (staging.path / name).write_text(text, "utf-8")
         staging.publish()
     return directory
@@ -63,9 +68,9 @@ def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
     return np.float32(0.1) * noise
 
 
-def _companions(family: Family) -> dict[str, str]:
-    files = {"config.json": json.dumps(family.demo, indent=2), MARKER: json.dumps({"demo": family.name})}
-    return files | TOKENIZERS[family.tokenizer](family.demo["vocab_size"])
+def _companions(family: Family, config: Config) -> dict[str, str]:
+    files = {"config.json": json.dumps(config, indent=2), MARKER: json.dumps({"demo": family.name})}
+    return files | TOKENIZERS[family.tokenizer](config["vocab_size"])
 
 
 def _wordpiece(vocab_size: int) -> dict[str, str]:

@@ -23,6 +23,7 @@ Names = tuple[str, ...]
 Layers = Mapping[str, int]
 """How often each letter that stands for a layer number counts: ``{"i": 28}``."""
 Condition = Callable[[Config], bool]
+Inside = Mapping[str, tuple[tuple[str, str, str], ...]]
 MAX_SIZE = 2**30
 MAX_LAYERS = 100_000
 
@@ -81,7 +82,8 @@ class Rule:
 
     ``sources`` holds for each source tensor the names it goes by, transformers' own first. Only ``split`` has several
     targets and only ``merge`` several sources. ``shape`` is the source side's, of the fused tensor where there is one:
-    its fused axis is then a tuple, the sizes of the parts.
+    its fused axis is then a tuple, the sizes of the parts. ``again`` is what Paddle's net calls a tied parameter
+    besides the name that the file has.
     """
 
     kind: str
@@ -92,6 +94,7 @@ class Rule:
     groups: Size = 1
     otherwise: Filling | None = None
     why: str = ""
+    again: str = ""
     when: Condition = field(default=lambda config: True, compare=False)
 
     @property
@@ -143,6 +146,8 @@ class Rule:
 
         A tied copy that Paddle holds must still be one; whatever else the conversion made is left out.
         """
+        if self.again:
+            return replace(self, sources=((self.again,),), again=self.sources[0][0])
         if not self.targets:
             return None
         back = tuple((target,) for target in self.targets)
@@ -160,7 +165,7 @@ class Rule:
             return name.replace(f"{{{letter}}}", str(number))
         copied = self.otherwise and self.otherwise.copies and replace(self.otherwise, copies=put(self.otherwise.copies))
         return replace(self, sources=tuple(tuple(map(put, names)) for names in self.sources),
-                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise)
+                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise, again=put(self.again))
 
     def _of_part(self, number: int) -> Shape:
         return tuple(size[number] if isinstance(size, tuple) else size for size in self.shape)
@@ -226,15 +231,19 @@ def merge(name: str, shape: Shape, to: str, *, groups: Size = 1, transposed: boo
     return [_sound(rule if when is None else replace(rule, when=when))]
 
 
-def tied(name: str, *shape: Size, of: str, when: Condition | None = None) -> list[Rule]:
-    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both."""
-    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of))
+def tied(name: str, *shape: Size, of: str, again: str = "", when: Condition | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both.
+
+    ``again`` is the second name of that parameter, if the net has one; the file need not hold it.
+    """
+    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of), again=again)
     return [rule if when is None else replace(rule, when=when)]
 
 
-def buffer(name: str, *shape: Size, filling: Filling, when: Condition | None = None) -> list[Rule]:
+def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
+           when: Condition | None = None) -> list[Rule]:
     """What the Paddle side wants beyond the source. A source that carries it is claimed and checked."""
-    return _rules("buffer", name, name, shape, filling, when)
+    return _rules("buffer", name, to or name, shape, filling, when)
 
 
 def drop(name: str, *, why: str) -> list[Rule]:
@@ -261,12 +270,12 @@ def causal_mask() -> Filling:
     return Filling("causal mask", rows, checked=True)
 
 
-def constant(value: float) -> Filling:
+def constant(value: float, *, checked: bool = False) -> Filling:
     """One value everywhere."""
     def rows(shape: tuple[int, ...], some: range) -> Any:
         import numpy as np
         return np.full((len(some), *(shape[-1:] or (1,))), value, np.float32)
-    return Filling(f"{value:g}", rows)
+    return Filling(f"{value:g}", rows, checked=checked)
 
 
 def _rules(kind: str, source: str, target: str, shape: Shape, otherwise: Filling | None = None,
@@ -333,11 +342,12 @@ class Family:
     """One architecture. ``prefix`` is what the base model's names go without, on torch's side and on Paddle's.
 
     ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
-    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has: (torch,
-    Paddle, the operation before it). ``demo`` is the config of the built-in checkpoint, ``tokenizer`` its kind:
-    wordpiece, byte-level, sentencepiece or none. ``config_of`` reads from the header what a checkpoint without a
-    config.json does not say. ``model_type`` is the config's, ``paddlenlp`` the package in PaddleNLP; both are ``name``
-    unless given.
+    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has, in that
+    order too, which may depend on the config: (torch, Paddle, the operation before it). ``demo`` is the config of the
+    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names what can be
+    otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a config.json
+    does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
+    config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
     """
 
     name: str
@@ -349,9 +359,10 @@ class Family:
     modules: tuple[tuple[str, str], ...] = ()
     demo: Config = field(default_factory=dict)
     tokenizer: str = "none"
+    variants: Mapping[str, Config] = field(default_factory=dict)
     unsupported: Callable[[Config], str | None] = lambda config: None
-    additions: Config = field(default_factory=dict)
-    inside: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
+    additions: Callable[[Config], Config] = lambda config: {}
+    inside: Inside | Callable[[Config], Inside] = field(default_factory=dict)
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     model_type: str = ""
@@ -364,6 +375,10 @@ class Family:
     def head(self, architecture: str) -> Head:
         """The head whose class is ``architecture``; KeyError when the family has none."""
         return {head.architecture: head for head in self.heads}[architecture]
+
+    def inside_of(self, config: Config) -> Inside:
+        """The sublayers of a module, by its Paddle path, ``{i}`` still in place."""
+        return self.inside(config) if callable(self.inside) else self.inside
 
     def rules_of(self, head: Head) -> list[Rule]:
         """Every rule that holds for ``head``. Names with and without the prefix are accepted, as transformers does."""
