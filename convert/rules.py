@@ -344,9 +344,9 @@ class Family:
     ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
     paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has, in that
     order too, which may depend on the config: (torch, Paddle, the operation before it). ``demo`` is the config of the
-    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names what can be
-    otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a config.json
-    does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
+    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names
+    what can be otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a
+    config.json does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
     config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
     """
 

@@ -7,6 +7,7 @@ from convert.rules import (
     Config,
     Family,
     Head,
+    Inside,
     Layers,
     Rule,
     Sizes,
@@ -21,6 +22,7 @@ from convert.rules import (
 )
 
 UNLIMITED = 1 << 20
+Parts = tuple[tuple[str, str, str], ...]
 
 
 def sizes(config: Config) -> Sizes:
@@ -112,7 +114,7 @@ DECODER_RULES = rules(
 )
 
 
-def attention_inside(layer: str, kind: str, states: str, told: str) -> tuple[tuple[str, str, str], ...]:
+def attention_inside(layer: str, kind: str, states: str, told: str) -> Parts:
     parts = (
         (f"{layer}.layer_norm", "input" if kind == "SelfAttention" else "residual"),
         (f"{layer}.{kind}.q", "wiring of the norm"),
@@ -123,18 +125,30 @@ def attention_inside(layer: str, kind: str, states: str, told: str) -> tuple[tup
     return tuple((name, name, before) for name, before in parts)
 
 
-def feed_forward_inside(layer: str) -> tuple[tuple[str, str, str], ...]:
+def feed_forward_inside(layer: str, config: Config) -> Parts:
     parts = (
         (f"{layer}.layer_norm", "residual"),
-        *((f"{layer}.DenseReluDense.{name}", "wiring of the norm") for name in ("wi", "wi_0", "wi_1")),
+        *((f"{layer}.DenseReluDense.{name}", "wiring of the norm")
+          for name in (("wi_0", "wi_1") if gated(config) else ("wi",))),
         (f"{layer}.DenseReluDense.wo", "activation"),
     )
     return tuple((name, name, before) for name, before in parts)
 
 
-TABLE = "layer.0.SelfAttention.relative_attention_bias"
-OWN = ((TABLE, TABLE, "distances"),
-       *attention_inside("layer.0", "SelfAttention", "wiring of the norm", "relative positions, mask, softmax"))
+def inside(config: Config) -> Inside:
+    """Only the first block of a stack has the table of positions; what it looks up there is used by all."""
+    table = "layer.0.SelfAttention.relative_attention_bias"
+    own = attention_inside("layer.0", "SelfAttention", "wiring of the norm", "relative positions, mask, softmax")
+    own = (*own[:-1], (table, table, "distances"), own[-1])
+    return {
+        "t5.encoder.block.{i}": (*own, *feed_forward_inside("layer.1", config)),
+        "t5.decoder.block.{j}": (
+            *own,
+            *attention_inside("layer.1", "EncDecAttention", "the encoder's states", "mask, softmax"),
+            *feed_forward_inside("layer.2", config),
+        ),
+    }
+
 
 FAMILY = Family(
     name="t5", prefix="", target_prefix="t5.", layers=layers, sizes=sizes, unsupported=unsupported,
@@ -164,14 +178,7 @@ FAMILY = Family(
         ("decoder.block.{j}", "t5.decoder.block.{j}"),
         ("decoder.final_layer_norm", "t5.decoder.final_layer_norm"),
     ),
-    inside={
-        "t5.encoder.block.{i}": (*OWN, *feed_forward_inside("layer.1")),
-        "t5.decoder.block.{j}": (
-            *OWN,
-            *attention_inside("layer.1", "EncDecAttention", "the encoder's states", "mask, softmax"),
-            *feed_forward_inside("layer.2"),
-        ),
-    },
+    inside=inside,
     tokenizer="sentencepiece",
     demo={
         "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256, "d_model": 64,
@@ -181,7 +188,15 @@ FAMILY = Family(
         "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
         "tie_word_embeddings": False,
     },
-    additions={"bos_token_id": "decoder_start_token_id"},
+    variants={
+        "v1.0: relu, one table": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+        "gated-silu": {"feed_forward_proj": "gated-silu"},
+        "gelu": {"feed_forward_proj": "gelu"},
+        "max_distance 40": {"relative_attention_max_distance": 40},
+        "epsilon 0.1": {"layer_norm_epsilon": 0.1},
+        "as deep as the encoder": {"num_decoder_layers": None},
+    },
+    additions=lambda config: {"bos_token_id": config.get("decoder_start_token_id")},
 )
 
 if __name__ == "__main__":
