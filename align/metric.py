@@ -35,7 +35,7 @@ from .trace import RECORDED, Step
 
 EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mean_squared_error")
 TEXTS = ("piece_targets", "sentence_targets")
-LONGER = 8
+LONGER, ROWS_TOGETHER = 8, 4
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -161,10 +161,14 @@ def _told_of_texts(prefix: str) -> str:
     return f"Texts: {before}decoded greedily, at most {LONGER} tokens longer than the longest reference; {signature()}."
 
 
-def _decoded(session: Session, side: Reference | Candidate, fed: Sequence[Inputs], examples: Sequence[Example],
-             ) -> Arrays:
-    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference."""
+def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int) -> Arrays:
+    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference.
+
+    Of a batch's memory the scores of every token of whole texts are the most. Texts that are being decoded are mostly
+    shorter, so that more of them go together.
+    """
     config = session.run.config
+    fed = batches([example.inputs for example in examples], config, ROWS_TOGETHER * batch_size)
     steps = LONGER + max(len(example.targets["labels"]) for example in examples)
     end = config.get("eos_token_id")
     limits = Limits(decoder_start(config), end if isinstance(end, int) else None, steps)
@@ -189,7 +193,7 @@ def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[
     if EMBEDDINGS in arrays:
         arrays |= neighbours(arrays[EMBEDDINGS])
     if session.run.head.task in DECODED:
-        arrays |= _decoded(session, side, fed, examples) | texts
+        arrays |= _decoded(session, side, examples, batch_size) | texts
     targets = {name: array for name, array in arrays.items() if "target" in name or "label" in name}
     values = score.values(arrays) if all(array.size for array in arrays.values()) else {}
     digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)

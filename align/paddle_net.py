@@ -249,9 +249,8 @@ class _Slot:
 
     def __init__(self, model: Any, names: Sequence[str], empty: Any, checkpoint: Checkpoint, key: str) -> None:
         import paddle
-        layers = {"": model, **dict(model.named_sublayers())}
         self.names, self._checkpoint, self._key, self._shape = names, checkpoint, key, tuple(empty.shape)
-        places = [(layers[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in names]
+        places = [(_layer_at(model, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         self._tables = [(layer._parameters if word in layer._parameters else layer._buffers, word)
                         for layer, word in places]
         self._empty = empty if _is_lazy(empty) else paddle.zeros([1])
@@ -274,6 +273,13 @@ class _Slot:
     def _put(self, tensor: Any) -> None:
         for table, word in self._tables:
             table[word] = tensor
+
+
+def _layer_at(model: Any, path: str) -> Any:
+    """The layer at ``path``, also where it is one that has another path too."""
+    for word in path.split(".") if path else []:
+        model = model._sub_layers[word]
+    return model
 
 
 def _is_lazy(tensor: Any) -> bool:
