@@ -34,13 +34,14 @@ class Filling:
 
     ``rows`` makes some rows of it (numpy, float32, [rows, columns]; the last axis is the columns, the others are the
     rows), so that no mask need be held whole; ``copies`` names the source tensor that it is a copy of instead.
-    ``checked`` says that a source which carries the tensor must hold this very value.
+    ``checked`` says that a source which carries the tensor must hold this very value; of a ``mask`` only what is 0.
     """
 
     name: str
     rows: Callable[[tuple[int, ...], range], Any] | None = None
     copies: str | None = None
     checked: bool = False
+    mask: bool = False
 
     def make(self, shape: tuple[int, ...]) -> Any:
         """The whole array."""
@@ -246,9 +247,12 @@ def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
     return _rules("buffer", name, to or name, shape, filling, when)
 
 
-def drop(name: str, *, why: str) -> list[Rule]:
-    """A source tensor, if it is there, that the Paddle side has no place for."""
-    return [Rule("drop", ((source,),), why=why) for source in _alternatives(name)]
+def drop(name: str, *shape: Size, why: str, holding: Filling | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that the Paddle side has no place for.
+
+    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself.
+    """
+    return [Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why) for source in _alternatives(name)]
 
 
 def copy_of(source: str) -> Filling:
@@ -267,7 +271,7 @@ def causal_mask() -> Filling:
         import numpy as np
         positions = np.arange(some.start, some.stop, dtype=np.int32) % shape[-2]
         return (np.arange(shape[-1], dtype=np.int32) <= positions[:, None]).astype(np.float32)
-    return Filling("causal mask", rows, checked=True)
+    return Filling("causal mask", rows, checked=True, mask=True)
 
 
 def constant(value: float, *, checked: bool = False) -> Filling:
@@ -344,10 +348,14 @@ class Family:
     ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
     paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has, in that
     order too, which may depend on the config: (torch, Paddle, the operation before it). ``demo`` is the config of the
-    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names what can be
-    otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a config.json
-    does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
+    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names
+    what can be otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a
+    config.json does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
     config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
+
+    ``remote_code`` says that torch's classes are in code that the checkpoint brings along. ``time_first`` tells, by
+    Paddle's name, whether a module's or output's arrays are [tokens, batch, width]. ``paddlenlp_inputs`` makes the
+    arguments that PaddleNLP's class takes of those that torch's takes.
     """
 
     name: str
@@ -367,6 +375,9 @@ class Family:
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     model_type: str = ""
     paddlenlp: str = ""
+    remote_code: bool = False
+    time_first: Callable[[str], bool] = lambda name: False
+    paddlenlp_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
     @property
     def paddle_prefix(self) -> str:
