@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Description = dict[str, Any]
 
 SETTINGS = {
-    "epsilon": (("layer_norm_epsilon", "layer_norm_eps"),),
+    "epsilon": (("layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon"),),
     "activation": (("activation_function", "hidden_act"),),
     "heads": (("n_head", "num_attention_heads"),),
     "rotary dimension": (("rotary_dim",),),
