@@ -34,13 +34,14 @@ class Filling:
 
     ``rows`` makes some rows of it (numpy, float32, [rows, columns]; the last axis is the columns, the others are the
     rows), so that no mask need be held whole; ``copies`` names the source tensor that it is a copy of instead.
-    ``checked`` says that a source which carries the tensor must hold this very value.
+    ``checked`` says that a source which carries the tensor must hold this very value; of a ``mask`` only what is 0.
     """
 
     name: str
     rows: Callable[[tuple[int, ...], range], Any] | None = None
     copies: str | None = None
     checked: bool = False
+    mask: bool = False
 
     def make(self, shape: tuple[int, ...]) -> Any:
         """The whole array."""
@@ -246,9 +247,12 @@ def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
     return _rules("buffer", name, to or name, shape, filling, when)
 
 
-def drop(name: str, *, why: str) -> list[Rule]:
-    """A source tensor, if it is there, that the Paddle side has no place for."""
-    return [Rule("drop", ((source,),), why=why) for source in _alternatives(name)]
+def drop(name: str, *shape: Size, why: str, holding: Filling | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that the Paddle side has no place for.
+
+    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself.
+    """
+    return [Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why) for source in _alternatives(name)]
 
 
 def copy_of(source: str) -> Filling:
@@ -267,7 +271,7 @@ def causal_mask() -> Filling:
         import numpy as np
         positions = np.arange(some.start, some.stop, dtype=np.int32) % shape[-2]
         return (np.arange(shape[-1], dtype=np.int32) <= positions[:, None]).astype(np.float32)
-    return Filling("causal mask", rows, checked=True)
+    return Filling("causal mask", rows, checked=True, mask=True)
 
 
 def constant(value: float, *, checked: bool = False) -> Filling:
@@ -369,6 +373,12 @@ class Family:
     """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""
     """The package below ``paddlenlp.transformers``; ``name`` unless given."""
+    remote_code: bool = False
+    """Whether torch's classes are in code that the checkpoint brings along."""
+    time_first: Callable[[str], bool] = lambda name: False
+    """Whether a module's or output's arrays, by Paddle's name, are [tokens, batch, width]."""
+    paddlenlp_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """The arguments that PaddleNLP's class takes, of those that torch's takes."""
 
     @property
     def paddle_prefix(self) -> str:
