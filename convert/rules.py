@@ -376,6 +376,8 @@ class Family:
     """Why a config cannot be converted."""
     additions: Callable[[Config], Config] = lambda config: {}
     """Keys that PaddleNLP's class wants in a config that does not have them."""
+    paddle_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of torch's config that PaddleNLP's has under other names: what it calls them."""
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     """The config of a checkpoint that comes without a config.json, read from its header."""
@@ -386,9 +388,9 @@ class Family:
     remote_code: bool = False
     """Whether torch's classes are in code that the checkpoint brings along."""
     time_first: Callable[[str], bool] = lambda name: False
-    """By Paddle's name, whether a module's or output's arrays are [tokens, batch, width]."""
+    """Whether a module's or output's arrays, by Paddle's name, are [tokens, batch, width]."""
     paddlenlp_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    """The arguments that PaddleNLP's class takes of those that torch's takes."""
+    """The arguments that PaddleNLP's class takes, of those that torch's takes."""
 
     @property
     def paddle_prefix(self) -> str:
@@ -436,7 +438,8 @@ class Family:
         filling = rule.otherwise
         if base and filling and filling.copies:
             filling = replace(filling, copies=filling.copies.removeprefix(self.prefix))
-        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling)
+        again = rule.again.removeprefix(self.paddle_prefix) if base else rule.again
+        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling, again=again)
 
 
 def _copying(rule: Rule, targets: Mapping[str, str]) -> Rule:

@@ -1,5 +1,6 @@
 """Back to torch: to the byte what ``save_pretrained`` of the loaded original writes, for every family that is here."""
 
+import importlib
 import json
 import struct
 
@@ -75,3 +76,30 @@ def test_every_variant_comes_back_to_the_byte(family, name, tmp_path, workdir):
     back(converted(family, source))
     assert (workdir / "out/back/model.safetensors").read_bytes() == expected
     assert config(workdir / "out/back") == config(source)
+
+
+# --- checkpoints that PaddleNLP saved
+
+
+PADDLENLP = [(family, head) for family, head in HEADS if head.paddlenlp]
+
+
+def paddlenlp_class(family, head):
+    return getattr(importlib.import_module(f"paddlenlp.transformers.{family.paddlenlp or family.name}.modeling"),
+                   head.paddlenlp)
+
+
+@pytest.mark.parametrize("family,head", named(PADDLENLP))
+@pytest.mark.parametrize("safe", [False, True], ids=["pdparams", "safetensors"])
+def test_what_paddlenlp_saves_again_comes_back_without_our_marker(family, head, safe, tmp_path, workdir):
+    source, expected = original(family, head, tmp_path)
+    net = paddlenlp_class(family, head).from_pretrained(converted(family, source), dtype="float32")
+    net.save_pretrained(str(tmp_path / "saved"), safe_serialization=safe)
+    assert not (tmp_path / "saved/paddle_parity.json").exists()
+    back(tmp_path / "saved")
+    assert (workdir / "out/back/model.safetensors").read_bytes() == expected
+    ours = getattr(transformers, head.architecture).from_pretrained(workdir / "out/back", torch_dtype="auto")
+    theirs = getattr(transformers, head.architecture).from_pretrained(source, torch_dtype="auto")
+    assert ours.dtype == torch.float32
+    left, right = ours.config.to_dict(), theirs.config.to_dict()
+    assert {key for key in right if left.get(key) != right[key]} <= {"_name_or_path", "architectures"}
