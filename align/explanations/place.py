@@ -16,6 +16,7 @@ from ..inputs import Inputs
 from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
 from ..oracle import Float64, Reordered
+from ..parts import Parts, by_module, index_of
 from ..reference import Reference, outputs_of
 from ..tolerance import REORDERED_RUNS
 from . import surgery
@@ -101,23 +102,24 @@ class Place:
         """Rows of what arrives at each sublayer and of what it gives for ``entering``, which it is fed instead."""
         found: dict[str, np.ndarray] = {}
 
-        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        def before(parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named["hidden_states"]
-            found[ARRIVING + name] = self.inputs.rows(name, value.numpy())
-            given = torch.from_numpy(entering[name]).to(dtype)
+            for _, name in parts:
+                found[ARRIVING + name] = self.inputs.rows(name, value.numpy())
+            given = torch.from_numpy(entering[parts[-1][1]]).to(dtype)
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
-        def after(name: str, output: Any) -> None:
+        def after(parts: Parts, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            found[name] = self.inputs.rows(name, first.numpy())
+            for path, name in parts:
+                found[name] = self.inputs.rows(name, first.numpy()[index_of(path)])
         with ExitStack() as hooks:
-            for path, name in self.sublayers:
-                if name in entering:
-                    module = self.root.get_submodule(path)
-                    hooks.callback(module.register_forward_pre_hook(
-                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(
-                        lambda _, __, output, name=name: after(name, output)).remove)
+            for path, parts in by_module(pair for pair in self.sublayers if pair[1] in entering):
+                module = self.root.get_submodule(path)
+                hooks.callback(module.register_forward_pre_hook(
+                    lambda _, arguments, named, parts=parts: before(parts, arguments, named), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(
+                    lambda _, __, output, parts=parts: after(parts, output)).remove)
             found[self.name] = self.run(dtype)
         return found
 
