@@ -44,19 +44,19 @@ def listener_here() -> Any:
     return getattr(_thread, "listener", None)
 
 
-def is_first_call(module: str) -> bool:
-    """Whether the module has not answered yet in the pass that is under way in this thread.
+def is_first_call(path: str) -> bool:
+    """Whether the module at ``path`` has not answered yet in the pass that is under way in this thread.
 
     One that is called more often, as the embedding that an encoder and a decoder share, is heard the first time only:
     it has one name, and what enters it later is not what entered it at first.
     """
-    return module not in (getattr(_thread, "answered", None) or ())
+    return path not in (getattr(_thread, "answered", None) or ())
 
 
-def has_answered(module: str) -> None:
+def has_answered(path: str) -> None:
     """Told by a module that is listened to."""
     if listener_here() is not None:
-        _thread.answered.add(module)
+        _thread.answered.add(path)
 
 
 class Walks:

@@ -25,26 +25,26 @@ from .texts import (
     Example,
     Row,
     load_rows,
-    load_tokenizer,
     pieces_of,
     renamed,
     sliding_windows,
+    tokenizer_of,
 )
 from .tolerance import EXACT, FORWARD, METRIC, TOKEN_LOSS, margin_noise
 from .trace import RECORDED, Step
 
 EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mean_squared_error")
 TEXTS = ("piece_targets", "sentence_targets")
-LONGER = 8
+LONGER, ROWS_TOGETHER = 8, 4
 
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
     run, options = session.run, session.options
     name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
-    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
+    tokenizer = tokenizer_of(run)
     prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
-    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix)
+    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix, run.head.inputs)
     encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
     texts = _texts(run.head.task, examples, tokenizer)
@@ -161,10 +161,14 @@ def _told_of_texts(prefix: str) -> str:
     return f"Texts: {before}decoded greedily, at most {LONGER} tokens longer than the longest reference; {signature()}."
 
 
-def _decoded(session: Session, side: Reference | Candidate, fed: Sequence[Inputs], examples: Sequence[Example],
-             ) -> Arrays:
-    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference."""
+def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int) -> Arrays:
+    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference.
+
+    Of a batch's memory the scores of every token of whole texts are the most. Texts that are being decoded are mostly
+    shorter, so that more of them go together.
+    """
     config = session.run.config
+    fed = batches([example.inputs for example in examples], config, ROWS_TOGETHER * batch_size)
     steps = LONGER + max(len(example.targets["labels"]) for example in examples)
     end = config.get("eos_token_id")
     limits = Limits(decoder_start(config), end if isinstance(end, int) else None, steps)
@@ -176,7 +180,8 @@ def _decoded(session: Session, side: Reference | Candidate, fed: Sequence[Inputs
 def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int,
               texts: Arrays) -> Step:
     """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
-    fed = batches([example.inputs for example in examples], session.run.config, batch_size)
+    run = session.run
+    fed = batches([example.inputs for example in examples], run.config, run.sizes, batch_size, run.head.inputs)
     score = SCORES[session.run.head.task]
     reduced: list[Arrays] = []
 
@@ -189,7 +194,7 @@ def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[
     if EMBEDDINGS in arrays:
         arrays |= neighbours(arrays[EMBEDDINGS])
     if session.run.head.task in DECODED:
-        arrays |= _decoded(session, side, fed, examples) | texts
+        arrays |= _decoded(session, side, examples, batch_size) | texts
     targets = {name: array for name, array in arrays.items() if "target" in name or "label" in name}
     values = score.values(arrays) if all(array.size for array in arrays.values()) else {}
     digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)

@@ -46,20 +46,21 @@ def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str
 
     Both at the layer's first call in a pass. ``after_name`` is what the framework calls registering the latter.
     """
-    def entered(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return before(name, arguments, named) if is_first_call(name) else None
+    def entered(path: str, name: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return before(name, arguments, named) if is_first_call(path) else None
 
-    def left(name: str, layer: Any, output: Any) -> None:
-        if is_first_call(name):
+    def left(path: str, name: Any, layer: Any, output: Any) -> None:
+        if is_first_call(path):
             after(name, layer, output)
-            has_answered(name)
+            has_answered(path)
     with ExitStack() as hooks:
         for path, name in pairs:
             if path in layers:
                 hooks.callback(layers[path].register_forward_pre_hook(
-                    lambda _, arguments, named, name=name: entered(name, arguments, named), with_kwargs=True).remove)
+                    lambda _, arguments, named, path=path, name=name: entered(path, name, arguments, named),
+                    with_kwargs=True).remove)
                 hooks.callback(getattr(layers[path], after_name)(
-                    lambda layer, _, output, name=name: left(name, layer, output)).remove)
+                    lambda layer, _, output, path=path, name=name: left(path, name, layer, output)).remove)
         yield
 
 

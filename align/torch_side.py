@@ -61,9 +61,11 @@ class TorchSide(Side):
             value = None if place is None else (arguments or named)[place]
             if listener_here() is None or not _is_floating(value):
                 return None
-            given = [listener_here().arrived(name, value.detach().numpy) for _, name in parts][-1]
+            given = [listener_here().arrived(name, lambda name=name: self.run.batch_first(name, value.detach().numpy()))
+                     for _, name in parts][-1]
             if given is None:
                 return None
+            given = self.run.batch_first(parts[-1][1], given)
             return fed(arguments, named, place, torch.tensor(in_shape(given, value.shape), dtype=value.dtype))
 
         def after(parts: Parts, module: Any, output: Any) -> None:
@@ -74,7 +76,7 @@ class TorchSide(Side):
                 if self._is_probed(module):
                     listener_here().probed(name, lambda array, path=path: probed(
                         module, torch.tensor(array, dtype=first.dtype))[index_of(path)])
-                listener_here().answered(name, first.detach().numpy()[index_of(path)])
+                listener_here().answered(name, self.run.batch_first(name, first.detach().numpy()[index_of(path)]))
 
         with hooked(found, "register_forward_hook", by_module(modules), before, after):
             yield

@@ -1,11 +1,13 @@
 """T5: the same names below ``t5.``, linears transposed, one table for what torch calls by up to four names."""
 
+import re
 import sys
 
 from convert.rules import (
     Config,
     Family,
     Head,
+    Inside,
     Layers,
     Rule,
     Sizes,
@@ -20,6 +22,7 @@ from convert.rules import (
 )
 
 UNLIMITED = 1 << 20
+Parts = tuple[tuple[str, str, str], ...]
 
 
 def sizes(config: Config) -> Sizes:
@@ -40,6 +43,9 @@ def layers(config: Config) -> Layers:
 
 
 def unsupported(config: Config) -> str | None:
+    projection = config.get("feed_forward_proj", "relu")
+    if not re.fullmatch(r"(gated-)?[^-]+", str(projection)):
+        return f"feed_forward_proj is {projection!r}; an activation, or gated- and one, is needed"
     for key in ("tie_encoder_decoder", "is_decoder"):
         if config.get(key):
             return f"{key} is set; PaddleNLP's T5 and models/ have an encoder and a decoder with weights of their own"
@@ -108,7 +114,7 @@ DECODER_RULES = rules(
 )
 
 
-def attention_inside(layer: str, kind: str, states: str, told: str) -> tuple[tuple[str, str, str], ...]:
+def attention_inside(layer: str, kind: str, states: str, told: str) -> Parts:
     parts = (
         (f"{layer}.layer_norm", "input" if kind == "SelfAttention" else "residual"),
         (f"{layer}.{kind}.q", "wiring of the norm"),
@@ -119,18 +125,30 @@ def attention_inside(layer: str, kind: str, states: str, told: str) -> tuple[tup
     return tuple((name, name, before) for name, before in parts)
 
 
-def feed_forward_inside(layer: str) -> tuple[tuple[str, str, str], ...]:
+def feed_forward_inside(layer: str, config: Config) -> Parts:
     parts = (
         (f"{layer}.layer_norm", "residual"),
-        *((f"{layer}.DenseReluDense.{name}", "wiring of the norm") for name in ("wi", "wi_0", "wi_1")),
+        *((f"{layer}.DenseReluDense.{name}", "wiring of the norm")
+          for name in (("wi_0", "wi_1") if gated(config) else ("wi",))),
         (f"{layer}.DenseReluDense.wo", "activation"),
     )
     return tuple((name, name, before) for name, before in parts)
 
 
-TABLE = "layer.0.SelfAttention.relative_attention_bias"
-OWN = ((TABLE, TABLE, "distances"),
-       *attention_inside("layer.0", "SelfAttention", "wiring of the norm", "relative positions, mask, softmax"))
+def inside(config: Config) -> Inside:
+    """Only the first block of a stack has the table of positions; what it looks up there is used by all."""
+    table = "layer.0.SelfAttention.relative_attention_bias"
+    own = attention_inside("layer.0", "SelfAttention", "wiring of the norm", "relative positions, mask, softmax")
+    own = (*own[:-1], (table, table, "distances"), own[-1])
+    return {
+        "t5.encoder.block.{i}": (*own, *feed_forward_inside("layer.1", config)),
+        "t5.decoder.block.{j}": (
+            *own,
+            *attention_inside("layer.1", "EncDecAttention", "the encoder's states", "mask, softmax"),
+            *feed_forward_inside("layer.2", config),
+        ),
+    }
+
 
 FAMILY = Family(
     name="t5", prefix="", target_prefix="t5.", layers=layers, sizes=sizes, unsupported=unsupported,
@@ -160,23 +178,25 @@ FAMILY = Family(
         ("decoder.block.{j}", "t5.decoder.block.{j}"),
         ("decoder.final_layer_norm", "t5.decoder.final_layer_norm"),
     ),
-    inside={
-        "t5.encoder.block.{i}": (*OWN, *feed_forward_inside("layer.1")),
-        "t5.decoder.block.{j}": (
-            *OWN,
-            *attention_inside("layer.1", "EncDecAttention", "the encoder's states", "mask, softmax"),
-            *feed_forward_inside("layer.2"),
-        ),
-    },
+    inside=inside,
     tokenizer="sentencepiece",
     demo={
         "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256, "d_model": 64,
-        "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
-        "relative_attention_num_buckets": 16, "relative_attention_max_distance": 40, "dropout_rate": 0.1,
+        "d_kv": 4, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 8,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
         "layer_norm_epsilon": 1e-06, "initializer_factor": 1.0, "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
         "tie_word_embeddings": False,
     },
+    variants={
+        "v1.0: relu, one table": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+        "gated-silu": {"feed_forward_proj": "gated-silu"},
+        "gelu": {"feed_forward_proj": "gelu"},
+        "max_distance 40": {"relative_attention_max_distance": 40},
+        "epsilon 0.1": {"layer_norm_epsilon": 0.1},
+        "as deep as the encoder": {"num_decoder_layers": None},
+    },
+    additions=lambda config: {"bos_token_id": config.get("decoder_start_token_id")},
 )
 
 if __name__ == "__main__":
