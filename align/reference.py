@@ -358,8 +358,12 @@ def _load(run: Run, cls: Any, config: Any) -> Any:
     if run.head.reference is not None:
         return _rounded(run, _built(run))
     with _as_directory(run) as directory:
-        model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
-                                          attn_implementation="eager", output_loading_info=True)
+        try:
+            model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
+                                              attn_implementation="eager", output_loading_info=True)
+        except ValueError as error:
+            raise BadInput(f"transformers itself cannot load {run.source}: {next(iter(str(error).splitlines()), '')}"
+                           ) from error
     absent = sorted(set(info["missing_keys"]) - {name for move in run.plan.moves for name in move.sources})
     if absent or info["mismatched_keys"]:
         raise _random_weights(run, (absent or info["mismatched_keys"])[0])
