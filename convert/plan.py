@@ -127,8 +127,8 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
     if len(total) > 1:
         fitting = " and ".join(attempt.head.architecture for attempt in total)
         raise BadInput(f"{family.name}: the tensors fit {fitting}. Say which in config.json: architectures.")
-    closest = attempts[0] if declared in {head.architecture for head in family.heads} else min(
-        (attempt for attempt in attempts if isinstance(attempt, _Faulty)), key=lambda attempt: len(attempt.faults))
+    closest = min((attempt for attempt in attempts if isinstance(attempt, _Faulty)),
+                  key=lambda attempt: attempt.unclaimed)
     raise BadInput(f"{closest.describe()} Nothing was written.")
 
 
@@ -171,9 +171,12 @@ def letter_of(names: Sequence[str]) -> str | None:
 
 @dataclass
 class _Faulty:
+    """``unclaimed`` is how many of the source's tensors no rule claims: the fewer, the nearer is this head."""
+
     family: Family
     head: Head
     faults: list[str]
+    unclaimed: int
 
     def describe(self) -> str:
         more = f" (+{len(self.faults) - SHOWN} more such faults)" if len(self.faults) > SHOWN else ""
@@ -204,11 +207,12 @@ def _attempt(family: Family, head: Head, config: Config, header: Header, dtype: 
     for rule in expanded:
         pour.add(rule)
     claimed = {name for rule in expanded for names in rule.sources for name in names}
-    faults = pour.faults + _unclaimed(family, rules, layers, [name for name in header if name not in claimed])
+    unclaimed = [name for name in header if name not in claimed]
+    faults = pour.faults + _unclaimed(family, rules, layers, unclaimed)
     if pour.unfilled:
         faults.append(f"{_count(pour.unfilled, 'target tensor')} that no source tensor fills: {_some(pour.unfilled)}.")
     if faults:
-        return _Faulty(family, head, faults)
+        return _Faulty(family, head, faults, len(unclaimed))
     moved = {name for move in pour.moves for name in move.sources}
     told = [(check.source, check.why) for check in pour.checks if check.source not in moved]
     return _Total(family, head, config, pour.moves, pour.checks, pour.dropped + told, keys)
