@@ -242,6 +242,8 @@ class _Pouring:
             self.dropped += [(name, rule.why) for name in present]
         elif rule.kind in ("drop", "tied"):
             self._check(present, rule, in_shape=rule.source_shape(self.sizes))
+        elif rule.kind == "made":
+            self._make(rule)
         elif rule.kind == "buffer":
             self._make(rule)
             self._check(present, rule, in_shape=rule.taken_shape(self.sizes))
@@ -269,7 +271,8 @@ class _Pouring:
         (target,), filling = rule.targets, rule.otherwise
         if filling.copies is None:
             shape = rule.turned_shape(rule.taken_shape(self.sizes))
-            own = BY_NAME["float32"] if rule.kind == "buffer" else self.weight_dtype
+            own = (BY_NAME[rule.returns] if rule.returns else
+                   BY_NAME["float32"] if rule.kind == "buffer" else self.weight_dtype)
             self.moves.append(Move(target, rule, (), filling, shape, BY_NAME["float32"], shape, own))
         elif filling.copies in self.keys:
             key = self.keys[filling.copies]
@@ -284,7 +287,7 @@ class _Pouring:
         """What the file has beside what is made: it must be the same, or where only Paddle knows it is dropped."""
         filling = rule.otherwise
         why = rule.why or (f"made again as {filling.name}; the source's values agree" if rule.targets else
-                           f"{filling.name}, with the same values; Paddle has one parameter for both")
+                           f"{filling.name}, with the same values; the result has one tensor for both")
         for name in present:
             if not filling.checked:
                 self.dropped.append((name, f"Paddle's own {rule.targets[0]} is {filling.name}"))
