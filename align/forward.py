@@ -14,7 +14,7 @@ from convert.errors import BadInput
 
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
-from .inputs import LENGTH, ROWS, Inputs, positive, seeded
+from .inputs import LENGTH, ROWS, SIDES, Inputs, positive, seeded, sides
 from .inside import PROBE, Places
 from .lint import Description, differences
 from .noise import Kind, NoiseFloor
@@ -28,8 +28,12 @@ from .trace import RECORDED, Step
 def reference(session: Session) -> Iterator[Step]:
     """Torch's pass over the seeded inputs, module by module, with its noise floor."""
     run, options = session.run, session.options
+    unfit = "--tokens" if options.tokens and run.head.inputs == "pixels" else (
+        "--pixels" if options.pixels and run.head.inputs != "pixels" else None)
+    if unfit:
+        raise BadInput(f"{unfit} is not for {run.head.architecture}, whose inputs are {run.head.inputs}.")
     inputs = seeded(run.config, run.sizes, kind=run.head.inputs, rows=options.rows or ROWS,
-                    tokens=options.tokens or LENGTH)
+                    tokens=options.pixels or options.tokens or LENGTH)
     inputs.save(session.run.directory / "traces" / "forward_inputs.npz")
     told = {"inputs_digest": inputs.digest, "notes": list(inputs.notes)}
     for step in session.reference.steps(inputs):
@@ -248,10 +252,9 @@ def position(name: str, run: Run) -> int:
 
 
 def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult]) -> list[str]:
-    """What was not judged on its own: sublayers of the modules ``present`` that this net has no module for."""
-    judged = {part.name.removesuffix(PROBE) for part in parts}
-    absent = [name for _, name in Places.of(run).all
-              if name not in judged and any(name.startswith(f"{module}.") for module in present)]
+    """What was not judged on its own: of what is ``present`` in torch's class, what this net has no module for."""
+    judged, there = {part.name.removesuffix(PROBE) for part in parts}, set(present)
+    absent = [name for name in Places.of(run).sublayers if name in there - judged]
     more = f" (+{len(absent) - 6} more)" if len(absent) > 6 else ""
     return [f"Not judged on their own, because this net has no such module or does not call it: {', '.join(absent[:6])}"
             f"{more}. A wrong epsilon there may not show."] if absent else []
@@ -317,15 +320,16 @@ def _told(inputs: Inputs) -> list[str]:
 
 
 def _refuse_other_inputs(session: Session) -> None:
-    if session.options.rows or session.options.tokens:
-        raise BadInput("--rows and --tokens choose the reference's inputs, which are recorded already. Give them with "
-                       "--only reference.")
+    if session.options.rows or session.options.tokens or session.options.pixels:
+        raise BadInput("--rows, --tokens and --pixels choose the reference's inputs, which are recorded already. Give "
+                       "them with --only reference.")
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=positive, help=f"rows of inputs; default {ROWS}")
     add("--tokens", type=positive, help=f"tokens a row at most; default {LENGTH}")
+    add("--pixels", type=sides, metavar="HxW", help="height and width of pictures; default {}x{}".format(*SIDES[True]))
 
 
 STAGE = RecordedStage("forward", "Compare embeddings, blocks, final hidden states and logits.", reference, candidate,

@@ -17,6 +17,11 @@ SEED = 20260602
 ROWS = 4
 LENGTH = 96
 MINIMUM = 64
+SIDES = {True: (97, 64), False: (65, 80)}
+"""(height, width) of pictures: halved five times, an odd side and an even one show every way of rounding."""
+PATCH = 8
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, by channel."""
 PATTERNS = ("whole", "padded left", "right", "and on both sides")
 PER_TOKEN_VECTORS = ("start_logits", "end_logits")
 
@@ -57,7 +62,9 @@ class Inputs:
 
     @property
     def mask(self) -> np.ndarray:
-        """[batch, tokens], True where there is a token."""
+        """[batch, tokens], True where there is a token; a picture counts for one."""
+        if "attention_mask" not in self.arrays:
+            return np.ones((self.rows.batch, 1), bool)
         return self.arrays["attention_mask"].astype(bool)
 
     @property
@@ -69,8 +76,13 @@ class Inputs:
     @property
     def told(self) -> list[str]:
         """What they are, in a sentence each."""
-        return [f"Inputs: {len(array)} rows of {array.shape[1]} seeded tokens: {', '.join(PATTERNS[:len(array)])}; "
-                "padded positions are not compared." for name, array in self.arrays.items() if name == "attention_mask"]
+        pictures = [f"Inputs: {len(array)} seeded pictures of {array.shape[2]} x {array.shape[3]} pixels (height x "
+                    "width), normalised; each place of a feature map counts as a row."
+                    for name, array in self.arrays.items() if name == "pixel_values"]
+        tokens = [f"Inputs: {len(array)} rows of {array.shape[1]} seeded tokens: {', '.join(PATTERNS[:len(array)])}; "
+                  "padded positions are not compared." for name, array in self.arrays.items()
+                  if name == "attention_mask"]
+        return pictures + tokens
 
     @property
     def first(self) -> Inputs:
@@ -93,8 +105,10 @@ class Inputs:
 
 
 def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool = True, rows: int = ROWS,
-           tokens: int = LENGTH) -> Inputs:
-    """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding."""
+           tokens: int | tuple[int, int] = LENGTH) -> Inputs:
+    """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding; of
+    pictures it chooses between two sizes. ``tokens`` is how long a row is at most, or a picture's (height, width).
+    """
     return KINDS[kind](config, sizes, padded, rows, tokens)
 
 
@@ -123,6 +137,17 @@ def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) 
         mask[3::4, : third // 2] = mask[3::4, length - third // 2:] = 0
     arrays = {"input_ids": np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1)), "attention_mask": mask}
     return Inputs(arrays | token_types(sizes, mask), notes)
+
+
+def _pixels(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int | tuple[int, int]) -> Inputs:
+    """Patches of one colour each under a fine grain, in the range that ImageNet's mean and deviation leave."""
+    height, width = tokens if isinstance(tokens, tuple) else SIDES[padded]
+    generator, channels = np.random.default_rng(SEED + padded), sizes["channels"]
+    patches = generator.uniform(0, 1, (rows, channels, -(-height // PATCH), -(-width // PATCH)))
+    coarse = patches.repeat(PATCH, axis=2).repeat(PATCH, axis=3)[:, :, :height, :width]
+    values = np.round(255 * (0.7 * coarse + 0.3 * generator.uniform(0, 1, coarse.shape))) / 255
+    mean, deviation = (np.resize(numbers, channels)[:, None, None] for numbers in (MEAN, DEVIATION))
+    return Inputs({"pixel_values": ((values - mean) / deviation).astype(np.float32)})
 
 
 def token_types(sizes: Sizes, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,7 +191,19 @@ def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
-KINDS = {"tokens": _tokens}
+KINDS = {
+    "pixels": _pixels,
+    "tokens": _tokens,
+}
+
+
+def sides(text: str) -> tuple[int, int]:
+    """``97x64``, height and width, on the command line."""
+    height, _, width = text.partition("x")
+    try:
+        return positive(height), positive(width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give for example 224x224, height and width") from error
 
 
 def positive(text: str) -> int:

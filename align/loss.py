@@ -14,7 +14,7 @@ from .compare import compare, missing
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, RecordedStage, Session, main
-from .tasks import TASKS, Labels, numbers
+from .tasks import ENCODERS, TASKS, Labels, hidden_states, numbers
 from .texts import Encoder, load_rows, load_tokenizer, plain_texts
 from .tolerance import LOSS, TOKEN_LOSS
 from .trace import RECORDED, Step
@@ -25,7 +25,7 @@ Case = tuple[str, Inputs, Labels]
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's losses, and the inputs and labels of each case for the candidate."""
-    named = _encoder_cases(session) if session.run.head.task == "encoder" else cases(session)
+    named = _encoder_cases(session) if session.run.head.task in ENCODERS else cases(session)
     step = _losses(session, session.reference, named)
     for name, inputs, labels in named:
         step.view(f"inputs.{name}").update(inputs.arrays)
@@ -59,11 +59,15 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
 
 
 def cases(session: Session) -> list[Case]:
-    """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored."""
+    """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored.
+
+    Pictures know no padding: the second and the third are of another size.
+    """
     run = session.run
     task, generator = TASKS[run.head.task], np.random.default_rng(SEED)
     whole, padded = (seeded(run.config, run.sizes, kind=run.head.inputs, padded=padded) for padded in (False, True))
-    drawn = [("plain", whole, False), ("padded", padded, False), ("ignored", padded, True)]
+    second = "resized" if run.head.inputs == "pixels" else "padded"
+    drawn = [("plain", whole, False), (second, padded, False), ("ignored", padded, True)]
     found = [(name, inputs, task.labels(inputs, run.config, run.sizes, generator, ignore))
              for name, inputs, ignore in drawn]
     return [case for case in found if not numbers(case[2])] or found[:2]
@@ -78,8 +82,8 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
     """
     name, inputs, labels = case
     outputs = side.outputs({**inputs.arrays, **labels})
-    if session.run.head.task == "encoder":
-        yield f"loss.{name}", side.contrastive_loss(outputs["last_hidden_state"], inputs.mask, 1.0).reshape(())
+    if session.run.head.task in ENCODERS:
+        yield f"loss.{name}", side.contrastive_loss(*hidden_states(outputs, inputs), 1.0).reshape(())
         return
     if "loss" not in outputs:
         raise BadInput(f"the {side.framework} net returned no loss for the labels {', '.join(labels)}; it returned "
@@ -96,7 +100,7 @@ def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case]
     digest = Inputs({f"{name}.{key}": array for name, inputs, labels in named
                      for key, array in {**inputs.arrays, **labels}.items()}).digest
     notes = []
-    if session.run.head.task == "encoder":
+    if session.run.head.task in ENCODERS:
         notes = ["A bare encoder has no loss of its own: this is the in-batch contrastive loss of its mean-pooled "
                  "rows."]
     elif any(numbers(labels) for _, _, labels in named):
@@ -110,9 +114,10 @@ def _encoder_cases(session: Session) -> list[Case]:
 
 
 def _pairs(session: Session) -> Inputs:
-    """Passages, then what follows each; the padded seeded rows where the checkpoint has no tokenizer."""
+    """Passages, then what follows each; where the checkpoint has no tokenizer, seeded rows or pictures."""
     run = session.run
-    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
+    directory = run.source if run.source.is_dir() else run.source.parent
+    tokenizer = None if run.head.inputs == "pixels" else load_tokenizer(directory)
     if tokenizer is None:
         return seeded(run.config, run.sizes, kind=run.head.inputs)
     encoder = Encoder(tokenizer, run.config, run.sizes, max_length=128)

@@ -115,6 +115,20 @@ def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
             "per_row_end": (outputs["end_logits"], clamped("end_positions"))}
 
 
+def hidden_states(outputs: Mapping[str, np.ndarray], inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """An encoder's last hidden states [batch, tokens, width], and the mask of the real ones [batch, tokens].
+
+    Every place of a feature map [batch, channels, height, width] is one.
+    """
+    hidden = outputs["last_hidden_state"]
+    if hidden.ndim != 4:
+        return hidden, inputs.mask
+    rows = np.ascontiguousarray(hidden.reshape(*hidden.shape[:2], -1).swapaxes(1, 2))
+    return rows, np.ones(rows.shape[:2], bool)
+
+
+ENCODERS = ("encoder", "image-encoder")
+"""Tasks of heads that have no loss of their own."""
 TASKS = {
     "causal-lm": Task(
         _causal_labels,
@@ -128,6 +142,7 @@ TASKS = {
             "per_token": _flat(outputs["prediction_logits"], labels["labels"]),
             "per_row": _flat(outputs["seq_relationship_logits"], labels["next_sentence_label"])}),
     "sequence-classification": Task(_classification_labels, _classification_losses),
+    "image-classification": Task(_classification_labels, _classification_losses),
     "token-classification": Task(
         _class_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),

@@ -55,6 +55,10 @@ def _stored(rule: Rule, sizes: Mapping[str, int]) -> Iterator[Move]:
 
 def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
     noise = generator.standard_normal(prod(move.shape)).astype(np.float32).reshape(move.shape)
+    if len(move.shape) == 4:
+        return noise / np.float32(np.sqrt(prod(move.shape[1:])))
+    if move.target.endswith("running_var"):
+        return np.exp(np.float32(0.5) * noise)
     if len(move.shape) == 2:
         return noise * np.float32(0.5 if move.rule.kind == "keep" else
                                   1.4 / np.sqrt(move.shape[move.rule.transposed]))
@@ -65,7 +69,7 @@ def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
 
 def _companions(family: Family) -> dict[str, str]:
     files = {"config.json": json.dumps(family.demo, indent=2), MARKER: json.dumps({"demo": family.name})}
-    return files | TOKENIZERS[family.tokenizer](family.demo["vocab_size"])
+    return files | TOKENIZERS[family.tokenizer](family.demo.get("vocab_size", 0))
 
 
 def _wordpiece(vocab_size: int) -> dict[str, str]:
@@ -88,4 +92,13 @@ def _byte_level(vocab_size: int) -> dict[str, str]:
             "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": "<|endoftext|>"})}
 
 
-TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "none": lambda vocab_size: {}}
+def _pictures(vocab_size: int) -> dict[str, str]:
+    """No tokenizer: what is done to pictures, which come out at 64 x 64 with ImageNet's mean and deviation."""
+    return {"preprocessor_config.json": json.dumps({
+        "image_processor_type": "ConvNextImageProcessor", "do_resize": True, "size": {"shortest_edge": 64},
+        "crop_pct": 0.875, "resample": 3, "do_rescale": True, "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, indent=2)}
+
+
+TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "pictures": _pictures,
+              "none": lambda vocab_size: {}}
