@@ -202,7 +202,7 @@ def sides(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     try:
         return positive(height), positive(width)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{text} is no size; give for example 224x224, height and width") from error
 
 
