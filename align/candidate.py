@@ -6,11 +6,13 @@ Every target answers the same calls as the reference, so the stages need not kno
 from __future__ import annotations
 
 import re
+import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -142,6 +144,14 @@ class Candidate(Side):
         return found.given | {name: inputs.rows(name, array) for name, array in outputs.items()}, (
             found.arriving)
 
+    def _shown(self, names: Sequence[str]) -> Sequence[str]:
+        """Under which of its names a weight is shown: all that the plan knows, of which T5's table has one."""
+        return [name for name in names if name in self._planned] or names[:1]
+
+    @cached_property
+    def _planned(self) -> set[str]:
+        return {move.target for move in self.run.plan.moves}
+
     @abstractmethod
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Cross entropy without reduction, with the loss of the target. logits [n, classes], labels [n]."""
@@ -189,6 +199,22 @@ def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,
         from .own_net import open_own
         return open_own(run, target, device, paged, allow_same_framework)
     raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
+
+
+@contextmanager
+def blamed(net: str) -> Iterator[None]:
+    """What fails in somebody else's net is told as its fault, with the place; :class:`BadInput`."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(last.filename).parent == Path(__file__).parent:
+            raise  # a fault of ours: hooks of ours run within the net
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise BadInput(f"{net} failed at {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: "
+                       f"{first}") from error
 
 
 # What the hooks of a pass tell ----------------------------------------------------------------------------------------

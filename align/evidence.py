@@ -35,15 +35,16 @@ class Comparison:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._moves = {move.target: move for move in run.plan.moves}
+        self._again = {rule.again: replace(self._moves[run.paddle_names[rule.otherwise.copies]], target=rule.again)
+                       for rule in run.rules if rule.again}
         self._found: dict[str, TensorResult] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:
-        known = name in self._moves
-        self._found[name] = (_bitwise(self._moves[name], self._run.checkpoint, array) if known else
-                             missing(name, "source's plan"))
+        move = self._moves.get(name) or self._again.get(name)
+        self._found[name] = _bitwise(move, self._run.checkpoint, array) if move else missing(name, "source's plan")
 
     def results(self) -> tuple[list[TensorResult], list[str]]:
-        """One result per tensor, in the order of the plan, and what is to be told beside them.
+        """One result per name of a tensor, in the order of the plan, and what is to be told beside them.
 
         A buffer that the net computes itself need not be held; anything else that is missing or extra is a failure.
         """

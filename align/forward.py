@@ -252,9 +252,9 @@ def position(name: str, run: Run) -> int:
 
 
 def unjudged(run: Run, present: Sequence[str], parts: Sequence[TensorResult]) -> list[str]:
-    """What was not judged on its own: of what is ``present`` in torch's class, what this net has no module for."""
-    judged, there = {part.name.removesuffix(PROBE) for part in parts}, set(present)
-    absent = [name for name in Places.of(run).sublayers if name in there - judged]
+    """What was not judged on its own: sublayers ``present`` in torch that this net has no module for."""
+    judged = {part.name.removesuffix(PROBE) for part in parts}
+    absent = [name for name in Places.of(run).sublayers if name in present and name not in judged]
     more = f" (+{len(absent) - 6} more)" if len(absent) > 6 else ""
     return [f"Not judged on their own, because this net has no such module or does not call it: {', '.join(absent[:6])}"
             f"{more}. A wrong epsilon there may not show."] if absent else []

@@ -13,6 +13,8 @@ import xxhash
 from convert.errors import BadInput
 from convert.rules import Config, Sizes
 
+from . import prompts
+
 SEED = 20260602
 ROWS = 4
 LENGTH = 96
@@ -31,8 +33,9 @@ class Rows:
     """Which rows of a model's arrays are real, called with an array's name and the array.
 
     Padded queries are meaningless on both sides: of an array [batch, tokens, ...] the rows of real tokens are taken,
-    [rows, ...], by that one of ``masks`` that has its batch and tokens. Without masks there are pictures: a feature map
-    [batch, channels, height, width] has a row for each place. Any other array comes back as it is.
+    [rows, ...], by that one of ``masks`` that has its batch and tokens; of an array [batch * tokens, width], as OPT's
+    MLP has them, the same. Without masks there are pictures: a feature map [batch, channels, height, width] has a row
+    for each place. Any other array comes back as it is.
     """
 
     masks: tuple[np.ndarray, ...]
@@ -42,6 +45,9 @@ class Rows:
         if array.ndim == 3 or name in PER_TOKEN_VECTORS:
             fitting = next((mask for mask in self.masks if mask.shape == array.shape[:2]), None)
             return array.copy() if fitting is None else array[fitting]
+        if array.ndim == 2:
+            fitting = next((mask for mask in self.masks if mask.size == len(array)), None)
+            return array.copy() if fitting is None else array[fitting.reshape(-1)]
         if array.ndim == 4 and not self.masks:
             return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
         return array.copy()
@@ -65,24 +71,32 @@ class Inputs:
         """[batch, tokens], True where there is a token; a picture counts for one."""
         if "attention_mask" not in self.arrays:
             return np.ones((self.rows.batch, 1), bool)
-        return self.arrays["attention_mask"].astype(bool)
+        return _real(self.arrays["attention_mask"])
+
+    @property
+    def last_mask(self) -> np.ndarray:
+        """:attr:`mask` of the tokens that the model's last hidden states belong to: the decoder's, where it has one."""
+        decoder = self.arrays.get("decoder_attention_mask")
+        return self.mask if decoder is None else decoder.astype(bool)
 
     @property
     def rows(self) -> Rows:
         """The rows of real tokens, by the attention masks that there are."""
-        masks = [array.astype(bool) for name, array in self.arrays.items() if name.endswith("attention_mask")]
+        masks = [_real(array) for name, array in self.arrays.items() if name.endswith("attention_mask")]
         return Rows(tuple(masks), len(next(iter(self.arrays.values()))))
 
     @property
     def told(self) -> list[str]:
         """What they are, in a sentence each."""
-        pictures = [f"Inputs: {len(array)} seeded pictures of {array.shape[2]} x {array.shape[3]} pixels (height x "
-                    "width), normalised; each place of a feature map counts as a row."
-                    for name, array in self.arrays.items() if name == "pixel_values"]
-        tokens = [f"Inputs: {len(array)} rows of {array.shape[1]} seeded tokens: {', '.join(PATTERNS[:len(array)])}; "
-                  "padded positions are not compared." for name, array in self.arrays.items()
-                  if name == "attention_mask"]
-        return pictures + tokens
+        shapes = {name: array.shape for name, array in self.arrays.items()}
+        encoder, decoder, pictures = (shapes.get(name) for name in (
+            "attention_mask", "decoder_attention_mask", "pixel_values"))
+        patterns = prompts.PATTERNS if encoder and len(encoder) > 2 else PATTERNS
+        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {', '.join(patterns[:encoder[0]])}; "
+                   "padded positions are not compared."] if encoder else []),
+                *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else []),
+                *([f"Inputs: {pictures[0]} seeded pictures of {pictures[2]} x {pictures[3]} pixels (height x width), "
+                   "normalised; each place of a feature map counts as a row."] if pictures else [])]
 
     @property
     def first(self) -> Inputs:
@@ -113,10 +127,48 @@ def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool =
 
 
 def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
-    """Rows by turns whole, padded on the left, on the right, and on both sides (or all of them whole).
+    """Rows of ids with their mask, as long as is asked for and the model has positions."""
+    length, notes = _length(sizes, tokens)
+    mask = _padding(rows, length, padded)
+    ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + padded))
+    return Inputs({"input_ids": ids, "attention_mask": mask} | token_types(sizes, mask), notes)
 
-    Ids are uniform below ``vocab_size`` and never the pad token, so that no class mistakes a token for padding.
+
+def _tokens_to_tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """For the encoder what a model of tokens gets; for the decoder a quarter less, its rows padded in another order.
+
+    The two lengths are never the same, so that a shape says which of the two an array belongs to.
     """
+    encoder = _tokens(config, sizes, padded, rows, tokens)
+    length = encoder.mask.shape[1]
+    mask = _padding(rows, length - max(length // 4, 1) or 2, padded)
+    mask[1:] = mask[:0:-1].copy()
+    ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + 2 + padded))
+    given = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return Inputs({**encoder.arrays, **given}, encoder.notes)
+
+
+def _padding(rows: int, length: int, padded: bool) -> np.ndarray:
+    """1 for a token: rows by turns whole, padded on the left, on the right, on both sides; or all of them whole."""
+    mask = np.ones((rows, length), np.int64)
+    if padded:
+        third = length // 3
+        mask[1::4, :third] = 0
+        mask[2::4, length - third:] = 0
+        mask[3::4, : third // 2] = mask[3::4, length - third // 2:] = 0
+    return mask
+
+
+def _drawn(mask: np.ndarray, config: Config, sizes: Sizes, generator: np.random.Generator) -> np.ndarray:
+    """Ids uniform below ``vocab_size`` and never the pad token, so that no class mistakes a token for padding."""
+    pad = pad_token(config)
+    ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), mask.shape)
+    ids += ids >= pad
+    return np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1))
+
+
+def _length(sizes: Sizes, tokens: int) -> tuple[int, tuple[str, ...]]:
+    """(how many tokens a row has, what is unusual about that)"""
     length = min(tokens, sizes["positions"])
     asked = f"The inputs are {length} tokens long, as asked for; {MINIMUM} or more show more."
     short = f"The model has {length} positions, so the inputs are {length} tokens long instead of {MINIMUM}."
@@ -125,18 +177,7 @@ def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) 
         notes = (cut,) if length < tokens != LENGTH else ()
     else:
         notes = (short if length < tokens else asked,)
-    generator = np.random.default_rng(SEED + padded)
-    pad = pad_token(config)
-    ids = generator.integers(0, sizes["vocab"] - (pad < sizes["vocab"]), (rows, length))
-    ids += ids >= pad
-    mask = np.ones((rows, length), np.int64)
-    if padded:
-        third = length // 3
-        mask[1::4, :third] = 0
-        mask[2::4, length - third:] = 0
-        mask[3::4, : third // 2] = mask[3::4, length - third // 2:] = 0
-    arrays = {"input_ids": np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1)), "attention_mask": mask}
-    return Inputs(arrays | token_types(sizes, mask), notes)
+    return length, notes
 
 
 def _pixels(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int | tuple[int, int]) -> Inputs:
@@ -173,13 +214,17 @@ def decoder_start(config: Config) -> int:
     return start if isinstance(start, int) and start >= 0 else pad_token(config)
 
 
-def batches(rows: list[dict[str, list[int]]], config: Config, size: int) -> list[Inputs]:
-    """Rows of token ids as right-padded batches, in order, none dropped."""
+def batches(rows: list[dict[str, list[int]]], config: Config, sizes: Sizes, size: int, kind: str = "tokens",
+            ) -> list[Inputs]:
+    """Rows of token ids as right-padded batches, in order, none dropped; prompts are padded on the left."""
     if not rows:
         raise BadInput("the data set has no row to evaluate on.")
     found = []
     for start in range(0, len(rows), size):
         chunk = rows[start: start + size]
+        if kind == "prompts":
+            found.append(Inputs(prompts.arranged([row["input_ids"] for row in chunk], config, sizes)))
+            continue
         fill = {"input_ids": pad_token(config), "decoder_input_ids": pad_token(config), "labels": -100}
         found.append(Inputs({name: _right_padded([row[name] for row in chunk], fill.get(name, 0))
                              for name in chunk[0]}))
@@ -191,10 +236,19 @@ def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
-KINDS = {
-    "pixels": _pixels,
-    "tokens": _tokens,
-}
+def _prompts(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """GLM's prompts, most of them shorter and padded on the left if ``padded``."""
+    length, notes = _length(sizes, tokens)
+    drawn = prompts.drawn(config, sizes, padded, rows, length, np.random.default_rng(SEED + padded))
+    return Inputs(prompts.arranged(drawn, config, sizes), notes)
+
+
+def _real(mask: np.ndarray) -> np.ndarray:
+    """[batch, tokens], True where there is a token, which at least sees itself; of the mask that a model is given."""
+    return mask.astype(bool) if mask.ndim == 2 else ~np.diagonal(mask[:, 0], axis1=1, axis2=2)
+
+
+KINDS = {"pixels": _pixels, "prompts": _prompts, "tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
 
 
 def sides(text: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .parts import part_of_output
 from .runs import Run
 
 Module = tuple[tuple[str, str], list[tuple[str, str, str]]]
@@ -78,5 +79,7 @@ def sublayers_of(run: Run, module: str) -> Module | None:
     torch_path, inside = {paddle: torch for torch, paddle in run.modules}.get(module), run.inside.get(module)
     if torch_path is None or inside is None:
         return None
-    return (torch_path, module), [(f"{torch_path}.{torch}", f"{module}.{paddle}", f"{operation}, before {paddle}")
-                                  for torch, paddle, operation in inside]
+    weights = {name.removesuffix(".weight"): path for path, name in run.paddle_names.items()}
+    return (torch_path, module), [
+        (part_of_output(weights.get(f"{module}.{paddle}", ""), f"{torch_path}.{torch}"), f"{module}.{paddle}",
+         f"{operation}, before {paddle}") for torch, paddle, operation in inside]

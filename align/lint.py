@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 Description = dict[str, Any]
 
 SETTINGS = {
-    "epsilon": (("layer_norm_epsilon", "layer_norm_eps"),),
-    "activation": (("activation_function", "hidden_act"),),
-    "heads": (("n_head", "num_attention_heads"),),
+    "epsilon": (("layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon"),),
+    "activation": (("activation_function", "hidden_act", "dense_act_fn"),),
+    "heads": (("n_head", "num_attention_heads", "num_heads"),),
+    "head width": (("d_kv",),),
+    "relative positions": (("relative_attention_num_buckets",), ("relative_attention_max_distance",)),
     "rotary dimension": (("rotary_dim",),),
     "dropout": (("resid_pdrop",), ("embd_pdrop",), ("attn_pdrop",), ("hidden_dropout_prob",),
-                ("attention_probs_dropout_prob",), ("classifier_dropout",)),
+                ("attention_probs_dropout_prob",), ("classifier_dropout",), ("dropout_rate",)),
     "tied weights": (("tie_word_embeddings",),),
 }
 EPSILONS = ("eps", "_epsilon", "epsilon", "variance_epsilon")

@@ -31,16 +31,32 @@ def halt(gate: str) -> bool:
 @contextmanager
 def heard_by(listener: Any) -> Iterator[None]:
     """What the model's hooks tell in this pass goes to ``listener``; other passes have others, in their own threads."""
-    before, _thread.listener = listener_here(), listener
+    before = listener_here(), getattr(_thread, "answered", None)
+    _thread.listener, _thread.answered = listener, set()
     try:
         yield
     finally:
-        _thread.listener = before
+        _thread.listener, _thread.answered = before
 
 
 def listener_here() -> Any:
     """Who listens to the pass that is under way in this thread, None for nobody."""
     return getattr(_thread, "listener", None)
+
+
+def is_first_call(path: str) -> bool:
+    """Whether the module at ``path`` has not answered yet in the pass that is under way in this thread.
+
+    One that is called more often, as the embedding that an encoder and a decoder share, is heard the first time only:
+    it has one name, and what enters it later is not what entered it at first.
+    """
+    return path not in (getattr(_thread, "answered", None) or ())
+
+
+def has_answered(path: str) -> None:
+    """Told by a module that is listened to."""
+    if listener_here() is not None:
+        _thread.answered.add(path)
 
 
 class Walks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from .compare import compare, missing
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, RecordedStage, Session, main
-from .tasks import ENCODERS, TASKS, Labels, hidden_states, numbers
-from .texts import Encoder, load_rows, load_tokenizer, plain_texts
+from .tasks import BARE, TASKS, Labels, hidden_states, numbers
+from .texts import Encoder, echoed_texts, load_rows, plain_texts, tokenizer_of
 from .tolerance import LOSS, TOKEN_LOSS
 from .trace import RECORDED, Step
 
@@ -25,7 +25,7 @@ Case = tuple[str, Inputs, Labels]
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's losses, and the inputs and labels of each case for the candidate."""
-    named = _encoder_cases(session) if session.run.head.task in ENCODERS else cases(session)
+    named = _encoder_cases(session) if session.run.head.task in BARE else cases(session)
     step = _losses(session, session.reference, named)
     for name, inputs, labels in named:
         step.view(f"inputs.{name}").update(inputs.arrays)
@@ -59,9 +59,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
 
 
 def cases(session: Session) -> list[Case]:
-    """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored.
-
-    Pictures know no padding: the second and the third are of another size.
+    """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored; and these
+    labels without the inputs that can be made of them. Pictures are of another size instead of padded.
     """
     run = session.run
     task, generator = TASKS[run.head.task], np.random.default_rng(SEED)
@@ -70,7 +69,13 @@ def cases(session: Session) -> list[Case]:
     drawn = [("plain", whole, False), (second, padded, False), ("ignored", padded, True)]
     found = [(name, inputs, task.labels(inputs, run.config, run.sizes, generator, ignore))
              for name, inputs, ignore in drawn]
+    if task.spared:
+        found += [("labels-only", _without(task.spared, inputs), labels) for _, inputs, labels in found[-1:]]
     return [case for case in found if not numbers(case[2])] or found[:2]
+
+
+def _without(names: Collection[str], inputs: Inputs) -> Inputs:
+    return Inputs({name: array for name, array in inputs.arrays.items() if name not in names})
 
 
 def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterator[tuple[str, np.ndarray]]:
@@ -82,7 +87,7 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
     """
     name, inputs, labels = case
     outputs = side.outputs({**inputs.arrays, **labels})
-    if session.run.head.task in ENCODERS:
+    if session.run.head.task in BARE:
         yield f"loss.{name}", side.contrastive_loss(*hidden_states(outputs, inputs), 1.0).reshape(())
         return
     if "loss" not in outputs:
@@ -100,9 +105,9 @@ def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case]
     digest = Inputs({f"{name}.{key}": array for name, inputs, labels in named
                      for key, array in {**inputs.arrays, **labels}.items()}).digest
     notes = []
-    if session.run.head.task in ENCODERS:
-        notes = ["A bare encoder has no loss of its own: this is the in-batch contrastive loss of its mean-pooled "
-                 "rows."]
+    if session.run.head.task in BARE:
+        notes = ["A model without a head has no loss of its own: this is the in-batch contrastive loss of its "
+                 "mean-pooled rows."]
     elif any(numbers(labels) for _, _, labels in named):
         notes = ["These labels are numbers, not classes, so there is none to ignore."]
     return Step({RECORDED: {name: value for case, _, _ in named for name, value in found[case].items()}},
@@ -116,14 +121,14 @@ def _encoder_cases(session: Session) -> list[Case]:
 def _pairs(session: Session) -> Inputs:
     """Passages, then what follows each; where the checkpoint has no tokenizer, seeded rows or pictures."""
     run = session.run
-    directory = run.source if run.source.is_dir() else run.source.parent
-    tokenizer = None if run.head.inputs == "pixels" else load_tokenizer(directory)
+    tokenizer = None if run.head.inputs == "pixels" else tokenizer_of(run)
     if tokenizer is None:
         return seeded(run.config, run.sizes, kind=run.head.inputs)
     encoder = Encoder(tokenizer, run.config, run.sizes, max_length=128)
     _, rows = load_rows(None, "test", PAIRS)
     texts = [{"text": row[column]} for column in ("text", "next") for row in rows]
-    return batches([example.inputs for example in plain_texts(texts, encoder)], run.config, len(texts))[0]
+    examples = (plain_texts if run.head.task == "encoder" else echoed_texts)(texts, encoder)
+    return batches([example.inputs for example in examples], run.config, run.sizes, len(texts), run.head.inputs)[0]
 
 
 STAGE = RecordedStage("loss", "Compare the loss with and without ignored labels, padding and reduction.", reference,

@@ -20,13 +20,24 @@ from .pictures import PIXELS, drawn, examples_of
 from .reference import Reference
 from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
 from .stage import Findings, RecordedStage, Session, main
-from .texts import ENCODE, PREFIX, Encoder, Example, load_rows, load_tokenizer, pieces_of, renamed
+from .texts import (
+    ENCODE,
+    PREFIX,
+    Encoder,
+    Example,
+    Row,
+    load_rows,
+    pieces_of,
+    renamed,
+    sliding_windows,
+    tokenizer_of,
+)
 from .tolerance import EXACT, FORWARD, METRIC, TOKEN_LOSS, margin_noise
 from .trace import RECORDED, Step
 
 EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mean_squared_error")
 TEXTS = ("piece_targets", "sentence_targets")
-LONGER = 8
+LONGER, ROWS_TOGETHER = 8, 4
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -36,10 +47,10 @@ def reference(session: Session) -> Iterator[Step]:
         yield _pictures(session)
         return
     name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
-    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
+    tokenizer = tokenizer_of(run)
     prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
-    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix)
-    encoded = ENCODE[run.head.task](renamed(rows, options.columns), encoder)
+    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix, run.head.inputs)
+    encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
     texts = _texts(run.head.task, examples, tokenizer)
     step = _evaluate(session, session.reference, examples, options.batch_size, texts)
@@ -47,7 +58,9 @@ def reference(session: Session) -> Iterator[Step]:
         raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     given = ("tokenized as the source does" if tokenizer else
              "as seeded ids below vocab_size, because the checkpoint has no tokenizer")
-    notes = [f"Data: {len(examples)} rows of {name}, {given}; at most {encoder.max_length} tokens each."]
+    parts = (f"{len(examples)} windows over {len(rows)} rows of {name}, joined, that move on by {options.stride} tokens"
+             if options.stride else f"{len(examples)} rows of {name}")
+    notes = [f"Data: {parts}, {given}; at most {encoder.max_length} tokens each."]
     if len(encoded) > len(examples):
         notes.append(f"{len(encoded) - len(examples)} rows without a single token were left out.")
     if texts:
@@ -132,6 +145,14 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
     return results, notes
 
 
+def _encoded(task: str, rows: Sequence[Row], encoder: Encoder, stride: int | None) -> list[Example]:
+    if stride is None:
+        return ENCODE[task](rows, encoder)
+    if task != "causal-lm":
+        raise BadInput("--stride is for language models that read from left to right, and this head is none.")
+    return sliding_windows(rows, encoder, stride)
+
+
 def _parted(reference: Arrays, candidate: Arrays) -> tuple[Arrays, list[str]]:
     """The candidate's arrays with each text that parts within the noise taken as the reference's from there on.
 
@@ -165,10 +186,14 @@ def _told_of_texts(prefix: str) -> str:
     return f"Texts: {before}decoded greedily, at most {LONGER} tokens longer than the longest reference; {signature()}."
 
 
-def _decoded(session: Session, side: Reference | Candidate, fed: Sequence[Inputs], examples: Sequence[Example],
-             ) -> Arrays:
-    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference."""
+def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int) -> Arrays:
+    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference.
+
+    Of a batch's memory the scores of every token of whole texts are the most. Texts that are being decoded are mostly
+    shorter, so that more of them go together.
+    """
     config = session.run.config
+    fed = batches([example.inputs for example in examples], config, ROWS_TOGETHER * batch_size)
     steps = LONGER + max(len(example.targets["labels"]) for example in examples)
     end = config.get("eos_token_id")
     limits = Limits(decoder_start(config), end if isinstance(end, int) else None, steps)
@@ -180,8 +205,9 @@ def _decoded(session: Session, side: Reference | Candidate, fed: Sequence[Inputs
 def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int,
               texts: Arrays) -> Step:
     """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
-    fed = pictures.batches(examples, batch_size) if session.run.head.inputs == "pixels" else batches(
-        [example.inputs for example in examples], session.run.config, batch_size)
+    run = session.run
+    fed = pictures.batches(examples, batch_size) if run.head.inputs == "pixels" else batches(
+        [example.inputs for example in examples], run.config, run.sizes, batch_size, run.head.inputs)
     score = SCORES[session.run.head.task]
     reduced: list[Arrays] = []
 
@@ -194,7 +220,7 @@ def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[
     if EMBEDDINGS in arrays:
         arrays |= neighbours(arrays[EMBEDDINGS])
     if session.run.head.task in DECODED:
-        arrays |= _decoded(session, side, fed, examples) | texts
+        arrays |= _decoded(session, side, examples, batch_size) | texts
     targets = {name: array for name, array in arrays.items() if "target" in name or "label" in name}
     values = score.values(arrays) if all(array.size for array in arrays.values()) else {}
     digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)
@@ -212,6 +238,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text, label, question, answer, …")
     add("--limit", type=positive, default=64, help="rows at most; default 64")
     add("--max-length", type=positive, default=128, help="tokens a row at most; default 128")
+    add("--stride", type=positive, metavar="TOKENS", help="language models: take all rows as one text, in windows of "
+        "--max-length tokens that move on by so many; default: every row alone, cut at --max-length")
     add("--prefix", metavar="TEXT", help="for translation: what stands before every source; default: "
         f"'{PREFIX}' before those that ship, else nothing")
     add("--batch-size", type=positive, default=8, help="rows a batch; default 8")

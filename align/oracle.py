@@ -16,12 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 LINEAR = {F.linear}
 MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
+ADDED_MATMUL = {torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm}
 LAYER_NORM = {F.layer_norm, torch.layer_norm}
 SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
 MEAN = {torch.mean, torch.Tensor.mean}
 CONVOLUTION = {F.conv2d}
 BATCH_NORM = {F.batch_norm}
 AVERAGE_POOL = {F.adaptive_avg_pool2d}
+MADE = {torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros}
+DTYPE = torch.Tensor.dtype.__get__
 CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type}
 CHUNK = 1 << 22
 COUNTED = "_paddle_parity_counted"
@@ -31,11 +34,11 @@ class Reordered(TorchFunctionMode):
     """Permute the contracted axis of every product and the reduced axis of every norm and softmax.
 
     In exact arithmetic nothing changes, so what changes is rounding: the spread over several seeds is the error
-    that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n]; pictures [batch,
-    channels, height, width]. A batch norm in eval mode has no axis to permute; its few operations are done in
-    another order, by lot. torch has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves that
-    out, a matmul of its own; odd seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times the
-    first's.
+    that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n], and c added to them;
+    pictures [batch, channels, height, width]. A batch norm in eval mode has no axis to permute; its few operations are
+    done in another order, by lot. torch has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves
+    that out, a matmul of its own; odd seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times
+    the first's.
     """
 
     def __init__(self, seed: int) -> None:
@@ -53,6 +56,8 @@ class Reordered(TorchFunctionMode):
         if func in MATMUL and args[1].dim() > 1:
             order = self._order(args[0].shape[-1])
             return func(args[0][..., order], args[1][..., order, :], *args[2:], **kwargs)
+        if func in ADDED_MATMUL:
+            return self._added_matmul(func, *args, **kwargs)
         if func in LAYER_NORM:
             return self._layer_norm(*args, **kwargs)
         if func in CONVOLUTION:
@@ -71,6 +76,11 @@ class Reordered(TorchFunctionMode):
         if func in MEAN and -1 in (*args[1:2], kwargs.get("dim")):
             return func(args[0][..., self._order(args[0].shape[-1])], *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def _added_matmul(self, func: Any, c: torch.Tensor, *factors: torch.Tensor, **named: Any) -> torch.Tensor:
+        a, b = (*factors, *(named.pop(name) for name in ("mat1", "mat2", "batch1", "batch2") if name in named))
+        order = self._order(a.shape[-1])
+        return func(c, a[..., order], b[..., order, :], **named)
 
     def _layer_norm(self, x: torch.Tensor, shape: Any, weight: torch.Tensor | None = None,
                     bias: torch.Tensor | None = None, eps: float = 1e-5, *rest: Any) -> torch.Tensor:
@@ -120,9 +130,11 @@ def _batch_norm(order: int, x: torch.Tensor, mean: torch.Tensor, variance: torch
 class Float64(TorchFunctionMode):
     """Run a float32 model in double: every float32 tensor is widened where it is used, which is exact.
 
-    A class's own casts to float32 (GPT-J's query, key and logits) are ignored. Methods that write into a tensor keep
-    the tensor they write into. Numbers that come of integers alone are left as torch computes them: T5 rounds the
-    logarithm of a distance down to the row of a table, and where that should be whole float64 may find another row.
+    A class's own casts to float32 (GPT-J's query, key and logits, BLOOM's softmax) are ignored, what it makes in
+    float32 is made in double, and where it asks for a dtype it is told float32: GPT-2's upcast attention refuses to go
+    on in any other. Methods that write into a tensor keep the tensor they write into. Numbers that come of integers
+    alone are left as torch computes them: T5 rounds the logarithm of a distance down to the row of a table, and where
+    that should be whole float64 may find another row.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
@@ -140,6 +152,10 @@ class Float64(TorchFunctionMode):
                              **{key: _widened(value) for key, value in kwargs.items()})
         if func is F.embedding:
             return func(*args, **kwargs).double()
+        if func == DTYPE:
+            return torch.float32 if args[0].dtype is torch.float64 else args[0].dtype
+        if func in SOFTMAX | MADE and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
         if name in UNTOUCHED or name == "__get__":
             return func(*args, **kwargs)
         written = 1 if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else 0

@@ -10,19 +10,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.errors import BadInput
 
-from .candidate import Candidate, Look
+from .candidate import Candidate, Look, blamed
 from .lint import Description
 from .paddle_net import PaddleNet, PaddleNLPNet, use_device
 from .paging import Pages
@@ -56,33 +53,19 @@ class Target:
         except (TypeError, ValueError) as error:
             raise BadInput(f"{self.name} is called with the config (a dict) and the output directory (a Path), which "
                            f"it does not take ({error}).") from error
-        with self.blamed():
+        with blamed(f"your net {self.name}"):
             net = build(dict(run.target_config), run.output)
         self.reference.require(self.name)
         return net
 
     def call(self, net: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        with self.blamed():
+        with blamed(f"your net {self.name}"):
             result = net(**tensors)
         self.reference.require(self.name)
         if not hasattr(result, "items"):
             raise BadInput(f"{self.name}: the net returned a {type(result).__name__}; a mapping with transformers' "
                            "output names is needed, as {'logits': …}.")
         return result
-
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        try:
-            yield
-        except BadInput:
-            raise
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            if Path(last.filename).parent == Path(__file__).parent:
-                raise  # a fault of ours: hooks of ours run within the net
-            first = next(iter(str(error).splitlines()), "")
-            raise BadInput(f"your net {self.name} failed at {Path(last.filename).name}:{last.lineno}: "
-                           f"{type(error).__name__}: {first}") from error
 
 
 class _OwnNet(Candidate):

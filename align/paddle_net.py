@@ -20,13 +20,13 @@ from convert.checkpoint import Checkpoint, cut, open_checkpoint, opened, read_co
 from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
-from .candidate import Candidate, Look
+from .candidate import Candidate, Look, blamed
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
 from .runs import Run
-from .side import Modules, entering, fed, hooked
+from .side import Modules, entering, fed, hooked, in_shape
 
 
 class PaddleNet(Candidate):
@@ -43,15 +43,18 @@ class PaddleNet(Candidate):
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         if self._pages is None:
+            held: dict[int, tuple[Any, list[str]]] = {}
             for name, tensor in self.model.state_dict().items():
-                yield name, tensor.numpy()
+                held.setdefault(id(tensor), (tensor, []))[1].append(name)
+            for tensor, names in held.values():
+                yield from ((name, tensor.numpy()) for name in self._shown(names))
             return
         for slot in self._pages.each():
             array = _looked_at(slot.tensor)
-            yield from ((name, array) for name in slot.names)
+            yield from ((name, array) for name in self._shown(slot.names))
 
     def _show_when_in(self, look: Look) -> None:
-        self._pages.show(lambda slot: [look(name, _looked_at(slot.tensor)) for name in slot.names])
+        self._pages.show(lambda slot: [look(name, _looked_at(slot.tensor)) for name in self._shown(slot.names)])
 
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:
@@ -64,14 +67,19 @@ class PaddleNet(Candidate):
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             place, listener = entering(arguments, named, is_floating), listener_here()
             value = None if place is None else (arguments or named)[place]
-            given = listener.arrived(name, value.numpy) if listener is not None and is_floating(value) else None
-            return None if given is None else fed(arguments, named, place, paddle.to_tensor(given))
+            if listener is None or not is_floating(value):
+                return None
+            given = listener.arrived(name, lambda: self.run.batch_first(name, value.numpy()))
+            if given is None:
+                return None
+            given = self.run.batch_first(name, given)
+            return fed(arguments, named, place, paddle.to_tensor(in_shape(given, value.shape)))
 
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
             if listener_here():
                 listener_here().probed(name, lambda array: probed(layer, paddle.to_tensor(array)))
-                listener_here().answered(name, first.numpy())
+                listener_here().answered(name, self.run.batch_first(name, first.numpy()))
 
         with hooked(layers, "register_forward_post_hook", ((name, name) for _, name in modules), before, after):
             yield
@@ -81,7 +89,7 @@ class PaddleNet(Candidate):
         import paddle
         with paddle.no_grad():
             result = self._call({name: paddle.to_tensor(array) for name, array in arrays.items()})
-        return {name: value.numpy() for name, value in result.items()
+        return {name: self.run.batch_first(name, value.numpy()) for name, value in result.items()
                 if isinstance(value, paddle.Tensor) and value.is_floating_point()}
 
     def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
@@ -145,7 +153,9 @@ class PaddleNLPNet(PaddleNet):
     """PaddleNLP's class for the family, with its own loss."""
 
     def _build(self) -> Any:
-        return self._class().from_pretrained(str(self.run.output), dtype="float32")
+        cls = self._class()
+        with blamed(f"PaddleNLP's {cls.__name__}"):
+            return cls.from_pretrained(str(self.run.output), dtype="float32")
 
     def _build_empty(self) -> Any:
         import paddle
@@ -172,7 +182,8 @@ class PaddleNLPNet(PaddleNet):
         return getattr(module, self.run.head.paddlenlp)
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        return self.model(**tensors, return_dict=True)
+        with blamed(f"PaddleNLP's {type(self.model).__name__}"):
+            return self.model(**self.run.family.paddlenlp_inputs(tensors), return_dict=True)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         import paddle
@@ -241,9 +252,8 @@ class _Slot:
 
     def __init__(self, model: Any, names: Sequence[str], empty: Any, checkpoint: Checkpoint, key: str) -> None:
         import paddle
-        layers = {"": model, **dict(model.named_sublayers())}
         self.names, self._checkpoint, self._key, self._shape = names, checkpoint, key, tuple(empty.shape)
-        places = [(layers[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in names]
+        places = [(_layer_at(model, name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         self._tables = [(layer._parameters if word in layer._parameters else layer._buffers, word)
                         for layer, word in places]
         self._empty = empty if _is_lazy(empty) else paddle.zeros([1])
@@ -266,6 +276,13 @@ class _Slot:
     def _put(self, tensor: Any) -> None:
         for table, word in self._tables:
             table[word] = tensor
+
+
+def _layer_at(model: Any, path: str) -> Any:
+    """The layer at ``path``, also where it is one that has another path too."""
+    for word in path.split(".") if path else []:
+        model = model._sub_layers[word]
+    return model
 
 
 def _is_lazy(tensor: Any) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from convert.__main__ import family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.cli import target_config
@@ -14,6 +16,8 @@ from convert.plan import Plan, config_for, expand, make_plan, spelled
 from convert.report import Conversion, latest_run, load_conversion
 from convert.rules import Config, Family, Head, Layers, Rule, Sizes
 from convert.stream import chunks_of, digest_of
+
+from .parts import part_name
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,17 @@ class Run:
 
     @cached_property
     def paddle_names(self) -> dict[str, str]:
-        """Paddle's name of every parameter of the head that is one in Paddle too, by its path in torch's class."""
-        return {rule.sources[0][0]: rule.targets[0] for rule in self.rules
-                if len(rule.sources) == len(rule.targets) == 1}
+        """Paddle's name of every parameter of the head that is one in Paddle too, by its path in torch's class.
+
+        What torch has fused and Paddle has not goes by the names of its parts.
+        """
+        found = {}
+        for rule in self.rules:
+            if len(rule.sources) == 1:
+                gathered = [rule.gather(self.sizes, number) for number in range(len(rule.targets))]
+                parts = [part_name(rule.sources[0][0], gather) if gather else rule.sources[0][0] for gather in gathered]
+                found |= {part: target for part, target in zip(parts, rule.targets, strict=True) if part}
+        return found
 
     def paddle_path(self, path: str) -> str:
         """Paddle's path of a torch module or parameter: by its weights, else by the recorded module that holds it."""
@@ -89,6 +101,10 @@ class Run:
                 return self.paddle_names[path + ending].removesuffix(ending)
         return next((paddle + path.removeprefix(torch) for torch, paddle in self.modules
                      if f"{path}.".startswith(f"{torch}.")), path)
+
+    def batch_first(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array of a module or output, by Paddle's name, with its batch in front; its own inverse."""
+        return array.swapaxes(0, 1) if array.ndim > 2 and self.family.time_first(name) else array
 
     @cached_property
     def dropped(self) -> set[str]:
@@ -103,8 +119,8 @@ class Run:
     @cached_property
     def inside(self) -> dict[str, tuple[tuple[str, str, str], ...]]:
         """What the family says is inside of each recorded module, by its Paddle path."""
-        return {paddle: self.family.inside[template] for _, paddle, template in self._modules
-                if template in self.family.inside}
+        found = self.family.inside_of(self.config)
+        return {paddle: found[template] for _, paddle, template in self._modules if template in found}
 
     @cached_property
     def _modules(self) -> list[tuple[str, str, str]]:

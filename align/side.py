@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .lint import Description
-from .lockstep import halt, heard_by, in_turn, together
+from .lockstep import halt, has_answered, heard_by, in_turn, is_first_call, together
 from .paging import Pages
 from .runs import Run
 
@@ -31,20 +32,35 @@ def fed(arguments: tuple[Any, ...], named: Mapping[str, Any], place: str | int, 
     return ((value, *arguments[1:]), dict(named)) if place == 0 else (arguments, {**named, place: value})
 
 
+def in_shape(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """``array`` as a module is called with it: one side may have [batch, tokens, width], the other [batch * tokens,
+    width]."""
+    same = array.size == math.prod(shape) and array.shape[-1:] == tuple(shape[-1:])
+    return array.reshape(shape) if same else array
+
+
 @contextmanager
-def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, str]],
+def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, Any]],
            before: Callable[..., Any], after: Callable[..., None]) -> Iterator[None]:
     """``before(name, arguments, named)`` and ``after(name, layer, output)`` of the layers there are, by (path, name).
 
-    ``after_name`` is what the framework calls registering the latter.
+    Both at the layer's first call in a pass. ``after_name`` is what the framework calls registering the latter.
     """
+    def entered(path: str, name: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return before(name, arguments, named) if is_first_call(path) else None
+
+    def left(path: str, name: Any, layer: Any, output: Any) -> None:
+        if is_first_call(path):
+            after(name, layer, output)
+            has_answered(path)
     with ExitStack() as hooks:
         for path, name in pairs:
             if path in layers:
                 hooks.callback(layers[path].register_forward_pre_hook(
-                    lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
+                    lambda _, arguments, named, path=path, name=name: entered(path, name, arguments, named),
+                    with_kwargs=True).remove)
                 hooks.callback(getattr(layers[path], after_name)(
-                    lambda layer, _, output, name=name: after(name, layer, output)).remove)
+                    lambda layer, _, output, path=path, name=name: left(path, name, layer, output)).remove)
         yield
 
 

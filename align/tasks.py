@@ -9,6 +9,7 @@ import numpy as np
 
 from convert.rules import Config, Sizes
 
+from . import prompts
 from .inputs import Inputs
 
 IGNORED = -100
@@ -21,17 +22,20 @@ class Task:
     """``labels(inputs, config, sizes, generator, ignore)`` draws labels, some of them ignored if asked.
 
     ``token_losses(outputs, labels)`` pairs logits [n, classes] with labels [n] for the losses without reduction.
+    ``spared`` are inputs that a model makes of the labels where it is not given them.
     """
 
     labels: Callable[[Inputs, Config, Sizes, np.random.Generator, bool], Labels]
     token_losses: Callable[[Mapping[str, np.ndarray], Labels], Flat]
+    spared: tuple[str, ...] = ()
 
 
 def _token_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:
-    labels = generator.integers(0, classes, inputs.mask.shape)
-    ignored = ~inputs.mask
+    mask = inputs.last_mask
+    labels = generator.integers(0, classes, mask.shape)
+    ignored = ~mask
     if ignore:
-        ignored |= generator.random(inputs.mask.shape) < 0.3
+        ignored |= generator.random(mask.shape) < 0.3
     return np.where(ignored, IGNORED, labels)
 
 
@@ -64,6 +68,14 @@ def _causal_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.r
     """A token is a label where the token before it, which predicts it, is no padding."""
     predicted = inputs.mask & np.roll(inputs.mask, 1, axis=1)
     ids = np.where(predicted, inputs.arrays["input_ids"], IGNORED)
+    drop = generator.random(ids.shape) < 0.3
+    return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
+
+
+def _answer_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                   ignore: bool) -> Labels:
+    """A word is a label where it is part of the answer: the context is seen from everywhere."""
+    ids = np.where(prompts.answers(inputs.arrays["attention_mask"]), inputs.arrays["input_ids"], IGNORED)
     drop = generator.random(ids.shape) < 0.3
     return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
 
@@ -116,22 +128,23 @@ def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
 
 
 def hidden_states(outputs: Mapping[str, np.ndarray], inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """An encoder's last hidden states [batch, tokens, width], and the mask of the real ones [batch, tokens].
+    """A model's last hidden states [batch, tokens, width], and the mask of the real ones [batch, tokens].
 
     Every place of a feature map [batch, channels, height, width] is one.
     """
     hidden = outputs["last_hidden_state"]
     if hidden.ndim != 4:
-        return hidden, inputs.mask
+        return hidden, inputs.last_mask
     rows = np.ascontiguousarray(hidden.reshape(*hidden.shape[:2], -1).swapaxes(1, 2))
     return rows, np.ones(rows.shape[:2], bool)
 
 
-ENCODERS = ("encoder", "image-encoder")
-"""Tasks of heads that have no loss of their own."""
 TASKS = {
     "causal-lm": Task(
         _causal_labels,
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
+    "prefix-lm": Task(
+        _answer_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
     "masked-lm": Task(
         _vocabulary_labels,
@@ -146,5 +159,11 @@ TASKS = {
     "token-classification": Task(
         _class_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
+    "translation": Task(
+        _vocabulary_labels,
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])},
+        spared=("decoder_input_ids", "decoder_attention_mask")),
     "question-answering": Task(_span_labels, _span_losses),
 }
+BARE = {"encoder", "encoder-decoder", "image-encoder"}
+"""Tasks of models without a head: they have no loss of their own, and are measured by their mean-pooled states."""

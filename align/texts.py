@@ -13,7 +13,9 @@ import numpy as np
 from convert.errors import BadInput, require
 from convert.rules import Config, Sizes
 
+from . import prompts
 from .inputs import SEED, decoder_start, pad_token
+from .runs import Run
 
 DATA = Path(__file__).with_name("data")
 PASSAGES = ("passages.jsonl", "the passages that ship with paddle-parity")
@@ -47,6 +49,7 @@ class Encoder:
     sizes: Sizes
     max_length: int
     prefix: str = ""
+    kind: str = "tokens"
 
     def __post_init__(self) -> None:
         self.generator = np.random.default_rng(SEED)
@@ -71,6 +74,10 @@ class Encoder:
     def seeded(self) -> dict[str, list[int]]:
         """An encoding of seeded ids, of a seeded length."""
         length = int(self.generator.integers(max(2, self.max_length // 2), self.max_length + 1))
+        if self.kind == "prompts":
+            marks = prompts.marks_of(self.config, self.sizes)
+            words = self.generator.choice(prompts.words_of(self.sizes, marks), max(0, length - 3))
+            return {"input_ids": prompts.prompt(words.tolist(), marks)}
         ids = self.generator.integers(0, self.sizes["vocab"] - 1, length)
         ids += ids >= pad_token(self.config)
         return {"input_ids": ids.tolist()}
@@ -86,6 +93,15 @@ class Encoder:
         labels[chosen] = ids[chosen]
         ids[chosen] = self.tokenizer.mask_token_id if self.tokenizer else 0
         return ids.tolist(), labels.tolist()
+
+
+def tokenizer_of(run: Run) -> Any | None:
+    """What makes the inputs of the run's head from texts, None where the source has no tokenizer."""
+    directory = run.source if run.source.is_dir() else run.source.parent
+    if run.head.inputs != "prompts":
+        return load_tokenizer(directory)
+    marks = prompts.marks_of(run.config, run.sizes)
+    return prompts.Tokenizer(directory, marks) if (directory / prompts.WORDS).is_file() else None
 
 
 def load_tokenizer(directory: Path) -> Any | None:
@@ -168,6 +184,29 @@ def plain_texts(rows: Sequence[Row], encoder: Encoder, **targets: type) -> list[
                             **{name: row[name] for name in targets}) for row in rows]
 
 
+def sliding_windows(rows: Sequence[Row], encoder: Encoder, stride: int) -> list[Example]:
+    """All rows as one text, in windows of ``max_length`` tokens that move on by ``stride``.
+
+    ``first`` is where in its window the first token is scored: all before it were scored in an earlier one. So every
+    token but the text's first is scored once, on at least ``max_length - stride`` tokens before it where there are so
+    many. As transformers' "Perplexity of fixed-length models" does it, but for the last window, which may be shorter.
+    """
+    columns(rows, text=str)
+    if stride >= encoder.max_length:
+        raise BadInput(f"--stride {stride} leaves tokens without anything before them in windows of "
+                       f"{encoder.max_length} tokens (--max-length, and the model's positions); give a smaller one.")
+    ids = (encoder.tokenizer("\n\n".join(row["text"] for row in rows))["input_ids"] if encoder.tokenizer else
+           [token for _ in rows for token in encoder.seeded()["input_ids"]])
+    found, scored = [], 1
+    for begin in range(0, len(ids), stride):
+        end = min(begin + encoder.max_length, len(ids))
+        found.append(encoder.example({"input_ids": ids[begin:end]}, first=scored - begin))
+        scored = end
+        if end == len(ids):
+            break
+    return found
+
+
 def labelled_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     return plain_texts(rows, encoder, label=float if encoder.sizes.get("labels") == 1 else int)
 
@@ -242,6 +281,21 @@ def translations(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
     return found
 
 
+def echoed_texts(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    """A text for the encoder, and the same for the decoder, which reads it one token later."""
+    return [_echoed(example, encoder.config) for example in plain_texts(rows, encoder)]
+
+
+def labelled_echoes(rows: Sequence[Row], encoder: Encoder) -> list[Example]:
+    return [_echoed(example, encoder.config) for example in labelled_texts(rows, encoder)]
+
+
+def _echoed(example: Example, config: Config) -> Example:
+    ids, mask = example.inputs["input_ids"], example.inputs["attention_mask"]
+    shifted = {"decoder_input_ids": [decoder_start(config), *ids[:-1]], "decoder_attention_mask": list(mask)}
+    return Example(example.inputs | shifted, example.targets)
+
+
 def pieces_of(tokenizer: Any | None) -> list[str]:
     """What each id stands for in SentencePiece's spelling, nothing for special ones; none without a tokenizer."""
     if tokenizer is None:
@@ -262,6 +316,7 @@ def _answer(encoding: Any, text: str, answer: str) -> tuple[int, int]:
 
 ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {
     "causal-lm": plain_texts,
+    "prefix-lm": plain_texts,
     "masked-lm": masked_texts,
     "pre-training": sentence_pairs,
     "sequence-classification": labelled_texts,
@@ -269,4 +324,5 @@ ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {
     "question-answering": questions,
     "translation": translations,
     "encoder": labelled_texts,
+    "encoder-decoder": labelled_echoes,
 }

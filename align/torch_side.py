@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe
 from .lockstep import listener_here
-from .side import Modules, Side, entering, fed, hooked
+from .parts import Parts, by_module, index_of
+from .side import Modules, Side, entering, fed, hooked, in_shape
 
 
 class TorchSide(Side):
@@ -47,27 +49,36 @@ class TorchSide(Side):
 
     @contextmanager
     def _hooks(self, modules: Modules) -> Iterator[None]:
-        """The modules, by (torch path, Paddle's name), tell whoever listens what arrives at them and what they give."""
+        """The modules, by (torch path, Paddle's name), tell whoever listens what arrives at them and what they give.
+
+        A fused module tells it for each of its parts.
+        """
         import torch
         found = dict(self.model.named_modules())
 
-        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        def before(parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             place = entering(arguments, named, _is_floating)
             value = None if place is None else (arguments or named)[place]
             if listener_here() is None or not _is_floating(value):
                 return None
-            given = listener_here().arrived(name, value.detach().numpy)
-            return None if given is None else fed(arguments, named, place, torch.tensor(given, dtype=value.dtype))
+            given = [listener_here().arrived(name, lambda name=name: self.run.batch_first(name, value.detach().numpy()))
+                     for _, name in parts][-1]
+            if given is None:
+                return None
+            given = self.run.batch_first(parts[-1][1], given)
+            return fed(arguments, named, place, torch.tensor(in_shape(given, value.shape), dtype=value.dtype))
 
-        def after(name: str, module: Any, output: Any) -> None:
+        def after(parts: Parts, module: Any, output: Any) -> None:
             if listener_here() is None:
                 return
             first = output[0] if isinstance(output, (tuple, list)) else output
-            if self._is_probed(module):
-                listener_here().probed(name, lambda array: probed(module, torch.tensor(array, dtype=first.dtype)))
-            listener_here().answered(name, first.detach().numpy())
+            for path, name in parts:
+                if self._is_probed(module):
+                    listener_here().probed(name, lambda array, path=path: probed(
+                        module, torch.tensor(array, dtype=first.dtype))[index_of(path)])
+                listener_here().answered(name, self.run.batch_first(name, first.detach().numpy()[index_of(path)]))
 
-        with hooked(found, "register_forward_hook", modules, before, after):
+        with hooked(found, "register_forward_hook", by_module(modules), before, after):
             yield
 
 
@@ -90,6 +101,11 @@ def probed(module: Any, small: Any) -> np.ndarray:
     """What a module gives for a small input, without its hooks."""
     with small_statistics(module):
         return module.forward(small).detach().numpy()
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module, by its name, is a norm that every class writes anew: T5LayerNorm, LlamaRMSNorm, …"""
+    return re.search(r"(Layer|RMS)Norm$", type(module).__name__) is not None and not any(module.children())
 
 
 def floating(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -38,6 +38,12 @@ def load_family(file: Path) -> Family:
     return module.FAMILY
 
 
+def families() -> list[str]:
+    """The families that have a file here, in the order of the alphabet."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(file.stem for file in files if "\nFAMILY = Family(" in file.read_text("utf-8"))
+
+
 def family_named(name: object) -> Family:
     """The family that ``convert/<name>.py`` describes; :class:`BadInput` when there is none."""
     if isinstance(name, str) and name.isidentifier():

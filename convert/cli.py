@@ -125,10 +125,10 @@ def target_config(plan: Plan) -> tuple[Config, list[str]]:
         config["architectures"] = [plan.head.architecture]
         notes.append(f"The config names {plan.declared or 'no architecture'}, the tensors are those of "
                      f"{plan.head.architecture}: the result says so.")
-    for key, fallback in plan.family.additions.items():
-        if config.get(key) is None and config.get(fallback) is not None:
-            config[key] = config[fallback]
-            notes.append(f"config.json: {key} = {config[key]}, from {fallback}; PaddleNLP's class fails without it.")
+    for key, value in plan.family.additions(config).items():
+        if config.get(key) is None and value is not None:
+            config[key] = value
+            notes.append(f"config.json: {key} = {value} is added, because PaddleNLP's class asks for it.")
     half = config.pop("torch_dtype", None) or config.get("dtype")
     if half in HALF:
         config["dtype"] = "float32"

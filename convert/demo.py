@@ -11,25 +11,32 @@ import string
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from .dtypes import BY_NAME
 from .plan import Move, expand
-from .rules import Family, Rule
+from .rules import Config, Family, Rule
 from .writer import MARKER, Staging, make_layout, refuse_existing
 
 SEED = 20260601
+REMOTE = Path(__file__).with_name("remote")
+"""Torch nets of our own for families whose checkpoints bring their code along; they are data here, and not imported."""
 
 
-def build_demo(family: Family, directory: Path) -> Path:
-    """Write the demo checkpoint of ``family`` into ``directory``, in the place of an earlier one."""
+def build_demo(family: Family, directory: Path, changes: Config = MappingProxyType({})) -> Path:
+    """Write the demo checkpoint of ``family`` into ``directory``, in the place of an earlier one.
+
+    ``changes`` are entries of its config that are to be others: another head, another activation.
+    """
+    config = {**family.demo, **changes}
     marker = directory / MARKER
     ours = marker.is_file() and json.loads(marker.read_text("utf-8")).get("demo") == family.name
     refuse_existing(directory, overwrite=ours)
-    head = family.head(family.demo["architectures"][0])
-    rules = [rule for rule in family.rules_of(head) if rule.when(family.demo) and rule.moves]
-    sizes, layers = family.sizes(family.demo), family.layers(family.demo)
+    head = family.head(config["architectures"][0])
+    rules = [rule for rule in family.rules_of(head) if rule.when(config) and rule.moves and not rule.otherwise]
+    sizes, layers = family.sizes(config), family.layers(config)
     moves = [move for rule in expand(rules, layers) for move in _stored(rule, sizes)]
     layout = make_layout(moves, "safetensors", shard_size=1 << 40, framework="pt")
     generator = np.random.default_rng(SEED)
@@ -39,7 +46,7 @@ def build_demo(family: Family, directory: Path) -> Path:
             values = _trained_like(move, generator)
             staging.write(layout.places[move.target][0], memoryview(values.reshape(-1).view(np.uint8)),
                           layout.places[move.target][1])
-        for name, text in _companions(family).items():
+        for name, text in _companions(family, config).items():
             (staging.path / name).write_text(text, "utf-8")
         staging.publish()
     return directory
@@ -67,9 +74,11 @@ def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
     return np.float32(0.1) * noise
 
 
-def _companions(family: Family) -> dict[str, str]:
-    files = {"config.json": json.dumps(family.demo, indent=2), MARKER: json.dumps({"demo": family.name})}
-    return files | TOKENIZERS[family.tokenizer](family.demo.get("vocab_size", 0))
+def _companions(family: Family, config: Config) -> dict[str, str]:
+    files = {"config.json": json.dumps(config, indent=2), MARKER: json.dumps({"demo": family.name})}
+    if family.remote_code:
+        files |= {file.name: file.read_text("utf-8") for file in sorted((REMOTE / family.name).glob("*.py"))}
+    return files | TOKENIZERS[family.tokenizer](config.get("vocab_size", 0))
 
 
 def _wordpiece(vocab_size: int) -> dict[str, str]:
@@ -100,5 +109,34 @@ def _pictures(vocab_size: int) -> dict[str, str]:
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, indent=2)}
 
 
+def _sentencepiece(vocab_size: int) -> dict[str, str]:
+    """A Unigram vocabulary (Kudo 2018) of letters and their most frequent pairs and triples, as T5's fast tokenizer
+    has it in its ``tokenizer.json``: a space is ▁, every text ends with </s>, the fewest pieces win.
+    """
+    special = ["<pad>", "</s>", "<unk>"]
+    words = ["the", "a", "to", "and", "of", "in", "is", "der", "die", "das", "und", "ein", "zu"]
+    syllables = ["en", "er", "ch", "de", "ei", "nd", "te", "in", "ie", "ge", "es", "ne", "un", "st", "re", "he", "an",
+                 "se", "ng", "it", "sch", "ich", "ein", "ing", "ung"]
+    letters = [*string.ascii_letters, *string.digits, *string.punctuation, *"ÄÖÜäöüß–’"]
+    pieces = ["▁", *letters, *syllables, *(f"▁{word}" for word in words)]
+    vocabulary = [[piece, 0.0] for piece in special] + [[piece, -8.0] for piece in pieces]
+    vocabulary += [[f"<unused{number}>", -99.0] for number in range(vocab_size - len(vocabulary))]
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": spaces,
+        "decoder": spaces,
+        "added_tokens": [{"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for number, token in enumerate(special)],
+        "post_processor": {"type": "TemplateProcessing", "single": [texts[0], end],
+                           "pair": [texts[0], end, texts[1], end],
+                           "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": False},
+    }
+    return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0})}
+
+
 TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "pictures": _pictures,
-              "none": lambda vocab_size: {}}
+              "sentencepiece": _sentencepiece, "none": lambda vocab_size: {}}

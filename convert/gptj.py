@@ -81,7 +81,7 @@ FAMILY = Family(
         "initializer_range": 0.02, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
         "tie_word_embeddings": False,
     },
-    additions={"pad_token_id": "eos_token_id"},
+    additions=lambda config: {"pad_token_id": config.get("eos_token_id")},
 )
 
 if __name__ == "__main__":

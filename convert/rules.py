@@ -23,6 +23,7 @@ Names = tuple[str, ...]
 Layers = Mapping[str, int | range]
 """The numbers that each letter for a layer number stands for: ``{"i": 28}`` from 0 on, ``{"i": range(1, 28)}``."""
 Condition = Callable[[Config], bool]
+Inside = Mapping[str, tuple[tuple[str, str, str], ...]]
 MAX_SIZE = 2**30
 MAX_LAYERS = 100_000
 
@@ -33,13 +34,14 @@ class Filling:
 
     ``rows`` makes some rows of it (numpy, float32, [rows, columns]; the last axis is the columns, the others are the
     rows), so that no mask need be held whole; ``copies`` names the source tensor that it is a copy of instead.
-    ``checked`` says that a source which carries the tensor must hold this very value.
+    ``checked`` says that a source which carries the tensor must hold this very value; of a ``mask`` only what is 0.
     """
 
     name: str
     rows: Callable[[tuple[int, ...], range], Any] | None = None
     copies: str | None = None
     checked: bool = False
+    mask: bool = False
 
     def make(self, shape: tuple[int, ...]) -> Any:
         """The whole array."""
@@ -81,7 +83,8 @@ class Rule:
 
     ``sources`` holds for each source tensor the names it goes by, transformers' own first. Only ``split`` has several
     targets and only ``merge`` several sources. ``shape`` is the source side's, of the fused tensor where there is one:
-    its fused axis is then a tuple, the sizes of the parts.
+    its fused axis is then a tuple, the sizes of the parts. ``again`` is what Paddle's net calls a tied parameter
+    besides the name that the file has.
     """
 
     kind: str
@@ -92,6 +95,7 @@ class Rule:
     groups: Size = 1
     otherwise: Filling | None = None
     why: str = ""
+    again: str = ""
     when: Condition = field(default=lambda config: True, compare=False)
 
     @property
@@ -143,6 +147,8 @@ class Rule:
 
         A tied copy that Paddle holds must still be one; whatever else the conversion made is left out.
         """
+        if self.again:
+            return replace(self, sources=((self.again,),), again=self.sources[0][0])
         if not self.targets:
             return None
         back = tuple((target,) for target in self.targets)
@@ -160,7 +166,7 @@ class Rule:
             return name.replace(f"{{{letter}}}", str(number))
         copied = self.otherwise and self.otherwise.copies and replace(self.otherwise, copies=put(self.otherwise.copies))
         return replace(self, sources=tuple(tuple(map(put, names)) for names in self.sources),
-                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise)
+                       targets=tuple(map(put, self.targets)), otherwise=copied or self.otherwise, again=put(self.again))
 
     def _of_part(self, number: int) -> Shape:
         return tuple(size[number] if isinstance(size, tuple) else size for size in self.shape)
@@ -240,20 +246,29 @@ def merge(name: str, shape: Shape, to: str, *, groups: Size = 1, transposed: boo
     return [_sound(rule if when is None else replace(rule, when=when))]
 
 
-def tied(name: str, *shape: Size, of: str, when: Condition | None = None) -> list[Rule]:
-    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both."""
-    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of))
+def tied(name: str, *shape: Size, of: str, again: str = "", when: Condition | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that must hold the bits of ``of``: Paddle's net has one parameter for both.
+
+    ``again`` is the second name of that parameter, if the net has one; the file need not hold it.
+    """
+    rule = Rule("tied", ((name,),), shape=shape, otherwise=copy_of(of), again=again)
     return [rule if when is None else replace(rule, when=when)]
 
 
-def buffer(name: str, *shape: Size, filling: Filling, when: Condition | None = None) -> list[Rule]:
+def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
+           when: Condition | None = None) -> list[Rule]:
     """What the Paddle side wants beyond the source. A source that carries it is claimed and checked."""
-    return _rules("buffer", name, name, shape, filling, when)
+    return _rules("buffer", name, to or name, shape, filling, when)
 
 
-def drop(name: str, *, why: str, also: Sequence[str] = (), when: Condition | None = None) -> list[Rule]:
-    """A source tensor, if it is there, that the Paddle side has no place for."""
-    rules = _also_called([Rule("drop", ((source,),), why=why) for source in _alternatives(name)], also)
+def drop(name: str, *shape: Size, why: str, holding: Filling | None = None, also: Sequence[str] = (),
+         when: Condition | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that the Paddle side has no place for.
+
+    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself.
+    """
+    rules = _also_called([Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why)
+                          for source in _alternatives(name)], also)
     return rules if when is None else [replace(rule, when=when) for rule in rules]
 
 
@@ -273,15 +288,15 @@ def causal_mask() -> Filling:
         import numpy as np
         positions = np.arange(some.start, some.stop, dtype=np.int32) % shape[-2]
         return (np.arange(shape[-1], dtype=np.int32) <= positions[:, None]).astype(np.float32)
-    return Filling("causal mask", rows, checked=True)
+    return Filling("causal mask", rows, checked=True, mask=True)
 
 
-def constant(value: float) -> Filling:
+def constant(value: float, *, checked: bool = False) -> Filling:
     """One value everywhere."""
     def rows(shape: tuple[int, ...], some: range) -> Any:
         import numpy as np
         return np.full((len(some), *(shape[-1:] or (1,))), value, np.float32)
-    return Filling(f"{value:g}", rows)
+    return Filling(f"{value:g}", rows, checked=checked)
 
 
 def _rules(kind: str, source: str, target: str, shape: Shape, otherwise: Filling | None = None,
@@ -352,32 +367,42 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. ``prefix`` is what the base model's names go without, on torch's side and on Paddle's.
-
-    ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
-    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has: (torch,
-    Paddle, the operation before it); some may be of a few configs only. ``demo`` is the config of the built-in
-    checkpoint, ``tokenizer`` its kind: wordpiece, byte-level, pictures or none. ``config_of`` reads from the header
-    what a checkpoint without a config.json does not say. ``model_type`` is the config's, ``paddlenlp`` the package in
-    PaddleNLP; both are ``name`` unless given.
-    """
+    """One architecture: how its weights move, and what align needs to know of it."""
 
     name: str
     prefix: str
+    """What the base model's names go without on torch's side, and on Paddle's where there is no ``target_prefix``."""
     layers: Callable[[Config], Layers]
     sizes: Callable[[Config], Sizes]
     rules: tuple[Rule, ...]
     heads: tuple[Head, ...]
     modules: tuple[tuple[str, str], ...] = ()
+    """(torch, Paddle) paths of the modules that align records, in the order of execution."""
+    inside: Inside | Callable[[Config], Inside] = field(default_factory=dict)
+    """For a module's Paddle path its sublayers in that order too: (torch, Paddle, the operation before it)."""
     demo: Config = field(default_factory=dict)
+    """The config of the built-in checkpoint."""
+    variants: Mapping[str, Config] = field(default_factory=dict)
+    """By name, what can be otherwise in ``demo`` and changes the numbers."""
     tokenizer: str = "none"
+    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece, pictures (a preprocessor) or none."""
     unsupported: Callable[[Config], str | None] = lambda config: None
-    additions: Config = field(default_factory=dict)
-    inside: Mapping[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
+    """Why a config cannot be converted."""
+    additions: Callable[[Config], Config] = lambda config: {}
+    """Keys that PaddleNLP's class wants in a config that does not have them."""
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
+    """The config of a checkpoint that comes without a config.json, read from its header."""
     model_type: str = ""
+    """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""
+    """The package below ``paddlenlp.transformers``; ``name`` unless given."""
+    remote_code: bool = False
+    """Whether torch's classes are in code that the checkpoint brings along."""
+    time_first: Callable[[str], bool] = lambda name: False
+    """Whether a module's or output's arrays, by Paddle's name, are [tokens, batch, width]."""
+    paddlenlp_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """The arguments that PaddleNLP's class takes, of those that torch's takes."""
 
     @property
     def paddle_prefix(self) -> str:
@@ -386,6 +411,10 @@ class Family:
     def head(self, architecture: str) -> Head:
         """The head whose class is ``architecture``; KeyError when the family has none."""
         return {head.architecture: head for head in self.heads}[architecture]
+
+    def inside_of(self, config: Config) -> Inside:
+        """The sublayers of a module, by its Paddle path, ``{i}`` still in place."""
+        return self.inside(config) if callable(self.inside) else self.inside
 
     def rules_of(self, head: Head) -> list[Rule]:
         """Every rule that holds for ``head``. Names with and without the prefix are accepted, as transformers does."""

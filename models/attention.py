@@ -27,13 +27,15 @@ def attend(
     mask: Tensor | None,
     dropout: Callable[[Tensor], Tensor],
     divisor: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(query key^T / divisor + mask) value (Vaswani et al. 2017, eq. 1), divisor None is sqrt(width).
+    """softmax(query key^T / divisor + bias + mask) value (Vaswani et al. 2017, eq. 1), divisor None is sqrt(width).
 
-    query [batch, heads, queries, width], key and value [batch, heads, keys, width], mask additive and
-    broadcast to [batch, heads, queries, keys]. Returns [batch, queries, heads * width].
+    query [batch, heads, queries, width], key and value [batch, heads, keys, width], bias (of positions) and
+    mask additive and broadcast to [batch, heads, queries, keys]. Returns [batch, queries, heads * width].
     """
     scores = paddle.matmul(query, key, transpose_y=True) / (divisor or math.sqrt(query.shape[-1]))
+    scores = scores if bias is None else scores + bias
     weights = F.softmax(scores if mask is None else scores + mask, axis=-1)
     return heads_first(paddle.matmul(dropout(weights), value)).flatten(-2)
 

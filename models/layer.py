@@ -38,13 +38,28 @@ class Embedding(nn.Embedding):
 class VocabularyLinear(nn.Layer):
     """``x @ weight.T + bias`` with weight [vocabulary, width], which may be an embedding's own."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, bias: bool = True):
         super().__init__()
         self.weight = weight
-        self.bias = self.create_parameter([weight.shape[0]], is_bias=True)
+        self.bias = self.create_parameter([weight.shape[0]], is_bias=True) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return paddle.matmul(hidden, self.weight, transpose_y=True) + self.bias
+        scores = paddle.matmul(hidden, self.weight, transpose_y=True)
+        return scores if self.bias is None else scores + self.bias
+
+
+class LMHead(nn.Layer):
+    """``x @ decoder_weight.T`` with decoder_weight [vocabulary, width], which may be an embedding's own.
+
+    PaddleNLP's name for the ``lm_head.weight`` of OPT and BLOOM.
+    """
+
+    def __init__(self, decoder_weight: Tensor):
+        super().__init__()
+        self.decoder_weight = decoder_weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return paddle.matmul(hidden, self.decoder_weight, transpose_y=True)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -53,17 +68,20 @@ class LayerNorm(nn.LayerNorm):
     Paddle's float32 kernel adds up one element after the other: at width 4096 with one outlier channel it is
     1.1e-7 from the true value where torch is 4.7e-8 and float64 rounded once 2.5e-8. The matmuls around it
     cost 100 times as much. The kernel refuses an epsilon above 1e-3; norm(x, e) = norm(c x, c**2 e) for any
-    positive c, and with a power of two as c every product is exact.
+    positive c, and with a power of two as c every product is exact. Without ``affine`` nothing is learned.
     """
 
-    def __init__(self, width: int, epsilon: float):
-        super().__init__(width)
+    def __init__(self, width: int, epsilon: float, affine: bool = True):
+        learned = None if affine else False
+        super().__init__(width, weight_attr=learned, bias_attr=learned)
         halvings = max(0, math.ceil(math.log(epsilon / LARGEST_EPSILON, 4))) if epsilon > 0 else 0
         self._shrink = 0.5**halvings
         self._epsilon = epsilon * self._shrink**2
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.astype("float64"), self.bias.astype("float64")
+        weight, bias = (
+            None if learned is None else learned.astype("float64") for learned in (self.weight, self.bias)
+        )
         shrunk = x.astype("float64") * self._shrink
         return F.layer_norm(shrunk, self._normalized_shape, weight, bias, self._epsilon).astype(x.dtype)
 

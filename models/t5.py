@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import paddle
 from paddle import Tensor, nn
@@ -23,17 +23,16 @@ from .layer import Embedding, RMSNorm, linear
 from .loss import cross_entropy
 from .pretrained import Pretrained
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 KeyValue = tuple[Tensor, Tensor]
 BlockCache = tuple[KeyValue, KeyValue]
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config(Config):
-    """``config.json`` of T5, defaults of transformers.
-
-    ``feed_forward_proj`` is an activation, or ``gated-`` and one. What it implies stands in files too, as
-    ``dense_act_fn`` and ``is_gated_act``, and transformers believes these two more.
-    """
+    """``config.json`` of T5, defaults of transformers."""
 
     aliases: ClassVar[Mapping[str, str]] = {
         "hidden_size": "d_model",
@@ -54,19 +53,13 @@ class T5Config(Config):
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
-    feed_forward_proj: str = "relu"
-    dense_act_fn: str | None = None
-    is_gated_act: bool | None = None
+    dense_act_fn: str = "relu"
+    is_gated_act: bool = False
     pad_token_id: int | None = 0
     decoder_start_token_id: int | None = None
     tie_encoder_decoder: bool = False
 
     def __post_init__(self):
-        gate, _, name = self.feed_forward_proj.rpartition("-")
-        if gate not in ("", "gated") or not name:
-            raise BadInput(
-                f"t5: feed_forward_proj {self.feed_forward_proj!r} is neither an activation nor gated-ACTIVATION."
-            )
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or farthest <= buckets // 2:
             raise BadInput(
@@ -80,16 +73,19 @@ class T5Config(Config):
     def decoder_layers(self) -> int:
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
-    @property
-    def gated(self) -> bool:
-        return self.feed_forward_proj.startswith("gated-") if self.is_gated_act is None else self.is_gated_act
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """``feed_forward_proj`` is an activation, or ``gated-`` and one.
 
-    @property
-    def activation(self) -> str:
-        """gated-gelu is the tanh approximation, as in Google's code; gelu alone is the exact one."""
-        if self.dense_act_fn is not None:
-            return self.dense_act_fn
-        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.split("-")[-1]
+        What it implies stands in files too, and transformers believes that more. gated-gelu is the tanh
+        approximation, as in Google's code; gelu alone is the exact one.
+        """
+        projection = config.get("feed_forward_proj", "relu")
+        gate, _, name = projection.rpartition("-")
+        if gate not in ("", "gated") or not name:
+            raise BadInput(f"t5: feed_forward_proj {projection!r} is neither an activation nor gated-ACTIVATION.")
+        implied = {"dense_act_fn": "gelu_new" if projection == "gated-gelu" else name, "is_gated_act": bool(gate)}
+        return super().from_dict({**implied, **config})
 
 
 class T5DenseActDense(nn.Layer):
@@ -99,7 +95,7 @@ class T5DenseActDense(nn.Layer):
         super().__init__()
         into, back = (config.initializer_factor * width**-0.5 for width in (config.d_model, config.d_ff))
         self.wi = linear(config.d_model, config.d_ff, into, bias=False)
-        self.act = activation(config.activation)
+        self.act = activation(config.dense_act_fn)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.wo = linear(config.d_ff, config.d_model, back, bias=False)
 
@@ -115,7 +111,7 @@ class T5DenseGatedActDense(nn.Layer):
         into, back = (config.initializer_factor * width**-0.5 for width in (config.d_model, config.d_ff))
         self.wi_0 = linear(config.d_model, config.d_ff, into, bias=False)
         self.wi_1 = linear(config.d_model, config.d_ff, into, bias=False)
-        self.act = activation(config.activation)
+        self.act = activation(config.dense_act_fn)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.wo = linear(config.d_ff, config.d_model, back, bias=False)
 
@@ -126,7 +122,7 @@ class T5DenseGatedActDense(nn.Layer):
 class T5LayerFF(nn.Layer):
     def __init__(self, config: T5Config):
         super().__init__()
-        self.DenseReluDense = T5DenseGatedActDense(config) if config.gated else T5DenseActDense(config)
+        self.DenseReluDense = T5DenseGatedActDense(config) if config.is_gated_act else T5DenseActDense(config)
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_utils import no_init_weights
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from convert.cli import main as convert_main
@@ -21,6 +22,9 @@ from convert.cli import main as convert_main
 torch.set_num_threads(1)  # models this small lose more than they gain by a second one
 STAGES = ("weights", "forward", "metric", "loss")
 TINY = {
+    "bloom": dict(vocab_size=257, hidden_size=32, n_layer=2, n_head=4, seq_length=96, pad_token_id=256),
+    "opt": dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4,
+                max_position_embeddings=96, bos_token_id=256, eos_token_id=256, pad_token_id=256),
     "bert": dict(vocab_size=160, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
                  max_position_embeddings=96),
     "gptj": dict(vocab_size=257, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_positions=96, n_inner=48,
@@ -32,19 +36,21 @@ BERT_HEADS = ("BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassific
 
 
 def family_of(head: str) -> str:
-    return "gptj" if head.startswith("GPTJ") else "bert"
+    return getattr(transformers, head).config_class.model_type
 
 
 def torch_model(head: str, seed: int = 0, **overrides: Any) -> Any:
     """A tiny ``head`` with the spread of trained weights: nothing is 0, nothing is 1, norms and biases differ."""
     cls = getattr(transformers, head)
     config = cls.config_class(**{**TINY[family_of(head)], **overrides})
-    model, generator = cls(config).eval(), torch.Generator().manual_seed(seed)
+    with no_init_weights():  # OPT's fails on layer norms without weights
+        model, generator = cls(config).eval(), torch.Generator().manual_seed(seed)
+    model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
-                spread = 0.5 if "embedding" in name or "wte" in name else 1.4 / parameter.shape[1] ** 0.5
+                spread = 0.5 if "embed" in name or "wte" in name else 1.4 / parameter.shape[1] ** 0.5
                 parameter.copy_(spread * noise)
             else:
                 parameter.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise)
@@ -75,7 +81,12 @@ def _single_bytes() -> dict[str, str]:
             "merges.txt": "#version: 0.2\n", "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}
 
 
-TOKENIZERS = {"bert": _single_letters(), "gptj": _single_bytes()}
+TOKENIZERS = {
+    "bert": _single_letters(),
+    "bloom": _single_bytes(),
+    "gptj": _single_bytes(),
+    "opt": _single_bytes(),
+}
 
 
 @dataclass(frozen=True)

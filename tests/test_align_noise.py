@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 from transformers import (
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
@@ -40,6 +46,10 @@ MODELS = {
     "t5": t5_encoder,
     "resnet": lambda: with_statistics(ResNetForImageClassification(ResNetConfig(
         embedding_size=8, hidden_sizes=[16, 16, 24, 32], depths=[1, 2, 1, 1], num_labels=20))),
+    "opt": lambda: OPTForCausalLM(OPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                            ffn_dim=64, max_position_embeddings=32, attn_implementation="eager")),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4,
+                                                  attn_implementation="eager")),
 }
 
 
@@ -115,7 +125,25 @@ def test_without_the_mode_gptj_in_double_still_computes_in_float32():
     double = model.eval().double()
     assert first(double).dtype == torch.float32
     with Float64():
-        assert first(double).dtype == torch.float64
+        found = first(double)
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_gpt2_in_double_is_what_the_oracle_computes_also_of_an_attention_that_refuses_double(reordered):
+    """``reorder_and_upcast_attn`` raises where the scores are not float32; its float32 is scaled before the product."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_implementation="eager")
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    whole = first(__import__("copy").deepcopy(model).double())
+    for block in model.transformer.h:
+        block.attn.reorder_and_upcast_attn = reordered
+    with Float64():
+        found = first(model)
+    assert found.dtype == torch.float64 and (found - whole).norm() < 1e-14 * whole.norm()
 
 
 def test_the_oracle_looks_up_the_rows_that_torch_looks_up():
@@ -137,6 +165,39 @@ def test_a_mean_over_the_last_axis_is_reordered_and_others_are_not():
     plain = [values.mean(-1, keepdim=True), values.mean(-1), values.mean(0), values.mean()]
     assert [torch.equal(*two) for two in zip(found, plain, strict=True)] == [False, False, True, True]
     assert all(torch.allclose(*two, rtol=1e-6) for two in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+def test_a_softmax_that_asks_for_float32_computes_in_float64(name):
+    """Of a model in double, ``softmax(…, dtype=torch.float32)`` alone rounds, by some 1e-8."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    double = __import__("copy").deepcopy(model).double()
+    rounded = first(double)
+    with Float64():
+        whole, widened = first(double), first(model)
+    assert torch.equal(whole, widened)
+    assert 1e-10 < (rounded - whole).norm() / whole.norm() < 1e-6
+
+
+@pytest.mark.parametrize("call", [
+    lambda a, b, c: c[0].addmm(a[0], b[0]), lambda a, b, c: torch.addmm(c[0], mat1=a[0], mat2=b[0], alpha=0.5, beta=2),
+    lambda a, b, c: c.baddbmm(batch1=a, batch2=b, beta=1.0, alpha=0.25), lambda a, b, c: torch.baddbmm(c, a, b),
+    lambda a, b, c: torch.bmm(a, b), lambda a, b, c: a @ b,
+])
+def test_products_sum_in_another_order_and_nothing_else_changes(call):
+    """Of [2, 3, 700] with [2, 700, 5], plus [2, 3, 5]: other bits than torch's, and a float64 sum that is the same."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(shape, generator=generator) for shape in ((2, 3, 700), (2, 700, 5), (2, 3, 5)))
+    plain, exact = call(a, b, c), call(a.double(), b.double(), c.double())
+    with Reordered(1):
+        other = call(a, b, c)
+        exact_other = call(a.double(), b.double(), c.double())
+    assert not torch.equal(plain, other)
+    assert (exact - exact_other).abs().max() < 1e-12
 
 
 WEIGHT = torch.randn((8, 6, 5, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(4))

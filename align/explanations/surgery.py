@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..oracle import MATMUL, SOFTMAX
+from ..parts import index_of, whole
 
 Change = Callable[[Any], Any]
 ABSENT = object()
@@ -28,22 +29,30 @@ def together(*changes: Change) -> Change:
 
 
 def weights(tensors: Mapping[str, Any]) -> Change:
-    """Other parameters, by path below the root. A tied parameter is changed where it is named, and only there."""
+    """Other parameters, or parts of them, by path below the root. A tied one is changed where it is named, and only
+    there."""
     @contextmanager
     def change(root: Any) -> Iterator[None]:
         before = {}
         for path, tensor in tensors.items():
-            module, _, attribute = path.rpartition(".")
+            module, _, attribute = whole(path).rpartition(".")
             owner = root.get_submodule(module)
             held = owner._parameters[attribute]
-            before[path] = owner, attribute, held
-            owner._parameters[attribute] = torch.nn.Parameter(tensor.to(held.dtype), requires_grad=False)
+            before.setdefault(whole(path), (owner, attribute, held))
+            changed = _with_part(held, path, tensor) if whole(path) != path else tensor
+            owner._parameters[attribute] = torch.nn.Parameter(changed.to(held.dtype), requires_grad=False)
         try:
             yield
         finally:
             for owner, attribute, held in before.values():
                 owner._parameters[attribute] = held
     return change
+
+
+def _with_part(held: Any, path: str, tensor: Any) -> Any:
+    changed = held.detach().clone()
+    changed[index_of(path)] = tensor
+    return changed
 
 
 def attributes(path: str, values: Mapping[str, Any]) -> Change:

@@ -1,0 +1,131 @@
+"""GPT-2: fused q, k, v cut in three, new names; what OpenAI's ``Conv1D`` keeps is [in, out] already, as in Paddle."""
+
+import sys
+
+from convert.rules import (
+    Config,
+    Family,
+    Head,
+    Sizes,
+    conv1d,
+    counted,
+    drop,
+    keep,
+    labels_of,
+    linear,
+    norm,
+    rules,
+    size_of,
+    split,
+    tied,
+)
+
+
+def sizes(config: Config) -> Sizes:
+    hidden = size_of(config, "n_embd", "hidden_size")
+    return {
+        "hidden": hidden,
+        "inner": size_of(config, "n_inner", default=4 * hidden),
+        "vocab": size_of(config, "vocab_size"),
+        "positions": size_of(config, "n_positions", "max_position_embeddings"),
+        "labels": labels_of(config),
+    }
+
+
+def unsupported(config: Config) -> str | None:
+    if config.get("add_cross_attention"):
+        return "add_cross_attention is set; PaddleNLP's GPT and models/ read one sequence only"
+    if config.get("pruned_heads"):
+        return "pruned_heads is set; PaddleNLP's GPT and models/ have as many heads in every layer"
+    return None
+
+
+def one_table(config: Config) -> bool:
+    return config.get("tie_word_embeddings", True)
+
+
+def two_tables(config: Config) -> bool:
+    return not one_table(config)
+
+
+def additions(config: Config) -> Config:
+    """PaddleNLP's GPTConfig takes ``n_inner`` null for 3072 and a dropout of 0 for 0.1, ignores labels that are 0
+    instead of -100, and has a key of its own for the scale.
+    """
+    hidden = size_of(config, "n_embd", "hidden_size")
+    heads = size_of(config, "n_head", "num_attention_heads", default=12)
+    return {
+        "pad_token_id": config.get("eos_token_id"),
+        "n_inner": 4 * hidden,
+        "ignore_index": -100,
+        "hidden_dropout_prob": config.get("embd_pdrop", 0.1),
+        "attention_probs_dropout_prob": config.get("attn_pdrop", 0.1),
+        "scale_qk_coeff": None if config.get("scale_attn_weights", True) else float(hidden // heads),
+    }
+
+
+def prelu(config: Config) -> bool:
+    return config.get("activation_function") == "prelu"
+
+
+TORCH, PADDLE = "transformer.h.{i}", "gpt.decoder.layers.{i}"
+FAMILY = Family(
+    name="gpt2", paddlenlp="gpt", prefix="transformer.", target_prefix="gpt.", sizes=sizes,
+    layers=counted("n_layer", "num_hidden_layers"), unsupported=unsupported, additions=additions,
+    rules=rules(
+        keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
+        keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
+        norm(f"{TORCH}.ln_1", "hidden", to=f"{PADDLE}.norm1"),
+        drop(f"{TORCH}.attn.{{bias,masked_bias}}", why="the causal mask of old files; both sides make it themselves"),
+        split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
+              to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
+        split(f"{TORCH}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.bias"),
+        conv1d(f"{TORCH}.attn.c_proj", "hidden", "hidden", to=f"{PADDLE}.self_attn.out_proj"),
+        norm(f"{TORCH}.ln_2", "hidden", to=f"{PADDLE}.norm2"),
+        conv1d(f"{TORCH}.mlp.c_fc", "hidden", "inner", to=f"{PADDLE}.linear1"),
+        keep(f"{TORCH}.mlp.act.weight", 1, to=f"{PADDLE}.activation.weight", when=prelu),
+        conv1d(f"{TORCH}.mlp.c_proj", "inner", "hidden", to=f"{PADDLE}.linear2"),
+        norm("transformer.ln_f", "hidden", to="gpt.decoder.norm"),
+    ),
+    heads=(
+        Head("GPT2LMHeadModel", "GPTLMHeadModel", "causal-lm", rules(
+            tied("lm_head.weight", "vocab", "hidden", of="transformer.wte.weight", again="lm_head.weight",
+                 when=one_table),
+            keep("lm_head.weight", "vocab", "hidden", when=two_tables),
+            drop("multiple_choice_head.summary.{weight,bias}",
+                 why="the second head of GPT2DoubleHeadsModel, which PaddleNLP has no class for"))),
+        Head("GPT2ForSequenceClassification", "GPTForSequenceClassification", "sequence-classification",
+             rules(linear("score", "labels", "hidden", bias=False))),
+        Head("GPT2ForTokenClassification", "GPTForTokenClassification", "token-classification",
+             rules(linear("classifier", "labels", "hidden"))),
+        Head("GPT2ForQuestionAnswering", None, "question-answering", rules(linear("qa_outputs", 2, "hidden"))),
+        Head("GPT2Model", "GPTModel", "encoder", base=True),
+    ),
+    modules=(
+        ("transformer.drop", "gpt.embeddings.dropout"),
+        (TORCH, PADDLE),
+        ("transformer.ln_f", "gpt.decoder.norm"),
+    ),
+    inside={PADDLE: (
+        ("ln_1", "norm1", "input"),
+        ("attn.c_attn", "self_attn.q_proj", "wiring of the norm"),
+        ("attn.c_attn", "self_attn.k_proj", "wiring of the norm"),
+        ("attn.c_attn", "self_attn.v_proj", "wiring of the norm"),
+        ("attn.c_proj", "self_attn.out_proj", "attention: scale, mask, softmax"),
+        ("ln_2", "norm2", "residual"),
+        ("mlp.c_fc", "linear1", "wiring of the norm"),
+        ("mlp.c_proj", "linear2", "mlp activation"),
+    )},
+    tokenizer="byte-level",
+    demo={
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 272, "n_positions": 128,
+        "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": None, "activation_function": "gelu_new",
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-05,
+        "initializer_range": 0.02, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
+        "scale_attn_weights": True, "tie_word_embeddings": True,
+    },
+)
+
+if __name__ == "__main__":
+    from convert.cli import main
+    sys.exit(main(FAMILY))
