@@ -49,7 +49,7 @@ class Rows:
             fitting = next((mask for mask in self.masks if mask.size == len(array)), None)
             return array.copy() if fitting is None else array[fitting.reshape(-1)]
         if array.ndim == 4 and not self.masks:
-            return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
+            return np.array(np.moveaxis(array, 1, -1).reshape(-1, array.shape[1]), order="C")
         return array.copy()
 
     @property
