@@ -17,7 +17,7 @@ from .explanations.losses import Supposed, explained, supposed
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, RecordedStage, Session, main
-from .tasks import BARE, TASKS, Labels, numbers
+from .tasks import BARE, TASKS, Labels, hidden_states, numbers
 from .texts import Encoder, echoed_texts, load_rows, plain_texts, tokenizer_of
 from .tolerance import LOSS, TOKEN_LOSS
 from .trace import RECORDED, Step
@@ -81,11 +81,13 @@ def _diagnosis(values: Mapping[str, tuple[float, float]], mistakes: Mapping[str,
 
 def cases(session: Session) -> list[Case]:
     """(name, inputs, labels): all labels valid; with padding; with padding and three of ten labels ignored; and these
-    labels without the inputs that can be made of them."""
+    labels without the inputs that can be made of them. Pictures are of another size instead of padded.
+    """
     run = session.run
     task, generator = TASKS[run.head.task], np.random.default_rng(SEED)
     whole, padded = (seeded(run.config, run.sizes, kind=run.head.inputs, padded=padded) for padded in (False, True))
-    drawn = [("plain", whole, False), ("padded", padded, False), ("ignored", padded, True)]
+    second = "resized" if run.head.inputs == "pixels" else "padded"
+    drawn = [("plain", whole, False), (second, padded, False), ("ignored", padded, True)]
     found = [(name, inputs, task.labels(inputs, run.config, run.sizes, generator, ignore))
              for name, inputs, ignore in drawn]
     if task.spared:
@@ -107,7 +109,7 @@ def losses(session: Session, side: Reference | Candidate, case: Case,
     """
     name, inputs, labels = case
     if session.run.head.task in BARE:
-        yield f"loss.{name}", side.contrastive_loss(outputs["last_hidden_state"], inputs.last_mask, 1.0).reshape(())
+        yield f"loss.{name}", side.contrastive_loss(*hidden_states(outputs, inputs), 1.0).reshape(())
         return
     if "loss" not in outputs:
         raise BadInput(f"the {side.framework} net returned no loss for the labels {', '.join(labels)}; it returned "
@@ -144,9 +146,9 @@ def _encoder_cases(session: Session) -> list[Case]:
 
 
 def _pairs(session: Session) -> Inputs:
-    """Passages, then what follows each; the padded seeded rows where the checkpoint has no tokenizer."""
+    """Passages, then what follows each; where the checkpoint has no tokenizer, seeded rows or pictures."""
     run = session.run
-    tokenizer = tokenizer_of(run)
+    tokenizer = None if run.head.inputs == "pixels" else tokenizer_of(run)
     if tokenizer is None:
         return seeded(run.config, run.sizes, kind=run.head.inputs)
     encoder = Encoder(tokenizer, run.config, run.sizes, max_length=128)

@@ -134,6 +134,18 @@ def _next_token_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Fla
     return {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}
 
 
+def hidden_states(outputs: Mapping[str, np.ndarray], inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """A model's last hidden states [batch, tokens, width], and the mask of the real ones [batch, tokens].
+
+    Every place of a feature map [batch, channels, height, width] is one.
+    """
+    hidden = outputs["last_hidden_state"]
+    if hidden.ndim != 4:
+        return hidden, inputs.last_mask
+    rows = np.ascontiguousarray(hidden.reshape(*hidden.shape[:2], -1).swapaxes(1, 2))
+    return rows, np.ones(rows.shape[:2], bool)
+
+
 UNSHIFTED = {"the labels are not shifted, so that each position is to predict its own token":
              lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}}
 TASKS = {
@@ -148,6 +160,7 @@ TASKS = {
             "per_token": _flat(outputs["prediction_logits"], labels["labels"]),
             "per_row": _flat(outputs["seq_relationship_logits"], labels["next_sentence_label"])}),
     "sequence-classification": Task(_classification_labels, _classification_losses),
+    "image-classification": Task(_classification_labels, _classification_losses),
     "token-classification": Task(
         _class_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
@@ -157,5 +170,5 @@ TASKS = {
         spared=("decoder_input_ids", "decoder_attention_mask")),
     "question-answering": Task(_span_labels, _span_losses, share=0.5),
 }
-BARE = {"encoder", "encoder-decoder"}
+BARE = {"encoder", "encoder-decoder", "image-encoder"}
 """Tasks of models without a head: they have no loss of their own, and are measured by their mean-pooled states."""

@@ -14,7 +14,7 @@ from typing import Any
 from .checkpoint import read_config
 from .dtypes import BY_NAME, Dtype
 from .errors import BadInput
-from .rules import Config, Family, Filling, Gather, Head, Layers, Names, Rule, Size, Sizes, in_numbers
+from .rules import Config, Family, Filling, Gather, Head, Layers, Names, Rule, Size, Sizes, in_numbers, numbers_of
 
 Header = Mapping[str, Any]
 SHOWN = 3
@@ -151,7 +151,7 @@ def expand(rules: Sequence[Rule], layers: Layers) -> Iterator[Rule]:
     """Rules in execution order, a rule for each layer: all of layer 0, then all of layer 1, …"""
     for letter, group in groupby(rules, key=lambda rule: letter_of(rule.names)):
         members = list(group)
-        for number in range(layers[letter] if letter else 1):
+        for number in numbers_of(layers, letter) if letter else (0,):
             yield from (rule.at(letter, number) for rule in members) if letter else members
 
 
@@ -159,7 +159,7 @@ def spelled(groups: Sequence[Names], layers: Layers) -> Iterator[Names]:
     """:func:`expand` for groups of names whose last is a template that stays as it is."""
     for letter, alike in groupby(groups, key=lambda names: letter_of(names)):
         members = list(alike)
-        for number in range(layers[letter] if letter else 1):
+        for number in numbers_of(layers, letter) if letter else (0,):
             yield from ((*(name.replace(f"{{{letter}}}", str(number)) for name in names), template)
                         for *names, template in members)
 
@@ -340,7 +340,7 @@ def _unclaimed(family: Family, rules: Sequence[Rule], layers: Layers, names: lis
     if not names:
         return []
     numbers = {int(found) for name in names for found in re.findall(r"\.(\d{1,9})\.", name)}
-    promised = max(layers.values(), default=0)
+    promised = max((numbers_of(layers, letter).stop for letter in layers), default=0)
     surplus = sorted(number for number in numbers if number >= promised)
     if surplus and all(re.search(r"\.\d+\.", name) for name in names):
         return [f"the config says {promised} layers, the source has layers up to {surplus[-1]} ({_some(names)})."]

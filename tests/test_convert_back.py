@@ -2,18 +2,15 @@
 
 import importlib
 import json
-import struct
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
-from tests.conftest import call, files_under
 
 from convert.__main__ import families, family_named
 from convert.back import main as back_main
 from convert.cli import main as convert_main
+from tests.conftest import call
 
 FAMILIES = [family_named(name) for name in families()]
 HEADS = [(family, head) for family in FAMILIES for head in family.heads if hasattr(transformers, head.architecture)]
