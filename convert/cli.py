@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .writer import Layout
 
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
+              "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.model", "preprocessor_config.json")
 REMOTE_CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 
 
@@ -157,7 +157,8 @@ def _source(family: Family, options: argparse.Namespace) -> Iterator[tuple[str, 
     if not family.demo:
         raise BadInput(f"family {family.name} has no built-in demo; give --source.")
     from .demo import build_demo
-    print(f"No --source: converting the built-in demo checkpoint, a small random {family.name} with a tokenizer.\n"
+    beside = {"pictures": " that takes pictures", "none": ""}.get(family.tokenizer, " with a tokenizer")
+    print(f"No --source: converting the built-in demo checkpoint, a small random {family.name}{beside}.\n"
           f"A real one: python -m convert.{family.name} --source DIRECTORY-OR-HUB-ID --output out/NAME",
           file=sys.stderr)
     with TemporaryDirectory() if options.dry_run else nullcontext() as elsewhere:

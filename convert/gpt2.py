@@ -130,6 +130,16 @@ FAMILY = Family(
         "initializer_range": 0.02, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
         "scale_attn_weights": True, "tie_word_embeddings": True,
     },
+    variants={
+        "n_inner other than 4 n_embd": {"n_inner": 96},
+        "epsilon 1e-3": {"layer_norm_epsilon": 1e-3},
+        "gelu (erf)": {"activation_function": "gelu"},
+        "relu": {"activation_function": "relu"},
+        "scores not scaled": {"scale_attn_weights": False},
+        "scores scaled by 1 / layer": {"scale_attn_by_inverse_layer_idx": True},
+        "attention reordered and upcast": {"reorder_and_upcast_attn": True},
+        "untied head": {"tie_word_embeddings": False},
+    },
 )
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ FORMATS = (
     ("pytorch_model.bin",), ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-              "added_tokens.json", "*.model")
+              "added_tokens.json", "*.model", "preprocessor_config.json")
 
 
 def resolve(source: str, revision: str | None) -> tuple[Path, str | None]:

@@ -104,13 +104,20 @@ def forward(path: str, make: Callable[[Any, Callable[..., Any]], Callable[..., A
 
 
 def output(path: str, function: Callable[[Any], Any]) -> Change:
-    """``function`` of the first output of the module at ``path``."""
+    """``function`` of the first output of the module at ``path``, or of some of its channels."""
+    def on_part(found: Any) -> Any:
+        if whole(path) == path:
+            return function(found)
+        changed = found.clone()
+        changed[index_of(path)] = function(found[index_of(path)])
+        return changed
+
     def make(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*arguments: Any, **named: Any) -> Any:
             found = run(*arguments, **named)
-            return (function(found[0]), *found[1:]) if isinstance(found, tuple) else function(found)
+            return (on_part(found[0]), *found[1:]) if isinstance(found, tuple) else on_part(found)
         return changed
-    return forward(path, make)
+    return forward(whole(path), make)
 
 
 def first_input(path: str, function: Callable[[Any], Any]) -> Change:
