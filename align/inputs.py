@@ -83,8 +83,10 @@ class Inputs:
         shapes = {name: array.shape for name, array in self.arrays.items() if name.endswith("attention_mask")}
         encoder, decoder = (shapes.get(name) for name in ("attention_mask", "decoder_attention_mask"))
         patterns = prompts.PATTERNS if encoder and len(encoder) > 2 else PATTERNS
-        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {', '.join(patterns[:encoder[0]])}; "
-                   "padded positions are not compared."] if encoder else []),
+        whole = encoder and len(encoder) == 2 and encoder[0] > 1 and self.arrays["attention_mask"].all()
+        how = "all of them whole." if whole else (
+            f"{', '.join(patterns[:encoder[0]])}; padded positions are not compared." if encoder else "")
+        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {how}"] if encoder else []),
                 *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else [])]
 
     @property
@@ -224,7 +226,17 @@ def _real(mask: np.ndarray) -> np.ndarray:
     return mask.astype(bool) if mask.ndim == 2 else ~np.diagonal(mask[:, 0], axis1=1, axis2=2)
 
 
-KINDS = {"prompts": _prompts, "tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
+def _whole_rows(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """For nets that know no mask: what a model of tokens gets, without padding."""
+    return _tokens(config, sizes, False, rows, tokens)
+
+
+KINDS = {
+    "prompts": _prompts,
+    "tokens": _tokens,
+    "tokens to tokens": _tokens_to_tokens,
+    "whole rows": _whole_rows,
+}
 
 
 def positive(text: str) -> int:
