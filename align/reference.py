@@ -7,6 +7,7 @@ and rounded through the dtype of the conversion where that cast them. Nothing of
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import traceback
 import zipfile
@@ -358,16 +359,37 @@ def _load(run: Run, cls: Any, config: Any) -> Any:
     if run.head.reference is not None:
         return _rounded(run, _built(run))
     with _as_directory(run) as directory:
+        given = dict(pretrained_model_name_or_path=directory) if _is_spelled_as_transformers(run) else dict(
+            pretrained_model_name_or_path=None, state_dict=_renamed(run))
         try:
-            model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
+            model, info = cls.from_pretrained(**given, config=config, torch_dtype=torch.float32,
                                               attn_implementation="eager", output_loading_info=True)
         except ValueError as error:
             raise BadInput(f"transformers itself cannot load {run.source}: {next(iter(str(error).splitlines()), '')}"
                            ) from error
-    absent = sorted(set(info["missing_keys"]) - {name for move in run.plan.moves for name in move.sources})
+    weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    absent = sorted(set(info["missing_keys"]) & weights - {name for move in run.plan.moves for name in move.sources})
     if absent or info["mismatched_keys"]:
         raise _random_weights(run, (absent or info["mismatched_keys"])[0])
     return _rounded(run, model)
+
+
+def _is_spelled_as_transformers(run: Run) -> bool:
+    """Whether the source calls its tensors so that transformers knows them, with or without the base model's prefix."""
+    def known(name: str) -> str:
+        return re.sub(r"(?<=\.)gamma$", "weight", re.sub(r"(?<=\.)beta$", "bias", name)).removeprefix(run.family.prefix)
+    return all(known(key) == known(name) for name, key in run.plan.keys.items())
+
+
+def _renamed(run: Run) -> dict[str, Any]:
+    """The source's tensors, read by torch and safetensors, under the names of transformers' class."""
+    import torch
+    from safetensors.torch import load_file
+    held: dict[str, Any] = {}
+    for file in dict.fromkeys(info.file for info in run.checkpoint.tensors.values()):
+        held |= load_file(file) if file.suffix == ".safetensors" else torch.load(
+            file, map_location="cpu", weights_only=True)
+    return {name: held[run.checkpoint.tensors[key].name] for name, key in run.plan.keys.items()}
 
 
 def _built(run: Run) -> Any:
