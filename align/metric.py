@@ -193,7 +193,7 @@ def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[E
     shorter, so that more of them go together.
     """
     config = session.run.config
-    fed = batches([example.inputs for example in examples], config, ROWS_TOGETHER * batch_size)
+    fed = batches([example.inputs for example in examples], config, session.run.sizes, ROWS_TOGETHER * batch_size)
     steps = LONGER + max(len(example.targets["labels"]) for example in examples)
     end = config.get("eos_token_id")
     limits = Limits(decoder_start(config), end if isinstance(end, int) else None, steps)
