@@ -60,3 +60,82 @@ def test_every_variant_is_aligned_at_every_stage(workshop, variant):
     outcomes = workshop.align_all(workshop.make(head, variant.replace(" ", "-"), flags, **options))
     assert all_aligned(outcomes)
     assert_within(outcomes)
+
+
+# Paging ---------------------------------------------------------------------------------------------------------------
+
+SAME = ("verdict", "first_divergence", "tensors", "sublayers", "values", "candidate", "reference", "inputs_digest",
+        "named")
+PAGED = [
+    ("OPTForCausalLM", "models", {}),
+    ("OPTForCausalLM", "paddlenlp", {}),
+    ("OPTModel", "models", LIKE_350M),
+    ("OPTModel", "paddlenlp", LIKE_350M),
+    ("OPTForQuestionAnswering", "models", GALACTICA),
+    ("BloomForCausalLM", "models", {}),
+    ("BloomForCausalLM", "paddlenlp", {}),
+    ("BloomForSequenceClassification", "models", dict(n_head=3, hidden_size=24)),
+    ("BloomModel", "models", dict(apply_residual_connection_post_layernorm=True)),
+]
+
+
+@pytest.mark.parametrize("head,target,options", PAGED)
+def test_paged_equals_unpaged(workshop, head, target, options):
+    run = workshop.make(head, f"paged-{head}-{target}", tokenizer=True, **options)
+    for stage in ("weights", "forward", "metric", "loss"):
+        whole, paged = (workshop.align(stage, run, "--target", target, "--paging", word) for word in ("off", "on"))
+        assert whole.report and whole.code == paged.code, paged.stderr
+        assert [whole.report[key] for key in SAME] == [paged.report[key] for key in SAME]
+        assert target == "paddlenlp" or paged.code == 0
+
+
+# PaddleNLP's own classes ----------------------------------------------------------------------------------------------
+
+ALL = ("weights", "forward", "metric", "loss")
+RIGHT, LOSS_WRONG = dict.fromkeys(ALL, 0), dict.fromkeys(ALL, 0) | {"loss": 1}
+PADDLENLP = {
+    "OPT": ("OPTForCausalLM", {}, LOSS_WRONG),
+    "OPT, base": ("OPTModel", {}, RIGHT),
+    "OPT, post-norm": ("OPTForCausalLM", dict(do_layer_norm_before=False), LOSS_WRONG),
+    "OPT, 350m base": ("OPTModel", LIKE_350M, RIGHT),
+    "OPT, 350m": ("OPTForCausalLM", LIKE_350M, dict.fromkeys(ALL, 2)),
+    "OPT, untied": ("OPTForCausalLM", dict(tie_word_embeddings=False), LOSS_WRONG),
+    "OPT, no biases": ("OPTForCausalLM", GALACTICA | dict(activation_function="relu"), LOSS_WRONG),
+    "OPT, gelu": ("OPTForCausalLM", GALACTICA, {"weights": 0, "forward": 1, "metric": 1, "loss": 1}),
+    "OPT, no final norm": ("OPTForCausalLM", dict(_remove_final_layer_norm=True), dict.fromkeys(ALL, 1)),
+    "BLOOM": ("BloomForCausalLM", {}, LOSS_WRONG),
+    "BLOOM, base": ("BloomModel", {}, RIGHT),
+    "BLOOM, classifier": ("BloomForSequenceClassification", {}, {"weights": 0, "forward": 1, "metric": 0, "loss": 1}),
+    "BLOOM, tokens": ("BloomForTokenClassification", {}, LOSS_WRONG),
+    "BLOOM, three heads": ("BloomForCausalLM", dict(
+        n_head=3, hidden_size=24, apply_residual_connection_post_layernorm=True), LOSS_WRONG),
+    "BLOOM, untied": ("BloomForCausalLM", dict(tie_word_embeddings=False), dict.fromkeys(ALL, 1)),
+    "BLOOM, sliced": ("BloomForCausalLM", dict(pretraining_tp=4, slow_but_exact=True),
+                      {"weights": 0, "forward": 2, "metric": 2, "loss": 2}),
+}
+
+
+@pytest.mark.parametrize("case", PADDLENLP)
+def test_paddlenlps_class_gets_its_true_verdict(workshop, case):
+    head, options, wanted = PADDLENLP[case]
+    run = workshop.make(head, "nlp-" + case.replace(" ", "-").replace(",", ""), tokenizer=True, **options)
+    outcomes = workshop.align_all(run, "--target", "paddlenlp")
+    assert {stage: outcome.code for stage, outcome in outcomes.items()} == wanted
+    assert all("fails to" in outcome.stderr for outcome in outcomes.values() if outcome.code == 2)
+
+
+def test_the_reasons_of_two_verdicts_are_explained(workshop):
+    for head, options, words in (("OPTForCausalLM", GALACTICA, "gelu_new (tanh approximation) instead of gelu (erf)"),
+                                 ("BloomForSequenceClassification", {}, "as many tokens on as there are")):
+        run = workshop.make(head, f"why-{head}", **options)
+        outcome = workshop.align("forward", run, "--target", "paddlenlp")
+        assert words in outcome.report["diagnosis"]["sentence"]
+
+
+@pytest.mark.parametrize("head", ["OPTForSequenceClassification", "OPTForQuestionAnswering",
+                                  "BloomForQuestionAnswering"])
+def test_what_paddlenlp_does_not_have_is_said(workshop, head):
+    run = workshop.make(head, f"none-{head}")
+    for stage in ALL:
+        outcome = workshop.align(stage, run, "--target", "paddlenlp")
+        assert outcome.code == 2 and f"PaddleNLP has no counterpart of {head}" in outcome.stderr
