@@ -1,8 +1,8 @@
 """OPT and BLOOM at full size by header only: total plans, memory and shards of up to 176 billion parameters.
 
 The checkpoints are files of the right apparent size whose data is a hole; names and shapes are those of transformers'
-own classes. How many parameters BLOOM has is published in each model's card; OPT's are counted from the sizes of table 1
-of Zhang et al. 2022.
+own classes. How many parameters BLOOM has is published in each model's card; OPT's are counted from the sizes in table
+1 of Zhang et al. 2022.
 """
 
 import re
