@@ -212,7 +212,7 @@ def blamed(net: str) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if Path(last.filename).parent == Path(__file__).parent:
             raise  # a fault of ours: hooks of ours run within the net
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(str(error).split()).partition(" [Hint")[0][:300]
         raise BadInput(f"{net} failed at {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: "
                        f"{said}") from error
 

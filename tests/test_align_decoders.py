@@ -1,8 +1,15 @@
 """OPT and BLOOM through conversion and every stage: heads, variants, files, paging, PaddleNLP's classes, wrong nets."""
 
 
+import numpy as np
+import paddle
 import pytest
 from align_fixtures import Workshop, all_aligned
+
+from align.faults import EXPLANATIONS
+from align.faults_decoders import FAULTS
+from align.selftest import prove
+from models import bloom
 
 HEADS = ["OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering", "OPTModel", "BloomForCausalLM",
          "BloomForSequenceClassification", "BloomForTokenClassification", "BloomForQuestionAnswering", "BloomModel"]
@@ -139,3 +146,56 @@ def test_what_paddlenlp_does_not_have_is_said(workshop, head):
     for stage in ALL:
         outcome = workshop.align(stage, run, "--target", "paddlenlp")
         assert outcome.code == 2 and f"PaddleNLP has no counterpart of {head}" in outcome.stderr
+
+
+# Planted faults -------------------------------------------------------------------------------------------------------
+
+SAMPLE = {
+    "position offset 1/opt/net": "position-offset",
+    "positions counted over padding too/opt/net": "position-offset",
+    "norms behind/opt/net": "layer-norm-placement",
+    "missed transpose of q/opt/net-weights": "transposed-weight",
+    "key bias changed/opt/checkpoint": None,
+    "holds q, k, v one behind the other/bloom/net-weights": "qkv-order",
+    "alibi through the heads backwards/bloom/net": "alibi-slopes",
+    "scale off by 1e-4/bloom/net": "attention-scale",
+    "residual of the config/bloom/config": "layer-norm-placement",
+    "heads of the config halved/bloom/config": "head-count",
+    "MLP units permuted on both sides/bloom/checkpoint": None,
+}
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    found = [next(fault for fault in FAULTS if fault.name == name) for name in SAMPLE]
+    return prove(found, tmp_path_factory.mktemp("planted"))
+
+
+def test_planted_faults_are_caught_named_and_explained(proof):
+    assert proof.false_alarms == []
+    for outcome in proof.outcomes:
+        assert outcome.caught and outcome.in_right_block and outcome.named_right, (outcome.fault.name, outcome.named)
+        if SAMPLE[outcome.fault.name]:
+            assert outcome.explanation == SAMPLE[outcome.fault.name], outcome.fault.name
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_says_what_would_be_right(fault):
+    assert fault.expected and bool(fault.block) == fault.visible
+    assert fault.visible or (fault.why and fault.place == "checkpoint" and fault.explanation is None)
+    assert (fault.explanation or frozenset()) | fault.also <= EXPLANATIONS.keys()
+
+
+def test_every_place_of_both_families_has_faults():
+    assert {(fault.family, fault.place) for fault in FAULTS} == {
+        (family, place) for family in ("opt", "bloom") for place in ("checkpoint", "config", "net")}
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) > 180
+
+
+def test_counting_padding_in_alibi_changes_no_real_token():
+    """Softmax does not see what is added to all scores of a row: where padding lies at the ends, alibi may count it."""
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 0]])
+    given, counting = (bloom.alibi_bias(None if every else paddle.to_tensor(mask), 4, 8, paddle.float32).numpy()
+                       for every in (False, True))
+    shift = (counting - given)[..., mask[0] == 1]
+    assert np.abs(shift).max() > 0.1 and np.ptp(shift, axis=-1).max() < 1e-6

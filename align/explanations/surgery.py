@@ -178,9 +178,10 @@ class _Scores(TorchFunctionMode):
             if first and self.query:
                 return func(self.query(args[0]), *args[1:], **kwargs)
         if func in ADDED_MATMUL and self.query:
-            named = {**dict(zip(("input", "batch1", "batch2"), args, strict=False)), **kwargs}
-            if named.get("batch1") is not None and named["batch1"].dim() == 3:
-                return torch.baddbmm(**{**named, "batch1": self.query(named["batch1"])})
+            added, *factors = *args, *(kwargs.pop(name) for name in ("batch1", "batch2") if name in kwargs)
+            if len(factors) == 2 and factors[0].dim() == 3:
+                return torch.baddbmm(added, self.query(factors[0]), factors[1], **kwargs)
+            return func(*args, *factors[len(args) - 1:], **kwargs)
         if func in SOFTMAX and self.softmax:
             return self.softmax(lambda x, **other: func(x, *args[1:], **{**kwargs, **other}), args[0])
         return func(*args, **kwargs)
