@@ -69,7 +69,7 @@ class Inputs:
     @property
     def last_mask(self) -> np.ndarray:
         """:attr:`mask` of the tokens that the model's last hidden states belong to: the decoder's, where it has one."""
-        return self.arrays.get("decoder_attention_mask", self.arrays["attention_mask"]).astype(bool)
+        return _real(self.arrays.get("decoder_attention_mask", self.arrays["attention_mask"]))
 
     @property
     def rows(self) -> Rows:
