@@ -160,6 +160,11 @@ FAMILY = Family(
         "hidden_dropout_prob": config.get("dropout"), "initializer_range": config.get("init_std"),
         "attention_probs_dropout_prob": config.get("attention_dropout"), "pad_token_id": 1,
     },
+    paddle_keys={
+        "ffn_dim": "intermediate_size", "activation_function": "hidden_act", "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob", "do_layer_norm_before": "normalize_before",
+        "init_std": "initializer_range",
+    },
 )
 
 if __name__ == "__main__":
