@@ -77,7 +77,7 @@ class Inputs:
     def last_mask(self) -> np.ndarray:
         """:attr:`mask` of the tokens that the model's last hidden states belong to: the decoder's, where it has one."""
         decoder = self.arrays.get("decoder_attention_mask")
-        return self.mask if decoder is None else decoder.astype(bool)
+        return self.mask if decoder is None else _real(decoder)
 
     @property
     def rows(self) -> Rows:

@@ -51,6 +51,8 @@ def paddle_config(family: Family, path: Path) -> Config:
     config = dict(read_config(path))
     if config.get("model_type") == (family.paddlenlp or family.name):
         config["model_type"] = family.model_type or family.name
+    config |= {key: config[theirs] for key, theirs in family.paddle_keys.items()
+               if key not in config and theirs in config}
     known = {head.architecture for head in family.heads}
     torchs = {head.paddlenlp: head.architecture for head in reversed(family.heads)}
     named = config.get("architectures")

@@ -91,7 +91,7 @@ FAMILY = Family(
     rules=rules(
         keep("transformer.word_embeddings.weight", "vocab", "hidden", to="chatglm.transformer.word_embeddings.weight"),
         norm(f"{LAYER}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),
-        drop(f"{LAYER}.attention.rotary_emb.inv_freq", "pairs", holding=frequencies(),
+        drop(f"{LAYER}.attention.rotary_emb.inv_freq", "pairs", holding=frequencies(), returns="float16",
              why="the rotary frequencies, which Paddle's side computes itself"),
         linear(f"{LAYER}.attention.query_key_value", "fused", "hidden", to=f"{TO}.attention.query_key_value"),
         linear(f"{LAYER}.attention.dense", "hidden", "hidden", to=f"{TO}.attention.dense"),
@@ -132,6 +132,7 @@ FAMILY = Family(
     },
     variants={"positions of one dimension": {"position_encoding_2d": False}, "untied": {"tie_word_embeddings": False}},
     additions=lambda config: {key: value for key, value in MARKS.items() if config.get(key) is None},
+    paddle_keys={"num_layers": "num_hidden_layers"},
 )
 
 if __name__ == "__main__":

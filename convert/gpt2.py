@@ -74,6 +74,12 @@ TORCH, PADDLE = "transformer.h.{i}", "gpt.decoder.layers.{i}"
 FAMILY = Family(
     name="gpt2", paddlenlp="gpt", prefix="transformer.", target_prefix="gpt.", sizes=sizes,
     layers=counted("n_layer", "num_hidden_layers"), unsupported=unsupported, additions=additions,
+    paddle_keys={
+        "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
+        "resid_pdrop": "hidden_dropout_prob", "embd_pdrop": "hidden_dropout_prob",
+        "attn_pdrop": "attention_probs_dropout_prob",
+    },
     rules=rules(
         keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
         keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
