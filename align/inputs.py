@@ -13,6 +13,8 @@ import xxhash
 from convert.errors import BadInput
 from convert.rules import Config, Sizes
 
+from . import prompts
+
 SEED = 20260602
 ROWS = 4
 LENGTH = 96
@@ -62,7 +64,7 @@ class Inputs:
     @property
     def mask(self) -> np.ndarray:
         """[batch, tokens], True where there is a token."""
-        return self.arrays["attention_mask"].astype(bool)
+        return _real(self.arrays["attention_mask"])
 
     @property
     def last_mask(self) -> np.ndarray:
@@ -72,7 +74,7 @@ class Inputs:
     @property
     def rows(self) -> Rows:
         """The rows of real tokens, by the attention masks that there are."""
-        masks = [array.astype(bool) for name, array in self.arrays.items() if name.endswith("attention_mask")]
+        masks = [_real(array) for name, array in self.arrays.items() if name.endswith("attention_mask")]
         return Rows(tuple(masks), len(next(iter(self.arrays.values()))))
 
     @property
@@ -80,7 +82,8 @@ class Inputs:
         """What they are, in a sentence each."""
         shapes = {name: array.shape for name, array in self.arrays.items() if name.endswith("attention_mask")}
         encoder, decoder = (shapes.get(name) for name in ("attention_mask", "decoder_attention_mask"))
-        return [*([f"Inputs: {encoder[0]} rows of {encoder[1]} seeded tokens: {', '.join(PATTERNS[:encoder[0]])}; "
+        patterns = prompts.PATTERNS if encoder and len(encoder) > 2 else PATTERNS
+        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {', '.join(patterns[:encoder[0]])}; "
                    "padded positions are not compared."] if encoder else []),
                 *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else [])]
 
@@ -112,14 +115,7 @@ def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool =
 
 def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
     """Rows of ids with their mask, as long as is asked for and the model has positions."""
-    length = min(tokens, sizes["positions"])
-    asked = f"The inputs are {length} tokens long, as asked for; {MINIMUM} or more show more."
-    short = f"The model has {length} positions, so the inputs are {length} tokens long instead of {MINIMUM}."
-    cut = f"The model has {length} positions, so the inputs are {length} tokens long instead of {tokens}."
-    if length >= MINIMUM:
-        notes = (cut,) if length < tokens != LENGTH else ()
-    else:
-        notes = (short if length < tokens else asked,)
+    length, notes = _length(sizes, tokens)
     mask = _padding(rows, length, padded)
     ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + padded))
     return Inputs({"input_ids": ids, "attention_mask": mask} | token_types(sizes, mask), notes)
@@ -158,6 +154,19 @@ def _drawn(mask: np.ndarray, config: Config, sizes: Sizes, generator: np.random.
     return np.where(mask == 1, ids, min(pad, sizes["vocab"] - 1))
 
 
+def _length(sizes: Sizes, tokens: int) -> tuple[int, tuple[str, ...]]:
+    """(how many tokens a row has, what is unusual about that)"""
+    length = min(tokens, sizes["positions"])
+    asked = f"The inputs are {length} tokens long, as asked for; {MINIMUM} or more show more."
+    short = f"The model has {length} positions, so the inputs are {length} tokens long instead of {MINIMUM}."
+    cut = f"The model has {length} positions, so the inputs are {length} tokens long instead of {tokens}."
+    if length >= MINIMUM:
+        notes = (cut,) if length < tokens != LENGTH else ()
+    else:
+        notes = (short if length < tokens else asked,)
+    return length, notes
+
+
 def token_types(sizes: Sizes, mask: np.ndarray) -> dict[str, np.ndarray]:
     """Second half of type 1, where the family has token types."""
     if sizes.get("types", 0) < 2:
@@ -181,13 +190,17 @@ def decoder_start(config: Config) -> int:
     return start if isinstance(start, int) and start >= 0 else pad_token(config)
 
 
-def batches(rows: list[dict[str, list[int]]], config: Config, size: int) -> list[Inputs]:
-    """Rows of token ids as right-padded batches, in order, none dropped."""
+def batches(rows: list[dict[str, list[int]]], config: Config, sizes: Sizes, size: int, kind: str = "tokens",
+            ) -> list[Inputs]:
+    """Rows of token ids as right-padded batches, in order, none dropped; prompts are padded on the left."""
     if not rows:
         raise BadInput("the data set has no row to evaluate on.")
     found = []
     for start in range(0, len(rows), size):
         chunk = rows[start: start + size]
+        if kind == "prompts":
+            found.append(Inputs(prompts.arranged([row["input_ids"] for row in chunk], config, sizes)))
+            continue
         fill = {"input_ids": pad_token(config), "decoder_input_ids": pad_token(config), "labels": -100}
         found.append(Inputs({name: _right_padded([row[name] for row in chunk], fill.get(name, 0))
                              for name in chunk[0]}))
@@ -199,7 +212,19 @@ def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
-KINDS = {"tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
+def _prompts(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """GLM's prompts, most of them shorter and padded on the left if ``padded``."""
+    length, notes = _length(sizes, tokens)
+    drawn = prompts.drawn(config, sizes, padded, rows, length, np.random.default_rng(SEED + padded))
+    return Inputs(prompts.arranged(drawn, config, sizes), notes)
+
+
+def _real(mask: np.ndarray) -> np.ndarray:
+    """[batch, tokens], True where there is a token, which at least sees itself; of the mask that a model is given."""
+    return mask.astype(bool) if mask.ndim == 2 else ~np.diagonal(mask[:, 0], axis1=1, axis2=2)
+
+
+KINDS = {"prompts": _prompts, "tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
 
 
 def positive(text: str) -> int:

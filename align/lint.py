@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Description = dict[str, Any]
 
 SETTINGS = {
-    "epsilon": (("layer_norm_epsilon", "layer_norm_eps"),),
+    "epsilon": (("layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon"),),
     "activation": (("activation_function", "hidden_act", "dense_act_fn"),),
     "heads": (("n_head", "num_attention_heads", "num_heads"),),
     "head width": (("d_kv",),),

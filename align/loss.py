@@ -15,7 +15,7 @@ from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE, TASKS, Labels, numbers
-from .texts import Encoder, echoed_texts, load_rows, load_tokenizer, plain_texts
+from .texts import Encoder, echoed_texts, load_rows, plain_texts, tokenizer_of
 from .tolerance import LOSS, TOKEN_LOSS
 from .trace import RECORDED, Step
 
@@ -119,14 +119,14 @@ def _encoder_cases(session: Session) -> list[Case]:
 def _pairs(session: Session) -> Inputs:
     """Passages, then what follows each; the padded seeded rows where the checkpoint has no tokenizer."""
     run = session.run
-    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
+    tokenizer = tokenizer_of(run)
     if tokenizer is None:
         return seeded(run.config, run.sizes, kind=run.head.inputs)
     encoder = Encoder(tokenizer, run.config, run.sizes, max_length=128)
     _, rows = load_rows(None, "test", PAIRS)
     texts = [{"text": row[column]} for column in ("text", "next") for row in rows]
     examples = (plain_texts if run.head.task == "encoder" else echoed_texts)(texts, encoder)
-    return batches([example.inputs for example in examples], run.config, len(texts))[0]
+    return batches([example.inputs for example in examples], run.config, run.sizes, len(texts), run.head.inputs)[0]
 
 
 STAGE = RecordedStage("loss", "Compare the loss with and without ignored labels, padding and reduction.", reference,

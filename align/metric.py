@@ -25,10 +25,10 @@ from .texts import (
     Example,
     Row,
     load_rows,
-    load_tokenizer,
     pieces_of,
     renamed,
     sliding_windows,
+    tokenizer_of,
 )
 from .tolerance import EXACT, FORWARD, METRIC, TOKEN_LOSS, margin_noise
 from .trace import RECORDED, Step
@@ -42,9 +42,9 @@ def reference(session: Session) -> Iterator[Step]:
     """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
     run, options = session.run, session.options
     name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
-    tokenizer = load_tokenizer(run.source if run.source.is_dir() else run.source.parent)
+    tokenizer = tokenizer_of(run)
     prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
-    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix)
+    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix, run.head.inputs)
     encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
     texts = _texts(run.head.task, examples, tokenizer)
@@ -180,7 +180,8 @@ def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[E
 def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int,
               texts: Arrays) -> Step:
     """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
-    fed = batches([example.inputs for example in examples], session.run.config, batch_size)
+    run = session.run
+    fed = batches([example.inputs for example in examples], run.config, run.sizes, batch_size, run.head.inputs)
     score = SCORES[session.run.head.task]
     reduced: list[Arrays] = []
 

@@ -67,16 +67,19 @@ class PaddleNet(Candidate):
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             place, listener = entering(arguments, named, is_floating), listener_here()
             value = None if place is None else (arguments or named)[place]
-            given = listener.arrived(name, value.numpy) if listener is not None and is_floating(value) else None
+            if listener is None or not is_floating(value):
+                return None
+            given = listener.arrived(name, lambda: self.run.batch_first(name, value.numpy()))
             if given is None:
                 return None
+            given = self.run.batch_first(name, given)
             return fed(arguments, named, place, paddle.to_tensor(in_shape(given, value.shape)))
 
         def after(name: str, layer: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
             if listener_here():
                 listener_here().probed(name, lambda array: probed(layer, paddle.to_tensor(array)))
-                listener_here().answered(name, first.numpy())
+                listener_here().answered(name, self.run.batch_first(name, first.numpy()))
 
         with hooked(layers, "register_forward_post_hook", ((name, name) for _, name in modules), before, after):
             yield
@@ -86,7 +89,7 @@ class PaddleNet(Candidate):
         import paddle
         with paddle.no_grad():
             result = self._call({name: paddle.to_tensor(array) for name, array in arrays.items()})
-        return {name: value.numpy() for name, value in result.items()
+        return {name: self.run.batch_first(name, value.numpy()) for name, value in result.items()
                 if isinstance(value, paddle.Tensor) and value.is_floating_point()}
 
     def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
@@ -180,7 +183,7 @@ class PaddleNLPNet(PaddleNet):
 
     def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         with blamed(f"PaddleNLP's {type(self.model).__name__}"):
-            return self.model(**tensors, return_dict=True)
+            return self.model(**self.run.family.paddlenlp_inputs(tensors), return_dict=True)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         import paddle

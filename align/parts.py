@@ -13,6 +13,8 @@ from typing import Any
 from convert.rules import Gather
 
 Index = tuple[Any, ...]
+Parts = tuple[tuple[str, str], ...]
+"""(torch path, Paddle name) of each."""
 PART = re.compile(r"(?P<whole>.+)\[(?P<start>\d+):(?P<stop>\d+)(?P<rows>, :)?\]")
 
 
@@ -45,9 +47,9 @@ def index_of(name: str) -> Index:
     return (part,) if found["rows"] else (..., part)
 
 
-def by_module(modules: Iterable[tuple[str, str]]) -> list[tuple[str, list[tuple[str, Index]]]]:
-    """Of (torch path, Paddle name): each torch module once, with the names of its parts and where they lie."""
-    found: dict[str, list[tuple[str, Index]]] = {}
+def by_module(modules: Iterable[tuple[str, str]]) -> list[tuple[str, Parts]]:
+    """Each torch module once, with the parts of it that are among ``modules``."""
+    found: dict[str, Parts] = {}
     for path, name in modules:
-        found.setdefault(whole(path), []).append((name, index_of(path)))
+        found[whole(path)] = (*found.get(whole(path), ()), (path, name))
     return list(found.items())

@@ -174,11 +174,19 @@ def _provenance(stage: Stage | RecordedStage, session: Session, side: str, input
     digest = session.run.source_digest
     if side == SIDES[0]:
         return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
-                          inputs_digest, None)
+                          inputs_digest, None, tuple(_code_told(session)))
     candidate = session.candidate
     divergence, _ = vars(session).get("evidence", (None, []))  # the weights stage is the evidence and never asks
     return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
                       candidate.weights_digest, digest, inputs_digest, divergence, tuple(told))
+
+
+def _code_told(session: Session) -> list[str]:
+    """Which code the reference is, where the checkpoint brought it along."""
+    if "reference" not in vars(session) or not session.run.family.remote_code:
+        return []
+    from .remote import code_of, described
+    return [f"The reference is code that the checkpoint brings along: {described(code_of(session.run))}."]
 
 
 def _write_reprod_diff(stage: RecordedStage, traces: Path, left: Trace, right: Trace) -> None:

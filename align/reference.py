@@ -26,6 +26,7 @@ from .inside import Places, small_input
 from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
+from .remote import class_of
 from .runs import Run
 from .side import Modules
 from .tolerance import REORDERED_RUNS
@@ -39,19 +40,24 @@ Arrays = dict[str, np.ndarray]
 class Reference(TorchSide):
     """The model that is right by definition. ``paged``: its weights come in module by module, and leave again."""
 
-    def __init__(self, run: Run, paged: bool = False) -> None:
+    def __init__(self, run: Run, paged: bool = False, *, trust_remote_code: bool = False) -> None:
         for framework in ("torch", "transformers"):
             require(framework)
         import torch
         self.run = run
         self.version = torch.__version__
         self.weights_digest = run.source_digest
-        self.model = _load_empty(run) if paged else _load(run)
+        cls, config = (None, None) if run.head.reference else _class_and_config(run, trust_remote_code)
+        empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
+        self.model = empty if empty is not None else _load(run, cls, config)
+        _forget_tables(self.model)
         self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
                                dict(self.model.named_parameters()),
                                {path for path, module in self.model.named_modules() if not any(module.children())})
         if paged:
             self._pages = _pages_of(run, self.model, self._gates)
+        elif empty is not None:
+            _pages_of(run, self.model, [])
         for gate in self._gates:
             self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
 
@@ -104,7 +110,7 @@ class Reference(TorchSide):
         """(rows of what these modules give, whole inputs of them); each is fed ``replaced`` where that has it."""
         found = _Once(inputs, replaced or {})
         with self._hooks(modules), heard_by(found):
-            outputs = outputs_of(self.model, inputs.arrays)
+            outputs = self.outputs(inputs.arrays)
         self._leave()
         found.given |= {name: inputs.rows(name, array) for name, array in outputs.items()}
         return found.given, found.entering
@@ -129,7 +135,7 @@ class Reference(TorchSide):
         return [pair for pair in modules if self._is_probed(found.get(pair[0]))]
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return outputs_of(self.model, arrays)
+        return {name: self.run.batch_first(name, array) for name, array in outputs_of(self.model, arrays).items()}
 
     def _is_probed(self, module: Any) -> bool:
         import torch
@@ -347,11 +353,10 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return floating(result)
 
 
-def _load(run: Run) -> Any:
+def _load(run: Run, cls: Any, config: Any) -> Any:
     import torch
     if run.head.reference is not None:
         return _rounded(run, _built(run))
-    cls, config = _class_and_config(run)
     with _as_directory(run) as directory:
         model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
                                           attn_implementation="eager", output_loading_info=True)
@@ -386,11 +391,11 @@ def _rounded(run: Run, model: Any) -> Any:
     return model.eval()
 
 
-def _class_and_config(run: Run) -> tuple[Any, Any]:
+def _class_and_config(run: Run, trust_remote_code: bool) -> tuple[Any, Any]:
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cls = getattr(transformers, run.head.architecture)
+    cls = class_of(run, trust_remote_code) if run.family.remote_code else getattr(transformers, run.head.architecture)
     config = cls.config_class.from_dict(dict(run.config))
     config.pad_token_id = run.intended_config.get("pad_token_id")
     config.use_cache = False  # keys and values of every block would be kept until the pass ends
@@ -407,32 +412,43 @@ def _random_weights(run: Run, name: str) -> BadInput:
 PART = 64 << 20
 
 
-def _load_empty(run: Run) -> Any:
+def _load_empty(run: Run, cls: Any, config: Any) -> Any:
     """The class with its parameters on the meta device; its buffers are real, and those that the file holds go there
     when pages are made of them.
 
     Only parameters are sent there, as accelerate's ``init_empty_weights`` does: ``with torch.device("meta")`` would
-    take plain attributes along, such as GPT-J's rotary table, which nothing restores.
+    take plain attributes along, such as GPT-J's rotary table, which nothing restores. Classes that a checkpoint brings
+    along make their weights with ``skip_init``, which would give them memory, and as float16, which would round.
     """
     import torch
     from transformers.modeling_utils import no_init_weights
     if run.head.reference is not None:
         raise BadInput(f"the reference of family {run.family.name} loads its weights itself and cannot be paged. Use "
                        "--paging off.")
-    cls, config = _class_and_config(run)
     config._attn_implementation = "eager"
-    register = torch.nn.Module.register_parameter
+    register, to_empty = torch.nn.Module.register_parameter, torch.nn.Module.to_empty
 
     def without_values(module: Any, name: str, parameter: Any) -> None:
         register(module, name, None if parameter is None else _on_meta(parameter))
-    torch.nn.Module.register_parameter = without_values
+    torch.nn.Module.register_parameter, torch.nn.Module.to_empty = without_values, lambda module, **_: module
     try:
         with no_init_weights():
             model = cls(config)
     finally:
-        torch.nn.Module.register_parameter = register
-    model.tie_weights()
+        torch.nn.Module.register_parameter, torch.nn.Module.to_empty = register, to_empty
+    model.float().tie_weights()
     return model.eval()
+
+
+def _forget_tables(model: Any) -> None:
+    """Let modules without weights forget what they keep from call to call: a table of angles that one pass made in
+    float64, or reordered, is not for the next.
+    """
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)) and not any(True for _ in module.parameters()):
+            held: list[dict[str, Any]] = []
+            module.register_forward_pre_hook(lambda module, _, held=held: held.append(dict(vars(module))))
+            module.register_forward_hook(lambda module, _, __, held=held: vars(module).update(held.pop()))
 
 
 def _on_meta(parameter: Any) -> Any:
@@ -446,7 +462,8 @@ def _pages_of(run: Run, model: Any, gates: Sequence[str]) -> Pages:
     cast = None if run.conversion.dtype == "keep" else getattr(torch, run.conversion.dtype)
     owners = {name: id(weight) for name, weight in (
         *model.named_parameters(remove_duplicate=False),
-        *((name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if name in keys))}
+        *((name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False)
+          if name in keys and name not in run.dropped))}
 
     def slot(names: Sequence[str]) -> _Slot:
         known = [name for name in names if name in keys]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from convert.__main__ import family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
 from convert.cli import target_config
@@ -99,6 +101,10 @@ class Run:
                 return self.paddle_names[path + ending].removesuffix(ending)
         return next((paddle + path.removeprefix(torch) for torch, paddle in self.modules
                      if f"{path}.".startswith(f"{torch}.")), path)
+
+    def batch_first(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array of a module or output, by Paddle's name, with its batch in front; its own inverse."""
+        return array.swapaxes(0, 1) if array.ndim > 2 and self.family.time_first(name) else array
 
     @cached_property
     def dropped(self) -> set[str]:

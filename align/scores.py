@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import prompts
 from .inputs import Inputs
 from .texts import Example
 
@@ -81,7 +82,17 @@ def choices(name: str, logits: np.ndarray, targets: np.ndarray) -> Arrays:
 
 def _next_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
     first = np.array([example.targets.get("first", 1) for example in examples])
-    pairs = inputs.mask[:, :-1] & inputs.mask[:, 1:] & (np.arange(1, inputs.mask.shape[1]) >= first[:, None])
+    scored = np.arange(1, inputs.mask.shape[1]) >= first[:, None]
+    return _predicted(outputs, inputs, inputs.mask[:, :-1] & inputs.mask[:, 1:] & scored)
+
+
+def _answers(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
+    """The words of the answer alone: those of a prompt's context see themselves."""
+    return _predicted(outputs, inputs, prompts.answers(inputs.arrays["attention_mask"])[:, 1:])
+
+
+def _predicted(outputs: Mapping[str, np.ndarray], inputs: Inputs, pairs: np.ndarray) -> Arrays:
+    """Where ``pairs`` [batch, tokens - 1] is True, a token given those before it."""
     logits, targets = outputs["logits"][:, :-1][pairs], inputs.arrays["input_ids"][:, 1:][pairs]
     likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
     return choices("token", logits, targets) | {"token_nll": -likelihood}
@@ -240,6 +251,10 @@ def _accuracy(name: str, told: str) -> Callable[[Arrays], dict[str, float]]:
     return lambda arrays: {told: accuracy(arrays[f"{name}.predictions"], arrays[f"{name}.targets"])}
 
 
+def _next_token_values(arrays: Arrays) -> dict[str, float]:
+    return {"perplexity": perplexity(arrays["token_nll"]), **_accuracy("token", "next_token_accuracy")(arrays)}
+
+
 def _accuracy_and_f1(name: str) -> Callable[[Arrays], dict[str, float]]:
     return lambda arrays: {"accuracy": accuracy(arrays[f"{name}.predictions"], arrays[f"{name}.targets"]),
                            "f1": macro_f1(arrays[f"{name}.predictions"], arrays[f"{name}.targets"])}
@@ -250,8 +265,8 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 
 SCORES = {
-    "causal-lm": Score(_next_tokens, lambda arrays: {
-        "perplexity": perplexity(arrays["token_nll"]), **_accuracy("token", "next_token_accuracy")(arrays)}),
+    "causal-lm": Score(_next_tokens, _next_token_values),
+    "prefix-lm": Score(_answers, _next_token_values),
     "masked-lm": Score(_masked_tokens("logits"), _accuracy("token", "masked_token_accuracy")),
     "pre-training": Score(_masked_tokens_and_sentence, lambda arrays: {
         **_accuracy("token", "masked_token_accuracy")(arrays),

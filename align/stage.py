@@ -55,7 +55,8 @@ class Session:
     def reference(self) -> Reference:
         from .reference import Reference
         self.advance("loading torch")
-        return Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"))
+        return Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"),
+                         trust_remote_code=self.options.trust_remote_code)
 
     @cached_property
     def candidate(self) -> Candidate:
@@ -178,7 +179,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
             run=session.run.name, family=session.run.family.name, head=session.run.head.architecture, stage=stage.name,
             target=options.target, tensors=findings.tensors, weights_divergence=candidate.weights_divergence,
             reference=reference.side, candidate=candidate.side, inputs_digest=reference.inputs_digest,
-            notes=[*candidate.notes, *findings.notes], values=findings.values,
+            notes=[*reference.notes, *candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -230,5 +231,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="record one side, where its framework is; the reference comes first")
     add("--compare", action="store_true", help="judge what --only has recorded; needs neither framework")
     add("--allow-same-framework", action="store_true", help="let both sides be of one framework; the report says so")
+    add("--trust-remote-code", action="store_true", help="run the code that a checkpoint brings along, where "
+        "that is the torch side (ChatGLM); it can do whatever you can, so read it first")
     add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own")
     add("--reports", metavar="DIR", default="reports", help="where the runs are; default reports")

@@ -9,6 +9,7 @@ import numpy as np
 
 from convert.rules import Config, Sizes
 
+from . import prompts
 from .inputs import Inputs
 
 IGNORED = -100
@@ -71,6 +72,14 @@ def _causal_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.r
     return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
 
 
+def _answer_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
+                   ignore: bool) -> Labels:
+    """A word is a label where it is part of the answer: the context is seen from everywhere."""
+    ids = np.where(prompts.answers(inputs.arrays["attention_mask"]), inputs.arrays["input_ids"], IGNORED)
+    drop = generator.random(ids.shape) < 0.3
+    return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
+
+
 def _classification_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
                            ignore: bool) -> Labels:
     """Classes, one or several a row, or numbers to regress: what ``problem_type`` says, as transformers reads it.
@@ -121,6 +130,9 @@ def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
 TASKS = {
     "causal-lm": Task(
         _causal_labels,
+        lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
+    "prefix-lm": Task(
+        _answer_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
     "masked-lm": Task(
         _vocabulary_labels,

@@ -13,7 +13,9 @@ import numpy as np
 from convert.errors import BadInput, require
 from convert.rules import Config, Sizes
 
+from . import prompts
 from .inputs import SEED, decoder_start, pad_token
+from .runs import Run
 
 DATA = Path(__file__).with_name("data")
 PASSAGES = ("passages.jsonl", "the passages that ship with paddle-parity")
@@ -47,6 +49,7 @@ class Encoder:
     sizes: Sizes
     max_length: int
     prefix: str = ""
+    kind: str = "tokens"
 
     def __post_init__(self) -> None:
         self.generator = np.random.default_rng(SEED)
@@ -71,6 +74,10 @@ class Encoder:
     def seeded(self) -> dict[str, list[int]]:
         """An encoding of seeded ids, of a seeded length."""
         length = int(self.generator.integers(max(2, self.max_length // 2), self.max_length + 1))
+        if self.kind == "prompts":
+            marks = prompts.marks_of(self.config, self.sizes)
+            words = self.generator.choice(prompts.words_of(self.sizes, marks), max(0, length - 3))
+            return {"input_ids": prompts.prompt(words.tolist(), marks)}
         ids = self.generator.integers(0, self.sizes["vocab"] - 1, length)
         ids += ids >= pad_token(self.config)
         return {"input_ids": ids.tolist()}
@@ -86,6 +93,15 @@ class Encoder:
         labels[chosen] = ids[chosen]
         ids[chosen] = self.tokenizer.mask_token_id if self.tokenizer else 0
         return ids.tolist(), labels.tolist()
+
+
+def tokenizer_of(run: Run) -> Any | None:
+    """What makes the inputs of the run's head from texts, None where the source has no tokenizer."""
+    directory = run.source if run.source.is_dir() else run.source.parent
+    if run.head.inputs != "prompts":
+        return load_tokenizer(directory)
+    marks = prompts.marks_of(run.config, run.sizes)
+    return prompts.Tokenizer(directory, marks) if (directory / prompts.WORDS).is_file() else None
 
 
 def load_tokenizer(directory: Path) -> Any | None:
@@ -300,6 +316,7 @@ def _answer(encoding: Any, text: str, answer: str) -> tuple[int, int]:
 
 ENCODE: dict[str, Callable[[Sequence[Row], Encoder], list[Example]]] = {
     "causal-lm": plain_texts,
+    "prefix-lm": plain_texts,
     "masked-lm": masked_texts,
     "pre-training": sentence_pairs,
     "sequence-classification": labelled_texts,

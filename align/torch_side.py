@@ -12,10 +12,8 @@ import numpy as np
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe
 from .lockstep import listener_here
-from .parts import Index, by_module
+from .parts import Parts, by_module, index_of
 from .side import Modules, Side, entering, fed, hooked, in_shape
-
-Parts = list[tuple[str, Index]]
 
 
 class TorchSide(Side):
@@ -63,20 +61,22 @@ class TorchSide(Side):
             value = None if place is None else (arguments or named)[place]
             if listener_here() is None or not _is_floating(value):
                 return None
-            given = [listener_here().arrived(name, value.detach().numpy) for name, _ in parts][-1]
+            given = [listener_here().arrived(name, lambda name=name: self.run.batch_first(name, value.detach().numpy()))
+                     for _, name in parts][-1]
             if given is None:
                 return None
+            given = self.run.batch_first(parts[-1][1], given)
             return fed(arguments, named, place, torch.tensor(in_shape(given, value.shape), dtype=value.dtype))
 
         def after(parts: Parts, module: Any, output: Any) -> None:
             if listener_here() is None:
                 return
             first = output[0] if isinstance(output, (tuple, list)) else output
-            for name, part in parts:
+            for path, name in parts:
                 if self._is_probed(module):
-                    listener_here().probed(name, lambda array, part=part: probed(
-                        module, torch.tensor(array, dtype=first.dtype))[part])
-                listener_here().answered(name, first.detach().numpy()[part])
+                    listener_here().probed(name, lambda array, path=path: probed(
+                        module, torch.tensor(array, dtype=first.dtype))[index_of(path)])
+                listener_here().answered(name, self.run.batch_first(name, first.detach().numpy()[index_of(path)]))
 
         with hooked(found, "register_forward_hook", by_module(modules), before, after):
             yield

@@ -21,6 +21,8 @@ from .rules import Config, Family, Rule
 from .writer import MARKER, Staging, make_layout, refuse_existing
 
 SEED = 20260601
+REMOTE = Path(__file__).with_name("remote")
+"""Torch nets of our own for families whose checkpoints bring their code along; they are data here, and not imported."""
 
 
 def build_demo(family: Family, directory: Path, changes: Config = MappingProxyType({})) -> Path:
@@ -70,6 +72,8 @@ def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
 
 def _companions(family: Family, config: Config) -> dict[str, str]:
     files = {"config.json": json.dumps(config, indent=2), MARKER: json.dumps({"demo": family.name})}
+    if family.remote_code:
+        files |= {file.name: file.read_text("utf-8") for file in sorted((REMOTE / family.name).glob("*.py"))}
     return files | TOKENIZERS[family.tokenizer](config["vocab_size"])
 
 

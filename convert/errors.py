@@ -21,6 +21,7 @@ FRAMEWORKS = {
     "paddle": "pip install paddlepaddle",
     "paddlenlp": 'pip install "paddle-parity[paddlenlp]"',
     "PIL": "pip install pillow",
+    "sentencepiece": "pip install sentencepiece",
 }
 
 

@@ -49,11 +49,15 @@ def two_tables(config: Config) -> bool:
 
 
 def additions(config: Config) -> Config:
-    """PaddleNLP's GPTConfig has 3072 for ``n_inner`` null, 0.1 for a dropout of 0, and another key for the scale."""
-    hidden, heads = size_of(config, "n_embd", "hidden_size"), size_of(config, "n_head", "num_attention_heads", default=12)
+    """PaddleNLP's GPTConfig takes ``n_inner`` null for 3072 and a dropout of 0 for 0.1, ignores labels that are 0
+    instead of -100, and has a key of its own for the scale.
+    """
+    hidden = size_of(config, "n_embd", "hidden_size")
+    heads = size_of(config, "n_head", "num_attention_heads", default=12)
     return {
         "pad_token_id": config.get("eos_token_id"),
         "n_inner": 4 * hidden,
+        "ignore_index": -100,
         "hidden_dropout_prob": config.get("embd_pdrop", 0.1),
         "attention_probs_dropout_prob": config.get("attn_pdrop", 0.1),
         "scale_qk_coeff": None if config.get("scale_attn_weights", True) else float(hidden // heads),
@@ -72,8 +76,9 @@ FAMILY = Family(
         keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
         keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
         norm(f"{TORCH}.ln_1", "hidden", to=f"{PADDLE}.norm1"),
-        drop(f"{TORCH}.attn.{{bias,masked_bias}}", why="the causal mask of old files, which both sides make themselves"),
-        split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
+        drop(f"{TORCH}.attn.{{bias,masked_bias}}", why="the causal mask of old files; both sides make it themselves"),
+        split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
+              to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
         split(f"{TORCH}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.bias"),
         conv1d(f"{TORCH}.attn.c_proj", "hidden", "hidden", to=f"{PADDLE}.self_attn.out_proj"),
         norm(f"{TORCH}.ln_2", "hidden", to=f"{PADDLE}.norm2"),

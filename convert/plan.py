@@ -234,9 +234,9 @@ class _Pouring:
             self.faults.append(f"{' and '.join(repeated)} are two spellings of one tensor; keep one.")
             return
         present = [names[0] for names in spelled if names]
-        if rule.kind == "drop":
+        if rule.kind == "drop" and rule.otherwise is None:
             self.dropped += [(name, rule.why) for name in present]
-        elif rule.kind == "tied":
+        elif rule.kind in ("drop", "tied"):
             self._check(present, rule, in_shape=rule.source_shape(self.sizes))
         elif rule.kind == "buffer":
             self._make(rule)
@@ -279,8 +279,8 @@ class _Pouring:
     def _check(self, present: Sequence[str], rule: Rule, in_shape: tuple[int, ...]) -> None:
         """What the file has beside what is made: it must be the same, or where only Paddle knows it is dropped."""
         filling = rule.otherwise
-        why = (f"made again as {filling.name}; the source's values agree" if rule.targets else
-               f"{filling.name}, with the same values; Paddle has one parameter for both")
+        why = rule.why or (f"made again as {filling.name}; the source's values agree" if rule.targets else
+                           f"{filling.name}, with the same values; Paddle has one parameter for both")
         for name in present:
             if not filling.checked:
                 self.dropped.append((name, f"Paddle's own {rule.targets[0]} is {filling.name}"))

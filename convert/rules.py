@@ -34,13 +34,14 @@ class Filling:
 
     ``rows`` makes some rows of it (numpy, float32, [rows, columns]; the last axis is the columns, the others are the
     rows), so that no mask need be held whole; ``copies`` names the source tensor that it is a copy of instead.
-    ``checked`` says that a source which carries the tensor must hold this very value.
+    ``checked`` says that a source which carries the tensor must hold this very value; of a ``mask`` only what is 0.
     """
 
     name: str
     rows: Callable[[tuple[int, ...], range], Any] | None = None
     copies: str | None = None
     checked: bool = False
+    mask: bool = False
 
     def make(self, shape: tuple[int, ...]) -> Any:
         """The whole array."""
@@ -246,9 +247,12 @@ def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
     return _rules("buffer", name, to or name, shape, filling, when)
 
 
-def drop(name: str, *, why: str) -> list[Rule]:
-    """A source tensor, if it is there, that the Paddle side has no place for."""
-    return [Rule("drop", ((source,),), why=why) for source in _alternatives(name)]
+def drop(name: str, *shape: Size, why: str, holding: Filling | None = None) -> list[Rule]:
+    """A source tensor, if it is there, that the Paddle side has no place for.
+
+    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself.
+    """
+    return [Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why) for source in _alternatives(name)]
 
 
 def copy_of(source: str) -> Filling:
@@ -267,7 +271,7 @@ def causal_mask() -> Filling:
         import numpy as np
         positions = np.arange(some.start, some.stop, dtype=np.int32) % shape[-2]
         return (np.arange(shape[-1], dtype=np.int32) <= positions[:, None]).astype(np.float32)
-    return Filling("causal mask", rows, checked=True)
+    return Filling("causal mask", rows, checked=True, mask=True)
 
 
 def constant(value: float, *, checked: bool = False) -> Filling:
@@ -339,34 +343,42 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. ``prefix`` is what the base model's names go without, on torch's side and on Paddle's.
-
-    ``layers`` counts the letters that stand for layer numbers. For align: ``modules`` pairs torch's and Paddle's module
-    paths in the order of execution, and ``inside`` says, for a module's Paddle path, which sublayers it has, in that
-    order too, which may depend on the config: (torch, Paddle, the operation before it). ``demo`` is the config of the
-    built-in checkpoint, ``tokenizer`` its kind (wordpiece, byte-level, sentencepiece or none), and ``variants`` names
-    what can be otherwise in it and changes the numbers. ``config_of`` reads from the header what a checkpoint without a
-    config.json does not say; ``additions`` are keys that PaddleNLP's class wants in a config. ``model_type`` is the
-    config's, ``paddlenlp`` the package in PaddleNLP; both are ``name`` unless given.
-    """
+    """One architecture: how its weights move, and what align needs to know of it."""
 
     name: str
     prefix: str
+    """What the base model's names go without on torch's side, and on Paddle's where there is no ``target_prefix``."""
     layers: Callable[[Config], Layers]
     sizes: Callable[[Config], Sizes]
     rules: tuple[Rule, ...]
     heads: tuple[Head, ...]
     modules: tuple[tuple[str, str], ...] = ()
-    demo: Config = field(default_factory=dict)
-    tokenizer: str = "none"
-    variants: Mapping[str, Config] = field(default_factory=dict)
-    unsupported: Callable[[Config], str | None] = lambda config: None
-    additions: Callable[[Config], Config] = lambda config: {}
+    """(torch, Paddle) paths of the modules that align records, in the order of execution."""
     inside: Inside | Callable[[Config], Inside] = field(default_factory=dict)
+    """For a module's Paddle path its sublayers in that order too: (torch, Paddle, the operation before it)."""
+    demo: Config = field(default_factory=dict)
+    """The config of the built-in checkpoint."""
+    variants: Mapping[str, Config] = field(default_factory=dict)
+    """By name, what can be otherwise in ``demo`` and changes the numbers."""
+    tokenizer: str = "none"
+    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece or none."""
+    unsupported: Callable[[Config], str | None] = lambda config: None
+    """Why a config cannot be converted."""
+    additions: Callable[[Config], Config] = lambda config: {}
+    """Keys that PaddleNLP's class wants in a config that does not have them."""
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
+    """The config of a checkpoint that comes without a config.json, read from its header."""
     model_type: str = ""
+    """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""
+    """The package below ``paddlenlp.transformers``; ``name`` unless given."""
+    remote_code: bool = False
+    """Whether torch's classes are in code that the checkpoint brings along."""
+    time_first: Callable[[str], bool] = lambda name: False
+    """Whether a module's or output's arrays, by Paddle's name, are [tokens, batch, width]."""
+    paddlenlp_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """The arguments that PaddleNLP's class takes, of those that torch's takes."""
 
     @property
     def paddle_prefix(self) -> str:

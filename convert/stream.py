@@ -30,7 +30,7 @@ import numpy as np
 import xxhash
 
 from .checkpoint import Checkpoint, Loaded, Matrix, Stacked, TensorInfo, cut
-from .dtypes import BY_NAME, Dtype, cast, has_nonfinite
+from .dtypes import BY_NAME, Dtype, cast, has_nonfinite, to_float32
 from .errors import BadInput
 from .plan import Check, Move, Plan
 from .rules import Filling
@@ -374,7 +374,7 @@ class _Worker:
         self.source_digests[name] = self._digest(_Running(matrix.rows * matrix.columns), matrix, buffers)
 
     def check(self, check: Check, buffers: Buffers) -> None:
-        """A source tensor that is made anew must hold what is made: the same bits, or for a mask the same truth."""
+        """A source tensor that is not moved must hold what is made: the same values, or for a mask the same truth."""
         filling, held = check.filling, self.checkpoint.tensors[check.source]
         if filling.copies:
             copied = self.checkpoint.tensors[filling.copies]
@@ -383,7 +383,8 @@ class _Worker:
             told = f"is not the same as {filling.copies}, although the two are tied"
         else:
             agree = held.shape == check.shape and all(
-                np.array_equal(left != 0, right != 0)
+                np.array_equal(left != 0, right != 0) if filling.mask else
+                np.array_equal(to_float32(left, held.dtype.name), right)
                 for left, right in together(flow(self.checkpoint.matrix(check.source), buffers),
                                             made(filling, check.shape)))
             told = f"is not the {filling.name} that this family has"

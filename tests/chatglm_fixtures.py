@@ -1,4 +1,4 @@
-"""Tiny ChatGLM checkpoints that bring their own code along, as the real one does: that of ``tests/remote``."""
+"""Tiny ChatGLM checkpoints that bring code along, as the real one does: that of ``convert/remote/chatglm``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-REMOTE = Path(__file__).with_name("remote")
+import convert.demo
+
+REMOTE = Path(convert.demo.__file__).with_name("remote") / "chatglm"
 CODE = ("configuration_chatglm.py", "modeling_chatglm.py")
 SPECIAL = {"pad_token_id": 3, "unk": 0, "mask_token_id": 150, "gmask_token_id": 151, "bos_token_id": 154,
            "eos_token_id": 155}

@@ -26,6 +26,7 @@ ATTENTION_OUTPUT = {"out_proj", "attention.output.dense"}
 MLP = {"mlp"}
 HEADS, HEAD_WIDTHS, SCALE = ("num_attention_heads", "num_heads"), ("head_dim", "attention_head_size"), "scale_attn"
 ROTARY, ROTARY_WIDTH, ROTARY_TABLE = "apply_rotary_pos_emb", "rotary_dim", "embed_positions"
+FREQUENCIES = "inv_freq"
 GELUS = ("gelu", "gelu_new", "quick_gelu", "gelu_10")
 OTHER_ACTIVATIONS = ("relu", "silu", "tanh", "sigmoid", "linear", "mish", "leaky_relu", "relu2", "relu6", "laplace")
 SAME_ACTIVATION = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
@@ -427,6 +428,31 @@ def rotations(place: Place) -> Iterator[Variant | Dial]:
         yield from _rotary_tables(place, attention, module, subject)
 
 
+def frequencies(place: Place) -> Iterator[Variant | Dial]:
+    """Other frequencies in modules that keep them as a buffer, all of those in this place alike."""
+    held = {path: module.inv_freq for path, module in place.modules(nn.Module)
+            if isinstance(module._buffers.get(FREQUENCIES), torch.Tensor)}
+    if not held:
+        return
+    path, right = next(iter(held.items()))
+    subject = f"{place.paddle(path)} rotary"
+
+    def exact(base: float) -> Any:
+        return 1.0 / base ** (torch.arange(0, 2 * len(right), 2).float() / (2 * len(right)))
+
+    def changed(values: Any) -> Change:
+        return together(*(surgery.attributes(path, {FREQUENCIES: values}) for path in held))
+    kinds = {"unrounded": exact(10000.0), "rounded to float16": exact(10000.0).half().float(),
+             "rounded to bfloat16": exact(10000.0).bfloat16().float()}
+    known = next((kind for kind, values in kinds.items() if torch.equal(values, right)), "others")
+    for kind, values in kinds.items():
+        if kind != known:
+            told = f"has its frequencies {kind}; in the reference they are {known}"
+            yield Variant("rotary-frequencies", subject, told, changed(values), len(held))
+    yield Dial("rotary-base", subject, lambda base: f"has base {base:.6g} instead of 10000",
+               lambda base: changed(exact(base).to(torch.float16).float()), (500.0, 1e3, 5e3, 2e4, 1e5, 1e6), len(held))
+
+
 def _rotary_tables(place: Place, attention: str, module: Any, subject: str) -> Iterator[Variant | Dial]:
     if not hasattr(module, ROTARY_TABLE):
         return
@@ -456,6 +482,8 @@ def positions(place: Place) -> Iterator[Variant]:
     if place.whole or not surgery.has_argument(place.root, "position_ids"):
         return
     rows, length = place.mask.shape
+    if _most_positions(place) is None:
+        return
     count, limit = torch.arange(length).expand(rows, length), _most_positions(place)
     tokens = torch.from_numpy(place.mask).long()
     subject = f"{place.name} positions"
@@ -685,6 +713,7 @@ CATALOGUE = (
     Idea("the mask missing, inverted, shifted, not causal, too weak", masks),
     Idea("another number of heads, heads laid out otherwise", head_counts),
     Idea("rotary style, direction, dimension, base, one side only", rotations),
+    Idea("other rotary frequencies", frequencies),
     Idea("positions off by one, counted otherwise", positions),
     Idea("token types or positions not added", token_types),
     Idea("another token pooled", poolings),
@@ -783,9 +812,10 @@ def _table(rows: int, dims: int, base: float, over: int | None) -> Any:
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
-def _most_positions(place: Place) -> int:
+def _most_positions(place: Place) -> int | None:
+    """None where positions are not numbered from 0 to a limit."""
     tables = [module.weight.shape[0] for path, module in place.modules(nn.Embedding) if "position" in path]
-    return min(tables, default=place.model.config.max_position_embeddings)
+    return min(tables, default=getattr(place.model.config, "max_position_embeddings", None))
 
 
 def _only(module: Any, named: Mapping[str, Any]) -> dict[str, Any]:

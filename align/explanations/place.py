@@ -67,7 +67,7 @@ class Place:
                     answers = iter(self._answers[path])
                     stubs.enter_context(surgery.forward(
                         path, lambda module, run, answers=answers: lambda *_, **__: _as(next(answers), dtype))(root))
-                return self.inputs.rows(self.name, outputs_of(root, self.inputs.arrays)[self.name])
+                return self._real(self.name, outputs_of(root, self.inputs.arrays)[self.name])
 
     def with_change(self, change: Change) -> np.ndarray:
         """:meth:`run` with ``change`` in force."""
@@ -104,13 +104,13 @@ class Place:
 
         def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named["hidden_states"]
-            found[ARRIVING + name] = self.inputs.rows(name, value.numpy())
-            given = torch.from_numpy(entering[name]).to(dtype)
+            found[ARRIVING + name] = self._real(name, value.numpy())
+            given = self._entering(name, entering[name]).to(dtype)
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
         def after(name: str, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            found[name] = self.inputs.rows(name, first.numpy())
+            found[name] = self._real(name, first.numpy())
         with ExitStack() as hooks:
             for path, name in self.sublayers:
                 if name in entering:
@@ -164,7 +164,7 @@ class Place:
             seen: list[Any] = []
             with surgery.output(path, lambda x, seen=seen: seen.append(x) or 2 * x)(self.root):
                 twice = run()
-            term = self.inputs.rows(self.name, seen[0].numpy()).astype(np.float64) if seen else np.zeros(0)
+            term = self._real(self.name, seen[0].numpy()).astype(np.float64) if seen else np.zeros(0)
             for name, array in plain.items():
                 if term.shape == array.shape and np.allclose(
                         twice[name] - array, term, atol=1e-4 * np.abs(array).max()):
@@ -181,7 +181,15 @@ class Place:
 
     def _rows(self, output: Any) -> np.ndarray:
         first = output[0] if isinstance(output, tuple) else output
-        return self.inputs.rows(self.name, first.numpy())
+        return self._real(self.name, first.numpy())
+
+    def _real(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Rows of real tokens, by Paddle's name of the module or output that the array is of."""
+        return self.inputs.rows(name, self.reference.run.batch_first(name, array))
+
+    def _entering(self, name: str, array: np.ndarray) -> Any:
+        """What a module is fed, of an array with its batch in front."""
+        return torch.tensor(self.reference.run.batch_first(name, array))
 
     def _until_start(self, root: Any) -> np.ndarray:
         found = []
@@ -229,7 +237,7 @@ class Alone(Place):
         self.root = self.model.get_submodule(path)
         self.torch_paths = {paddle: path for path, paddle in reference.run.modules}
         self.listed = []
-        self._calls, self._answers = {path: ((torch.from_numpy(entering),), {})}, {}
+        self._calls, self._answers = {path: ((self._entering(name, entering),), {})}, {}
 
     @property
     def sublayers(self) -> list[tuple[str, str]]:
@@ -242,7 +250,7 @@ class Fed(Place):
     def __init__(self, reference: Reference, inputs: Inputs, name: str, entering: np.ndarray) -> None:
         super().__init__(reference, inputs, name)
         arguments, named = self._calls[self.path]
-        given = torch.from_numpy(entering)
+        given = self._entering(name, entering)
         self._calls[self.path] = ((given, *arguments[1:]), named) if arguments else ((), {**named,
                                                                                           "hidden_states": given})
 

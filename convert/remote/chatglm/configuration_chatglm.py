@@ -1,4 +1,4 @@
-"""The config of a tiny ChatGLM, as a checkpoint brings it along: run by transformers only with trust_remote_code."""
+"""ChatGLM's config class, as a checkpoint brings it along: transformers runs it only with trust_remote_code."""
 
 from transformers import PretrainedConfig
 

@@ -1,4 +1,4 @@
-"""ChatGLM written from the papers' equations, in torch: the remote code of the tests' tiny checkpoints.
+"""ChatGLM from the papers' equations, in torch: the code that the demo and the tests' checkpoints bring along.
 
 GLM (Du et al. 2022, arXiv 2103.10360), section 2.1: a context that sees itself and a blank that is filled from left to
 right, places of two dimensions. GLM-130B (Zeng et al. 2023, arXiv 2210.02414): rotary places, DeepNorm residuals around
