@@ -17,14 +17,18 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ..torch_side import is_rms_norm
 from . import surgery
 from .place import Place
 from .surgery import Change, together
 
-QUERY, KEY, VALUE = {"q_proj", "query"}, {"k_proj", "key"}, {"v_proj", "value"}
-ATTENTION_OUTPUT = {"out_proj", "attention.output.dense"}
-MLP = {"mlp"}
-HEADS, HEAD_WIDTHS, SCALE = ("num_attention_heads", "num_heads"), ("head_dim", "attention_head_size"), "scale_attn"
+QUERY, KEY, VALUE = {"q_proj", "query", "q"}, {"k_proj", "key", "k"}, {"v_proj", "value", "v"}
+ATTENTION_OUTPUT = {"out_proj", "attention.output.dense", "SelfAttention.o", "EncDecAttention.o"}
+MLP, ATTENTION = {"mlp", "DenseReluDense"}, {"attn", "SelfAttention", "EncDecAttention"}
+UNSCALED = {"T5Attention"}
+HEADS, HEAD_WIDTHS = ("num_attention_heads", "num_heads", "n_heads"), (
+    "head_dim", "attention_head_size", "key_value_proj_dim")
+SCALE, EPSILON = "scale_attn", ("eps", "variance_epsilon")
 ROTARY, ROTARY_WIDTH, ROTARY_TABLE = "apply_rotary_pos_emb", "rotary_dim", "embed_positions"
 FREQUENCIES = "inv_freq"
 GELUS = ("gelu", "gelu_new", "quick_gelu", "gelu_10")
@@ -183,15 +187,16 @@ def other_head_weights(place: Place) -> Iterator[Variant]:
 # Layer norm and activation --------------------------------------------------------------------------------------------
 
 def epsilons(place: Place) -> Iterator[Variant | Dial]:
-    norms = {path: module for path, module in place.modules(nn.LayerNorm)}
+    norms = dict([*place.modules(nn.LayerNorm), *_rms_norms(place)])
     groups = [(place.paddle(path), [path]) for path in norms]
     if len(norms) > 1:
         groups.append((f"{place.name} layer norms", list(norms)))
     for subject, paths in groups:
-        right = norms[paths[0]].eps
+        name = next(name for name in EPSILON if hasattr(norms[paths[0]], name))
+        right = getattr(norms[paths[0]], name)
 
-        def change(value: float, paths: list[str] = paths) -> Change:
-            return together(*(surgery.attributes(path, {"eps": value}) for path in paths))
+        def change(value: float, paths: list[str] = paths, name: str = name) -> Change:
+            return together(*(surgery.attributes(path, {name: value}) for path in paths))
 
         def told(value: float, right: float = right) -> str:
             return f"has epsilon {value:.3g} instead of {right:g}"
@@ -218,6 +223,25 @@ def norm_variants(place: Place) -> Iterator[Variant]:
                       surgery.weights({f"{path}.weight": 1 + norm.weight}))
 
 
+def rms_norm_variants(place: Place) -> Iterator[Variant]:
+    norms = _rms_norms(place)
+    for told, function in (
+            ("is left out", lambda run, x: x),
+            ("subtracts the mean, as a layer norm", lambda run, x: run(x - x.mean(-1, keepdim=True)))):
+        kind = "layer-norm-missing" if told == "is left out" else "layer-norm-variant"
+        changes = {path: surgery.forward(path, lambda module, run, function=function: lambda x: function(run, x))
+                   for path, _ in norms}
+        for path, change in changes.items():
+            yield Variant(kind, place.paddle(path), told, change)
+        if len(changes) > 1:
+            yield Variant(kind, f"every norm of {place.name}", told, together(*changes.values()), len(changes))
+    for path, norm in norms:
+        subject, ones = f"{place.paddle(path)}.weight", torch.ones_like(norm.weight)
+        yield Variant("layer-norm-variant", subject, "is not applied", surgery.weights({f"{path}.weight": ones}))
+        yield Variant("layer-norm-variant", subject, "is applied as 1 + weight",
+                      surgery.weights({f"{path}.weight": ones + norm.weight}))
+
+
 def norm_placements(place: Place) -> Iterator[Variant]:
     for name, told, make in PLACEMENTS.get(type(place.root).__name__, ()):
         yield Variant(name, place.name, told, surgery.forward("", lambda module, run, make=make: make(module)))
@@ -239,7 +263,7 @@ def activations(place: Place) -> Iterator[Variant]:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 def scales(place: Place) -> Iterator[Variant | Dial]:
-    for attention, _ in _projections(place):
+    for attention, _ in _projections(place)[:1]:  # all attentions of this place alike
         subject, width = f"{place.paddle(attention)} scale", _head_width(place.root.get_submodule(attention))
         if width is None:
             continue
@@ -247,19 +271,24 @@ def scales(place: Place) -> Iterator[Variant | Dial]:
         def factor(value: float) -> Change:
             return surgery.scores(query=lambda query: query * value)
         hidden = place.root.get_submodule(attention)
-        for told, value in (("is missing: scores are not divided by the root of the head width", math.sqrt(width)),
-                            ("is 1 / head width instead of its root", 1 / math.sqrt(width)),
-                            ("is applied twice over, squared", width ** -0.5),
-                            ("multiplies where it should divide", float(width)),
-                            ("comes from the hidden width instead of the head's",
-                             math.sqrt(width / (width * (_heads(hidden) or 1))))):
+        if type(hidden).__name__ in UNSCALED:
+            wrong = {"divides the scores by the root of the head width, which the reference does not": width**-0.5}
+        else:
+            wrong = {
+                "is missing: scores are not divided by the root of the head width": math.sqrt(width),
+                "is 1 / head width instead of its root": 1 / math.sqrt(width),
+                "is applied twice over, squared": width**-0.5,
+                "multiplies where it should divide": float(width),
+                "comes from the hidden width instead of the head's": math.sqrt(width / (width * (_heads(hidden) or 1))),
+            }
+        for told, value in wrong.items():
             yield Variant("attention-scale", subject, told, factor(value))
         yield Dial("attention-scale", subject, lambda value: f"is off by a factor of {value:.7g}", factor,
                    (0.1, 0.3, 0.7, 1.0, 1.5, 3.0, 10.0))
 
 
 def softmaxes(place: Place) -> Iterator[Variant]:
-    for attention, _ in _projections(place):
+    for attention, _ in _projections(place)[:1]:
         subject = f"{place.paddle(attention)} softmax"
         for told, function in (
                 ("is missing", lambda old, x: torch.where(x < MASKED, 0, x)),
@@ -273,28 +302,30 @@ def softmaxes(place: Place) -> Iterator[Variant]:
 
 
 def masks(place: Place) -> Iterator[Variant | Dial]:
-    """The additive mask that a block is given, made anew: which keys each query may see, and what hides the others."""
-    if place.whole or not surgery.has_argument(place.root, "attention_mask"):
+    """The additive masks that a block is given, made anew: which keys each query may see, and what hides the others."""
+    if place.whole:
         return
-    if not _projections(place):
-        return
-    subject = f"{place.paddle(_projections(place)[0][0])} mask"
-    tokens = torch.from_numpy(place.mask)
-    length = tokens.shape[1]
+    for name, (attention, _) in zip(("attention_mask", "encoder_attention_mask"), _projections(place), strict=False):
+        if surgery.has_argument(place.root, name) and place.argument(name) is not None:
+            yield from _masks(place, name, f"{place.paddle(attention)} mask")
+
+
+def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
+    """Of the argument ``name``, additive, [batch, 1, queries or 1, keys]."""
+    captured = place.argument(name)
+    length = captured.shape[-1]
+    tokens = torch.from_numpy(place.mask_of(length))
     tril = torch.ones(length, length, dtype=torch.bool).tril()
     real = tokens[:, None, None, :]
 
     def mask(function: Callable[[Any], Any]) -> Change:
-        return surgery.argument("attention_mask", function)
+        return surgery.argument(name, function)
 
     def hidden(visible: Any, value: float | None = None) -> Change:
         def make(given: Any) -> Any:
             lowest = torch.finfo(torch.float32).min if value is None else value
             return torch.where(visible, 0.0, lowest).to(given.dtype)
         return mask(make)
-    captured = place.argument("attention_mask")
-    if captured is None:
-        return
     causal = captured.shape[-2] > 1
     seen = captured > MASKED
     yield Variant("mask-missing", subject, "is missing: every query sees every key", hidden(torch.ones_like(seen)))
@@ -311,7 +342,8 @@ def masks(place: Place) -> Iterator[Variant | Dial]:
         yield Variant("mask-polarity", subject, "is upside down: queries see only what is behind them",
                       hidden(tril.T & real))
     else:
-        yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
+        if name == "attention_mask":
+            yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
         yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden", hidden(~real))
     yield Variant("mask-polarity", subject, "is added to the scores as ones and zeros",
                   mask(lambda given: seen.to(given.dtype)))
@@ -514,6 +546,30 @@ def positions(place: Place) -> Iterator[Variant]:
                       surgery.argument("position_ids", lambda given, ids=ids: ids), moved)
 
 
+def relative_positions(place: Place) -> Iterator[Variant]:
+    """T5's: a learned number for each head and range of distances between query and key."""
+    for path, attention in place.modules(nn.Module):
+        if not getattr(attention, "has_relative_attention_bias", False):
+            continue
+        subject = f"{place.paddle(path)} relative positions"
+        farthest, buckets = attention.relative_attention_max_distance, attention.relative_attention_num_buckets
+        told = ("tell keys before and behind the query apart, as an encoder's" if attention.is_decoder else
+                "are one for all keys behind the query, as a decoder's")
+        yield Variant("relative-positions", subject, told,
+                      surgery.attributes(path, {"is_decoder": not attention.is_decoder}))
+        for other in sorted({32, 64, 128, 256, farthest // 2, 2 * farthest} - {farthest}):
+            yield Variant("relative-positions", subject, f"end at a distance of {other} instead of {farthest}",
+                          surgery.attributes(path, {"relative_attention_max_distance": other}))
+        for other in sorted({number for number in (8, 16, 32, buckets // 2) if 4 <= number < buckets}):
+            yield Variant("relative-positions", subject, f"are put into {other} buckets instead of {buckets}",
+                          surgery.attributes(path, {"relative_attention_num_buckets": other}))
+        table = f"{path}.relative_attention_bias"
+        yield Variant("relative-positions", subject, "are not added",
+                      surgery.weights({f"{table}.weight": torch.zeros_like(attention.relative_attention_bias.weight)}))
+        yield Variant("relative-positions", subject, "are of query minus key instead of key minus query",
+                      surgery.output(table, lambda x: x.transpose(0, 1)))
+
+
 def token_types(place: Place) -> Iterator[Variant]:
     embeddings = {path.rpartition(".")[2]: (path, module) for path, module in place.modules(nn.Embedding)}
     for name, (path, module) in embeddings.items():
@@ -559,7 +615,7 @@ def poolings(place: Place) -> Iterator[Variant]:
 
 def branches(place: Place) -> Iterator[Variant | Dial]:
     """What a linear, or the whole of attention and MLP, contributes: nothing, or more or less than it should."""
-    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | {"attn"}]
+    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | ATTENTION]
     linears = [path for path, _ in place.modules(nn.Linear)]
     for path in [*linears, *whole]:
         subject = place.paddle(path)
@@ -707,6 +763,7 @@ CATALOGUE = (
     Idea("another gelu, another activation", activations),
     Idea("another layer-norm epsilon", epsilons),
     Idea("a layer norm left out or of another kind", norm_variants),
+    Idea("an RMS norm left out or of another kind", rms_norm_variants),
     Idea("a layer norm in the wrong place, a residual missing", norm_placements),
     Idea("another attention scale", scales),
     Idea("a softmax over the wrong axis, or in half precision", softmaxes),
@@ -715,6 +772,7 @@ CATALOGUE = (
     Idea("rotary style, direction, dimension, base, one side only", rotations),
     Idea("other rotary frequencies", frequencies),
     Idea("positions off by one, counted otherwise", positions),
+    Idea("relative positions of other distances, other ranges, one direction", relative_positions),
     Idea("token types or positions not added", token_types),
     Idea("another token pooled", poolings),
     Idea("attention, MLP or logits scaled, a block skipped", branches),
@@ -733,6 +791,11 @@ def _projections(place: Place) -> list[tuple[str, list[tuple[str, Any]]]]:
         if all(parts) and place.holds(path):
             found.append((path, parts))
     return found
+
+
+def _rms_norms(place: Place) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in place.modules(nn.Module) if not isinstance(module, nn.LayerNorm)
+            and is_rms_norm(module)]
 
 
 def _heads(attention: Any) -> int | None:

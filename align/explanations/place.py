@@ -53,6 +53,10 @@ class Place:
     def mask(self) -> np.ndarray:
         return self.inputs.mask
 
+    def mask_of(self, length: int) -> np.ndarray:
+        """The mask [batch, tokens] of rows that are ``length`` tokens long: the encoder's or the decoder's."""
+        return next(mask for mask in self.inputs.rows.masks if mask.shape[1] == length)
+
     def run(self, dtype: Any = torch.float32) -> np.ndarray:
         """Valid rows of the output, as the reference records them, for the recorded arguments in ``dtype``."""
         root = self.root
