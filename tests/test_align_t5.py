@@ -14,6 +14,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import models.t5
 from align.inputs import seeded
+from align.scores import texts_of
+from align.texts import DATA, pieces_of
 from convert.errors import BadInput
 from convert.t5 import FAMILY
 
@@ -410,6 +412,45 @@ def test_a_net_that_translates_otherwise_has_another_bleu(workshop, trained):
     with patch.object(models.t5.T5LayerFF, "forward", lambda self, hidden: hidden):
         outcome = scored(workshop, trained)
     assert outcome.code == 1 and {"text.predictions", "value.bleu"} <= set(outcome.failing)
+
+
+@pytest.fixture(scope="module")
+def pieces(workshop):
+    """A SentencePiece model trained on the pairs that ship, as T5's checkpoints carry it: ``spiece.model``."""
+    import sentencepiece
+    directory = workshop.root / "pieces"
+    save_checkpoint(directory, "T5ForConditionalGeneration", vocab_size=310)
+    rows = [json.loads(line) for line in (DATA / "translations.jsonl").read_text("utf-8").splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([row[side] for row in rows for side in ("source", "target")]), vocab_size=300, pad_id=0,
+        model_prefix=str(directory / "spiece"), eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    (directory / "spiece.vocab").unlink()
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 10}')
+    return workshop.convert("t5", directory, "pieces")
+
+
+def test_a_checkpoint_with_a_sentencepiece_model_is_tokenized_as_it_says(workshop, pieces):
+    outcome = workshop.align("metric", pieces, "--limit", "4")
+    assert all_aligned({"metric": outcome})
+    assert any("4 rows of the sentence pairs that ship with paddle-parity, tokenized as the source does" in note
+               for note in outcome.report["notes"])
+    assert any("before each source: 'translate English to German: '" in note for note in outcome.report["notes"])
+
+
+def test_texts_are_those_of_the_tokenizers_own_decoding(workshop, pieces):
+    from transformers import AutoTokenizer
+    ids = np.random.default_rng(0).integers(0, 310, (200, 20))
+    for fast in (True, False):
+        tokenizer = AutoTokenizer.from_pretrained(workshop.output(pieces), use_fast=fast)
+        assert texts_of(ids, pieces_of(tokenizer)) == tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def test_paddlenlps_tokenizer_gives_the_same_ids(workshop, pieces):
+    from paddlenlp.transformers import T5Tokenizer
+    from transformers import AutoTokenizer
+    theirs, ours = (cls.from_pretrained(str(workshop.output(pieces))) for cls in (AutoTokenizer, T5Tokenizer))
+    text = "translate English to German: The ferry leaves the island every morning."
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 def test_without_a_tokenizer_ids_are_the_words(workshop, plain):
