@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 import models.bert
 import models.gptj
-from convert import bert, gptj
+from convert import bert, bloom, gptj, opt
 from models.activation import activation
 from models.attention import heads_first
 from models.pretrained import Pretrained
@@ -44,7 +45,7 @@ Plant = Callable[[Path], AbstractContextManager[None]]
 Place = Literal["checkpoint", "config", "net"]
 
 SEED = 20260707
-FAMILIES = {"gptj": gptj.FAMILY, "bert": bert.FAMILY}
+FAMILIES = {family.name: family for family in (bert.FAMILY, bloom.FAMILY, gptj.FAMILY, opt.FAMILY)}
 
 
 class NotPlanted(Exception):
@@ -112,6 +113,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "rounded to fp16": ("rounded-to-float16",),
     "rounded to bf16": ("rounded-to-bfloat16",),
     "buffer": ("wrong-buffer",),
+    "alibi": ("alibi-missing", "alibi-positions", "alibi-slopes"),
     "norm placed": ("layer-norm-placement",),
     "norm missing": ("layer-norm-missing",),
     "norm variant": ("layer-norm-variant",),
@@ -484,20 +486,30 @@ def value_bias_made_good(names: Names) -> Edit:
 
 
 def blocks(net: Any) -> Any:
-    return net.transformer.h if hasattr(net, "transformer") else net.bert.encoder.layers
+    return stack_of(net).h if hasattr(stack_of(net), "h") else stack_of(net).layers
+
+
+def stack_of(net: Any) -> Any:
+    """What runs the blocks one after another: the backbone, or its encoder or decoder."""
+    return part(backbone(net), "encoder", "decoder", otherwise=backbone(net))
 
 
 def attention_of(block: Any) -> Any:
-    return block.attn if hasattr(block, "attn") else block.self_attn
+    return part(block, "attn", "self_attn", "self_attention")
 
 
 def backbone(net: Any) -> Any:
-    return net.transformer if hasattr(net, "transformer") else net.bert
+    return part(net, "transformer", "bert", "opt", "bloom")
+
+
+def part(layer: Any, *names: str, otherwise: Any = None) -> Any:
+    """The first of these sublayers that there is."""
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), otherwise)
 
 
 def code_of(net: Any) -> Any:
     """The module of ``models/`` that the net's functions are looked up in."""
-    return models.gptj if hasattr(net, "transformer") else models.bert
+    return sys.modules[type(net).__module__]
 
 
 def during(layer: Any, module: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -521,14 +533,14 @@ def attending(layer: int, **variant: Any) -> Break:
     return break_net
 
 
-def attend(query: Any, key: Any, value: Any, mask: Any, dropout: Any, *, scale: Any = lambda width: width**-0.5,
-           softmax: Callable[[Any], Any] = F.softmax, masked: Callable[[Any], Any] = lambda mask: mask,
-           temperature: float = 0.0) -> Any:
+def attend(query: Any, key: Any, value: Any, mask: Any, dropout: Any, *, bias: Any = 0.0,
+           scale: Any = lambda width: width**-0.5, softmax: Callable[[Any], Any] = F.softmax,
+           masked: Callable[[Any], Any] = lambda mask: mask, temperature: float = 0.0) -> Any:
     """Attention with parts to exchange; ``temperature`` makes each head a little sharper than the one before it."""
     scores = paddle.matmul(query, key, transpose_y=True) * scale(query.shape[-1])
     if temperature:
         scores = scores * (1 + temperature * paddle.arange(scores.shape[1], dtype="float32")).reshape([1, -1, 1, 1])
-    weights = softmax(scores + masked(mask))
+    weights = softmax(scores + bias + masked(mask))
     return heads_first(paddle.matmul(weights, value)).flatten(-2)
 
 
@@ -569,8 +581,9 @@ def see_one_ahead(mask: Any) -> Any:
 def acting(layer: int, function: Callable[[Any], Any] | str) -> Break:
     """Another activation in one block."""
     def break_net(net: Any) -> None:
-        place = blocks(net)[layer]
-        place, name = (place.mlp, "act") if hasattr(place, "mlp") else (place, "activation")
+        place = part(blocks(net)[layer], "mlp", otherwise=blocks(net)[layer])
+        place = place if isinstance(place, paddle.nn.Layer) else blocks(net)[layer]
+        name = next(name for name in ("act", "activation", "gelu_impl") if hasattr(place, name))
         setattr(place, name, activation(function) if isinstance(function, str) else Function(function))
     return break_net
 
@@ -595,10 +608,9 @@ def dropout_left_on(share: float) -> Break:
     def break_net(net: Any) -> None:
         paddle.seed(SEED)
         block = blocks(net)[MID]
-        if hasattr(block, "mlp"):
-            block.mlp.dropout = dropping(share)
-        else:
-            block.dropout2 = dropping(share)
+        home = next(layer for layer in (block, getattr(block, "mlp", None)) if hasattr(layer, "dropout") or hasattr(
+            layer, "dropout2"))
+        setattr(home, "dropout2" if hasattr(home, "dropout2") else "dropout", dropping(share))
     return break_net
 
 
@@ -611,7 +623,7 @@ def epsilon(layer: int, part: str, value: float) -> Break:
 
 def unbiased_norm(net: Any) -> None:
     """A layer norm that divides by n - 1."""
-    norm = blocks(net)[MID].ln_1 if hasattr(net, "transformer") else blocks(net)[MID].norm1
+    norm = part(blocks(net)[MID], "ln_1", "norm1", "input_layernorm")
 
     def forward(x: Any) -> Any:
         centred = x - x.mean(-1, keepdim=True)
@@ -684,21 +696,13 @@ def attention_twice(net: Any) -> None:
 
 def later_block_first(net: Any) -> None:
     """Blocks 1 and 2 run in the other order, each with its own weights."""
-    found = blocks(net)
-    order = [found[0], found[2], found[1]]
-    if hasattr(net, "transformer"):
-        model, forward = net.transformer, net.transformer.forward
+    found, stack = blocks(net), stack_of(net)
+    order, forward = [found[0], found[2], found[1]], stack.forward
 
-        def changed(*arguments: Any, **named: Any) -> Any:
-            with patch.dict(model._sub_layers, h=order):
-                return forward(*arguments, **named)
-        model.forward = changed
-    else:
-        def encode(hidden: Any, mask: Any) -> Any:
-            for block in order:
-                hidden = block(hidden, mask)
-            return hidden
-        net.bert.encoder.forward = encode
+    def changed(*arguments: Any, **named: Any) -> Any:
+        with patch.dict(stack._sub_layers, {"h" if hasattr(stack, "h") else "layers": order}):
+            return forward(*arguments, **named)
+    stack.forward = changed
 
 
 def block_skipped(net: Any) -> None:
@@ -721,7 +725,7 @@ def heads(count: int) -> Break:
 def padding_of(make: Callable[[Any], Any]) -> Break:
     """Another additive mask for the whole net."""
     def break_net(net: Any) -> None:
-        name = "causal_mask" if hasattr(net, "transformer") else "padding_mask"
+        name = "causal_mask" if hasattr(code_of(net), "causal_mask") else "padding_mask"
         during(backbone(net), code_of(net), name, lambda original: lambda *given: make(original(*given)))
     return break_net
 
@@ -814,7 +818,7 @@ def without_types(net: Any) -> None:
 
 def scaled_embedding(net: Any) -> None:
     """Words times the root of the width, as some architectures have it."""
-    table = net.transformer.wte if hasattr(net, "transformer") else net.bert.embeddings.word_embeddings
+    table = part(part(backbone(net), "embeddings", otherwise=backbone(net)), "wte", "word_embeddings")
     forward = table.forward
     table.forward = lambda ids: forward(ids) * math.sqrt(table.weight.shape[-1])
 
@@ -887,9 +891,9 @@ def _words(explanation: str | None) -> frozenset[str] | None:
 
 
 def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
-    """What both families have, and its names."""
+    """What every family with q, k and v apart has, and its names."""
     middle, last, named = n.at(MID), n.at(LAST), n.named
-    norms = "norm2" if n is BERT else "norm"
+    norms = "norm2" if "norm2" in n.parts else "norm"
     yield weights(n, "missed transpose of q", transpose(n.weight("q", MID)), middle, named(MID, "q"), "transposed")
     yield weights(n, "missed transpose of out", transpose(n.weight("out", LAST)), last, named(LAST, "out"),
                   "transposed")

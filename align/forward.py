@@ -14,7 +14,7 @@ from convert.errors import BadInput
 
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
-from .inputs import LENGTH, ROWS, Inputs, positive, seeded
+from .inputs import LENGTH, ROWS, SIDES, Inputs, positive, seeded, sides
 from .inside import PROBE, Places
 from .lint import Description, differences
 from .noise import Kind, NoiseFloor
@@ -28,8 +28,12 @@ from .trace import RECORDED, Step
 def reference(session: Session) -> Iterator[Step]:
     """Torch's pass over the seeded inputs, module by module, with its noise floor."""
     run, options = session.run, session.options
+    unfit = "--tokens" if options.tokens and run.head.inputs == "pixels" else (
+        "--pixels" if options.pixels and run.head.inputs != "pixels" else None)
+    if unfit:
+        raise BadInput(f"{unfit} is not for {run.head.architecture}, whose inputs are {run.head.inputs}.")
     inputs = seeded(run.config, run.sizes, kind=run.head.inputs, rows=options.rows or ROWS,
-                    tokens=options.tokens or LENGTH)
+                    tokens=options.pixels or options.tokens or LENGTH)
     inputs.save(session.run.directory / "traces" / "forward_inputs.npz")
     told = {"inputs_digest": inputs.digest, "notes": list(inputs.notes)}
     for step in session.reference.steps(inputs):
@@ -316,15 +320,16 @@ def _told(inputs: Inputs) -> list[str]:
 
 
 def _refuse_other_inputs(session: Session) -> None:
-    if session.options.rows or session.options.tokens:
-        raise BadInput("--rows and --tokens choose the reference's inputs, which are recorded already. Give them with "
-                       "--only reference.")
+    if session.options.rows or session.options.tokens or session.options.pixels:
+        raise BadInput("--rows, --tokens and --pixels choose the reference's inputs, which are recorded already. Give "
+                       "them with --only reference.")
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=positive, help=f"rows of inputs; default {ROWS}")
     add("--tokens", type=positive, help=f"tokens a row at most; default {LENGTH}")
+    add("--pixels", type=sides, metavar="HxW", help="height and width of pictures; default {}x{}".format(*SIDES[True]))
 
 
 STAGE = RecordedStage("forward", "Compare embeddings, blocks, final hidden states and logits.", reference, candidate,

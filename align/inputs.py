@@ -19,6 +19,11 @@ SEED = 20260602
 ROWS = 4
 LENGTH = 96
 MINIMUM = 64
+SIDES = {True: (97, 64), False: (65, 80)}
+"""(height, width) of pictures: halved five times, an odd side and an even one show every way of rounding."""
+PATCH = 8
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, by channel."""
 PATTERNS = ("whole", "padded left", "right", "and on both sides")
 PER_TOKEN_VECTORS = ("start_logits", "end_logits")
 
@@ -44,7 +49,7 @@ class Rows:
             fitting = next((mask for mask in self.masks if mask.size == len(array)), None)
             return array.copy() if fitting is None else array[fitting.reshape(-1)]
         if array.ndim == 4 and not self.masks:
-            return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
+            return np.array(np.moveaxis(array, 1, -1).reshape(-1, array.shape[1]), order="C")
         return array.copy()
 
     @property
@@ -63,13 +68,16 @@ class Inputs:
 
     @property
     def mask(self) -> np.ndarray:
-        """[batch, tokens], True where there is a token."""
+        """[batch, tokens], True where there is a token; a picture counts for one."""
+        if "attention_mask" not in self.arrays:
+            return np.ones((self.rows.batch, 1), bool)
         return _real(self.arrays["attention_mask"])
 
     @property
     def last_mask(self) -> np.ndarray:
         """:attr:`mask` of the tokens that the model's last hidden states belong to: the decoder's, where it has one."""
-        return self.arrays.get("decoder_attention_mask", self.arrays["attention_mask"]).astype(bool)
+        decoder = self.arrays.get("decoder_attention_mask")
+        return self.mask if decoder is None else _real(decoder)
 
     @property
     def rows(self) -> Rows:
@@ -80,12 +88,17 @@ class Inputs:
     @property
     def told(self) -> list[str]:
         """What they are, in a sentence each."""
-        shapes = {name: array.shape for name, array in self.arrays.items() if name.endswith("attention_mask")}
-        encoder, decoder = (shapes.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+        shapes = {name: array.shape for name, array in self.arrays.items()}
+        encoder, decoder, pictures = (shapes.get(name) for name in (
+            "attention_mask", "decoder_attention_mask", "pixel_values"))
         patterns = prompts.PATTERNS if encoder and len(encoder) > 2 else PATTERNS
-        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {', '.join(patterns[:encoder[0]])}; "
-                   "padded positions are not compared."] if encoder else []),
-                *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else [])]
+        whole = encoder and len(encoder) == 2 and encoder[0] > 1 and self.arrays["attention_mask"].all()
+        how = "all of them whole." if whole else (
+            f"{', '.join(patterns[:encoder[0]])}; padded positions are not compared." if encoder else "")
+        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {how}"] if encoder else []),
+                *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else []),
+                *([f"Inputs: {pictures[0]} seeded pictures of {pictures[2]} x {pictures[3]} pixels (height x width), "
+                   "normalised; each place of a feature map counts as a row."] if pictures else [])]
 
     @property
     def first(self) -> Inputs:
@@ -108,8 +121,10 @@ class Inputs:
 
 
 def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool = True, rows: int = ROWS,
-           tokens: int = LENGTH) -> Inputs:
-    """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding."""
+           tokens: int | tuple[int, int] = LENGTH) -> Inputs:
+    """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding; of
+    pictures it chooses between two sizes. ``tokens`` is how long a row is at most, or a picture's (height, width).
+    """
     return KINDS[kind](config, sizes, padded, rows, tokens)
 
 
@@ -165,6 +180,17 @@ def _length(sizes: Sizes, tokens: int) -> tuple[int, tuple[str, ...]]:
     else:
         notes = (short if length < tokens else asked,)
     return length, notes
+
+
+def _pixels(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int | tuple[int, int]) -> Inputs:
+    """Patches of one colour each under a fine grain, in the range that ImageNet's mean and deviation leave."""
+    height, width = tokens if isinstance(tokens, tuple) else SIDES[padded]
+    generator, channels = np.random.default_rng(SEED + padded), sizes["channels"]
+    patches = generator.uniform(0, 1, (rows, channels, -(-height // PATCH), -(-width // PATCH)))
+    coarse = patches.repeat(PATCH, axis=2).repeat(PATCH, axis=3)[:, :, :height, :width]
+    values = np.round(255 * (0.7 * coarse + 0.3 * generator.uniform(0, 1, coarse.shape))) / 255
+    mean, deviation = (np.resize(numbers, channels)[:, None, None] for numbers in (MEAN, DEVIATION))
+    return Inputs({"pixel_values": ((values - mean) / deviation).astype(np.float32)})
 
 
 def token_types(sizes: Sizes, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -224,7 +250,27 @@ def _real(mask: np.ndarray) -> np.ndarray:
     return mask.astype(bool) if mask.ndim == 2 else ~np.diagonal(mask[:, 0], axis1=1, axis2=2)
 
 
-KINDS = {"prompts": _prompts, "tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
+def _whole_rows(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """For nets that know no mask: what a model of tokens gets, without padding."""
+    return _tokens(config, sizes, False, rows, tokens)
+
+
+KINDS = {
+    "pixels": _pixels,
+    "prompts": _prompts,
+    "tokens": _tokens,
+    "tokens to tokens": _tokens_to_tokens,
+    "whole rows": _whole_rows,
+}
+
+
+def sides(text: str) -> tuple[int, int]:
+    """``97x64``, height and width, on the command line."""
+    height, _, width = text.partition("x")
+    try:
+        return positive(height), positive(width)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give for example 224x224, height and width") from error
 
 
 def positive(text: str) -> int:

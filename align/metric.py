@@ -11,10 +11,12 @@ import numpy as np
 
 from convert.errors import BadInput
 
+from . import pictures
 from .candidate import Candidate
 from .compare import TensorResult, compare, missing
 from .decode import TEXT, Limits, greedy
 from .inputs import Inputs, batches, decoder_start, positive
+from .pictures import PIXELS, drawn, examples_of
 from .reference import Reference
 from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
 from .stage import Findings, RecordedStage, Session, main
@@ -41,6 +43,9 @@ LONGER, ROWS_TOGETHER = 8, 4
 def reference(session: Session) -> Iterator[Step]:
     """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
     run, options = session.run, session.options
+    if run.head.inputs == "pixels":
+        yield _pictures(session)
+        return
     name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
     tokenizer = tokenizer_of(run)
     prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
@@ -65,13 +70,33 @@ def reference(session: Session) -> Iterator[Step]:
     yield step
 
 
+def _pictures(session: Session) -> Step:
+    """:func:`reference` of a head that looks at pictures; they go to the candidate as arrays."""
+    run, options = session.run, session.options
+    if options.dataset is None:
+        name, rows = "pictures that are drawn by paddle-parity", drawn(options.limit, run.sizes["labels"])
+    else:
+        name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
+    examples, told = examples_of(renamed(rows, options.columns),
+                                 run.source if run.source.is_dir() else run.source.parent, run.sizes)
+    if not examples:
+        raise BadInput("the data set has no row to evaluate on.")
+    step = _evaluate(session, session.reference, examples, options.batch_size, {})
+    step.told |= {"notes": [f"Data: {len(examples)} of the {name}, {told}."], "batch_size": options.batch_size,
+                  "examples": [[{}, example.targets] for example in examples]}
+    step.view("examples")[PIXELS] = np.stack([example.inputs[PIXELS] for example in examples])
+    return step
+
+
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle over the same batches."""
     for step in steps:
         if "examples" not in step.told:
             raise BadInput("the reference was recorded without its examples, so the candidate cannot be fed them. "
                            "Record it again: python -m align.metric --only reference")
-        examples = [Example(inputs, targets) for inputs, targets in step.told["examples"]]
+        shown = step.view("examples")
+        examples = [Example(inputs | {name: array[number] for name, array in shown.items()}, targets)
+                    for number, (inputs, targets) in enumerate(step.told["examples"])]
         texts = {name: array for name, array in step.view("targets").items() if name in TEXTS}
         yield _evaluate(session, session.candidate, examples, step.told["batch_size"], texts)
 
@@ -182,7 +207,8 @@ def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[
               texts: Arrays) -> Step:
     """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
     run = session.run
-    fed = batches([example.inputs for example in examples], run.config, run.sizes, batch_size, run.head.inputs)
+    fed = pictures.batches(examples, batch_size) if run.head.inputs == "pixels" else batches(
+        [example.inputs for example in examples], run.config, run.sizes, batch_size, run.head.inputs)
     score = SCORES[session.run.head.task]
     reduced: list[Arrays] = []
 

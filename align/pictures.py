@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 
 from convert.errors import BadInput, require
+from convert.rules import Sizes
 
+from .inputs import DEVIATION, MEAN, Inputs
+from .texts import Example, Row, columns
+
+PIXELS = "pixel_values"
 PROCESSOR = "preprocessor_config.json"
 TORCHVISION = dict(size={"shortest_edge": 224}, crop_pct=224 / 256, resample=2)  # 2: bilinear
-MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-GREY_MEAN, GREY_DEVIATION = [0.449], [0.226]
+GREY_MEAN, GREY_DEVIATION = (0.449,), (0.226,)
 SIZES = ((96, 128), (120, 96), (97, 97), (100, 131))
 Canvas = np.ndarray
 Draw = Callable[[Canvas, np.ndarray, np.ndarray, np.random.Generator], None]
@@ -35,9 +39,34 @@ def load_processor(directory: Path, channels: int) -> tuple[Any, str]:
         except Exception as error:
             raise BadInput(f"{PROCESSOR} in {directory} cannot be used ({type(error).__name__}: {error}).") from error
     mean, deviation = (MEAN, DEVIATION) if channels == 3 else (GREY_MEAN, GREY_DEVIATION)
-    return (ConvNextImageProcessor(**TORCHVISION, image_mean=mean, image_std=deviation),
+    return (ConvNextImageProcessor(**TORCHVISION, image_mean=list(mean), image_std=list(deviation)),
             f"as torchvision evaluates, because the checkpoint has no {PROCESSOR}: shorter side 256, 224 x 224 from "
             "the centre, ImageNet's mean and deviation")
+
+
+def examples_of(rows: Sequence[Row], directory: Path, sizes: Sizes) -> tuple[list[Example], str]:
+    """An example a row, float32 [channels, height, width] with its label, and what is told of how they were made."""
+    channels = sizes["channels"]
+    if channels not in (1, 3):
+        raise BadInput(f"pictures have 3 channels, or 1 if grey; this model takes {channels}, so there is nothing to "
+                       "measure it on. align.forward and align.loss feed it seeded values.")
+    processor, told = load_processor(directory, channels)
+    columns(rows, image=object, label=float if sizes["labels"] == 1 else int)
+    pictures = [prepared(processor, as_array(row["image"], number, channels)) for number, row in enumerate(rows)]
+    found = {picture.shape for picture in pictures}
+    if len(found) > 1:
+        shapes = ", ".join(" x ".join(map(str, shape)) for shape in sorted(found)[:3])
+        raise BadInput(f"the preprocessor leaves pictures of several shapes ({shapes}), which make no batch. Let "
+                       f"{PROCESSOR} crop them or resize both sides.")
+    size = " x ".join(map(str, next(iter(found), ())))
+    return ([Example({PIXELS: picture}, {"label": row["label"]}) for picture, row in zip(pictures, rows, strict=True)],
+            f"{told}: {size} each")
+
+
+def batches(examples: Sequence[Example], size: int) -> list[Inputs]:
+    """Pictures in order, none dropped."""
+    return [Inputs({PIXELS: np.stack([example.inputs[PIXELS] for example in examples[start: start + size]])})
+            for start in range(0, len(examples), size)]
 
 
 def prepared(processor: Any, picture: np.ndarray) -> np.ndarray:

@@ -7,11 +7,12 @@ and rounded through the dtype of the conversion where that cast them. Nothing of
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +22,13 @@ import numpy as np
 
 from convert.errors import BadInput, require
 
+from .candidate import blamed
 from .inputs import Inputs, Rows
 from .inside import Places, small_input
 from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
-from .remote import class_of
+from .remote import class_of, is_remote
 from .runs import Run
 from .side import Modules
 from .tolerance import REORDERED_RUNS
@@ -48,7 +50,8 @@ class Reference(TorchSide):
         self.version = torch.__version__
         self.weights_digest = run.source_digest
         cls, config = (None, None) if run.head.reference else _class_and_config(run, trust_remote_code)
-        empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
+        with blamed("the checkpoint's own code") if run.family.remote_code else nullcontext():
+            empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
         self.model = empty if empty is not None else _load(run, cls, config)
         _forget_tables(self.model)
         self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
@@ -342,9 +345,10 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     try:
         with torch.no_grad():
             result = model(**tensors_of(arrays), **({"return_dict": True} if hasattr(model, "config_class") else {}))
-    except (RuntimeError, IndexError, ValueError) as error:
-        if any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:]):
-            raise  # by a hook of ours, not by the model
+    except Exception as error:
+        ours = any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:])
+        if ours or not (isinstance(error, (RuntimeError, IndexError, ValueError)) or is_remote(model)):
+            raise  # by a hook of ours, or because of how it is called, not by the model
         raise BadInput(f"torch's own {type(model).__name__} fails on this checkpoint, so there is nothing to "
                        f"compare with: {next(iter(str(error).splitlines()), '')}.") from error
     if not hasattr(result, "items"):
@@ -358,12 +362,37 @@ def _load(run: Run, cls: Any, config: Any) -> Any:
     if run.head.reference is not None:
         return _rounded(run, _built(run))
     with _as_directory(run) as directory:
-        model, info = cls.from_pretrained(directory, config=config, torch_dtype=torch.float32,
-                                          attn_implementation="eager", output_loading_info=True)
-    absent = sorted(set(info["missing_keys"]) - {name for move in run.plan.moves for name in move.sources})
+        given = dict(pretrained_model_name_or_path=directory) if _is_spelled_as_transformers(run) else dict(
+            pretrained_model_name_or_path=None, state_dict=_renamed(run))
+        try:
+            model, info = cls.from_pretrained(**given, config=config, torch_dtype=torch.float32,
+                                              attn_implementation="eager", output_loading_info=True)
+        except ValueError as error:
+            raise BadInput(f"transformers itself cannot load {run.source}: {next(iter(str(error).splitlines()), '')}"
+                           ) from error
+    weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    absent = sorted(set(info["missing_keys"]) & weights - {name for move in run.plan.moves for name in move.sources})
     if absent or info["mismatched_keys"]:
         raise _random_weights(run, (absent or info["mismatched_keys"])[0])
     return _rounded(run, model)
+
+
+def _is_spelled_as_transformers(run: Run) -> bool:
+    """Whether the source calls its tensors so that transformers knows them, with or without the base model's prefix."""
+    def known(name: str) -> str:
+        return re.sub(r"(?<=\.)gamma$", "weight", re.sub(r"(?<=\.)beta$", "bias", name)).removeprefix(run.family.prefix)
+    return all(known(key) == known(name) for name, key in run.plan.keys.items())
+
+
+def _renamed(run: Run) -> dict[str, Any]:
+    """The source's tensors, read by torch and safetensors, under the names of transformers' class."""
+    import torch
+    from safetensors.torch import load_file
+    held: dict[str, Any] = {}
+    for file in dict.fromkeys(info.file for info in run.checkpoint.tensors.values()):
+        held |= load_file(file) if file.suffix == ".safetensors" else torch.load(
+            file, map_location="cpu", weights_only=True)
+    return {name: held[run.checkpoint.tensors[key].name] for name, key in run.plan.keys.items()}
 
 
 def _built(run: Run) -> Any:

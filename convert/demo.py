@@ -62,6 +62,10 @@ def _stored(rule: Rule, sizes: Mapping[str, int]) -> Iterator[Move]:
 
 def _trained_like(move: Move, generator: np.random.Generator) -> np.ndarray:
     noise = generator.standard_normal(prod(move.shape)).astype(np.float32).reshape(move.shape)
+    if len(move.shape) == 4:
+        return noise / np.float32(np.sqrt(prod(move.shape[1:])))
+    if move.target.endswith("running_var"):
+        return np.exp(np.float32(0.5) * noise)
     if len(move.shape) == 2:
         return noise * np.float32(0.5 if move.rule.kind == "keep" else
                                   1.4 / np.sqrt(move.shape[move.rule.transposed]))
@@ -74,7 +78,7 @@ def _companions(family: Family, config: Config) -> dict[str, str]:
     files = {"config.json": json.dumps(config, indent=2), MARKER: json.dumps({"demo": family.name})}
     if family.remote_code:
         files |= {file.name: file.read_text("utf-8") for file in sorted((REMOTE / family.name).glob("*.py"))}
-    return files | TOKENIZERS[family.tokenizer](config["vocab_size"])
+    return files | TOKENIZERS[family.tokenizer](config.get("vocab_size", 0))
 
 
 def _wordpiece(vocab_size: int) -> dict[str, str]:
@@ -95,6 +99,14 @@ def _byte_level(vocab_size: int) -> dict[str, str]:
     vocabulary = {letter: number for number, letter in enumerate([*letters, "<|endoftext|>"])}
     return {"vocab.json": json.dumps(vocabulary), "merges.txt": "#version: 0.2\n",
             "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": "<|endoftext|>"})}
+
+
+def _pictures(vocab_size: int) -> dict[str, str]:
+    """No tokenizer: what is done to pictures, which come out at 64 x 64 with ImageNet's mean and deviation."""
+    return {"preprocessor_config.json": json.dumps({
+        "image_processor_type": "ConvNextImageProcessor", "do_resize": True, "size": {"shortest_edge": 64},
+        "crop_pct": 0.875, "resample": 3, "do_rescale": True, "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, indent=2)}
 
 
 def _sentencepiece(vocab_size: int) -> dict[str, str]:
@@ -126,5 +138,5 @@ def _sentencepiece(vocab_size: int) -> dict[str, str]:
             "tokenizer_config.json": json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0})}
 
 
-TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "sentencepiece": _sentencepiece,
-              "none": lambda vocab_size: {}}
+TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "pictures": _pictures,
+              "sentencepiece": _sentencepiece, "none": lambda vocab_size: {}}

@@ -20,8 +20,8 @@ Size = str | int | tuple["Size", ...]
 """A word, a number, or several that stand one behind the other along the same axis."""
 Shape = tuple[Size, ...]
 Names = tuple[str, ...]
-Layers = Mapping[str, int]
-"""How often each letter that stands for a layer number counts: ``{"i": 28}``."""
+Layers = Mapping[str, int | range]
+"""The numbers that each letter for a layer number stands for: ``{"i": 28}`` from 0 on, ``{"i": range(1, 28)}``."""
 Condition = Callable[[Config], bool]
 Inside = Mapping[str, tuple[tuple[str, str, str], ...]]
 MAX_SIZE = 2**30
@@ -84,7 +84,8 @@ class Rule:
     ``sources`` holds for each source tensor the names it goes by, transformers' own first. Only ``split`` has several
     targets and only ``merge`` several sources. ``shape`` is the source side's, of the fused tensor where there is one:
     its fused axis is then a tuple, the sizes of the parts. ``again`` is what Paddle's net calls a tied parameter
-    besides the name that the file has.
+    besides the name that the file has. ``returns`` is the dtype in which torch's class saves what is dropped, if it
+    does: so it is made again on the way back.
     """
 
     kind: str
@@ -96,6 +97,7 @@ class Rule:
     otherwise: Filling | None = None
     why: str = ""
     again: str = ""
+    returns: str = ""
     when: Condition = field(default=lambda config: True, compare=False)
 
     @property
@@ -106,7 +108,7 @@ class Rule:
     @property
     def moves(self) -> bool:
         """Whether source tensors go into target tensors, rather than something made or nothing at all."""
-        return bool(self.targets) and self.kind != "buffer"
+        return bool(self.targets) and self.kind not in ("buffer", "made")
 
     @property
     def parts(self) -> Sequence[Size]:
@@ -145,17 +147,23 @@ class Rule:
     def inverse(self) -> Rule | None:
         """The rule that carries Paddle's tensors back; None where Paddle has none.
 
-        A tied copy that Paddle holds must still be one; whatever else the conversion made is left out.
+        A tied copy that Paddle holds must still be one, and what was made to hold one thing only must still hold it;
+        whatever else the conversion made is left out.
         """
         if self.again:
             return replace(self, sources=((self.again,),), again=self.sources[0][0])
+        if self.returns:
+            return Rule("made", (), self.sources[0][:1], self.shape, otherwise=self.otherwise or zeros(),
+                        returns=self.returns, when=self.when)
         if not self.targets:
             return None
         back = tuple((target,) for target in self.targets)
         if self.otherwise and self.otherwise.copies:
             return Rule("tied", back, shape=self.shape, otherwise=self.otherwise, when=self.when)
         if self.otherwise:
-            return Rule("drop", back, why=f"{self.otherwise.name}, which the conversion made for Paddle's class")
+            return Rule("drop", back, shape=self.turned_shape(self.shape), when=self.when,
+                        otherwise=self.otherwise if self.otherwise.checked else None,
+                        why=f"torch's class has none; a conversion makes it for Paddle's ({self.otherwise.name})")
         return replace(self, kind=INVERSE.get(self.kind, self.kind), sources=back,
                        targets=tuple(names[0] for names in self.sources),
                        shape=self.shape[::-1] if self.transposed else self.shape)
@@ -176,10 +184,15 @@ INVERSE = {"split": "merge", "merge": "split"}
 
 
 def linear(name: str, rows: Size, columns: Size, to: str | None = None, *, bias: bool = True,
-           otherwise: Filling | None = None, when: Condition | None = None) -> list[Rule]:
-    """``nn.Linear``: torch keeps [out, in], Paddle [in, out]. ``rows`` = out, ``columns`` = in."""
+           also: Sequence[str] = (), otherwise: Filling | None = None, when: Condition | None = None) -> list[Rule]:
+    """``nn.Linear``: torch keeps [out, in], Paddle [in, out]. ``rows`` = out, ``columns`` = in.
+
+    ``also`` are further names of the module in the source.
+    """
     weight = _rules("linear", f"{name}.weight", f"{to or name}.weight", (rows, columns), otherwise, when, turn=True)
-    return weight + (_rules("keep", f"{name}.bias", f"{to or name}.bias", (rows,), otherwise, when) if bias else [])
+    biases = _rules("keep", f"{name}.bias", f"{to or name}.bias", (rows,), otherwise, when) if bias else []
+    return [*_also_called(weight, [f"{other}.weight" for other in also]),
+            *_also_called(biases, [f"{other}.bias" for other in also])]
 
 
 def conv1d(name: str, rows: Size, columns: Size, to: str | None = None, *, bias: bool = True,
@@ -206,10 +219,20 @@ def keep(name: str, *shape: Size, to: str | None = None, also: Sequence[str] = (
 
     ``also`` are further names of the source tensor.
     """
-    rules = _rules("keep", name, to or name, shape, None, when)
-    spellings = [_alternatives(other) for other in also]
-    return [replace(rule, sources=((*rule.sources[0], *(names[number] for names in spellings)),))
-            for number, rule in enumerate(rules)]
+    return _also_called(_rules("keep", name, to or name, shape, None, when), also)
+
+
+def batch_norm(name: str, size: Size, to: str | None = None, *, also: Sequence[str] = (),
+               when: Condition | None = None) -> list[Rule]:
+    """Weight, bias and the running statistics. ``also`` are further names of the module in the source."""
+    moved = [rule for torch, paddle in (("weight", "weight"), ("bias", "bias"), ("running_mean", "_mean"),
+                                        ("running_var", "_variance"))
+             for rule in keep(f"{name}.{torch}", size, to=f"{to or name}.{paddle}",
+                              also=[f"{other}.{torch}" for other in also], when=when)]
+    tracked = drop(f"{name}.num_batches_tracked", also=[f"{other}.num_batches_tracked" for other in also], when=when,
+                   returns="int64",
+                   why="how many batches training has seen: torch asks only where momentum is None; Paddle has none")
+    return moved + tracked
 
 
 def split(name: str, shape: Shape, to: str, *, groups: Size = 1, transposed: bool = False,
@@ -247,12 +270,16 @@ def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
     return _rules("buffer", name, to or name, shape, filling, when)
 
 
-def drop(name: str, *shape: Size, why: str, holding: Filling | None = None) -> list[Rule]:
+def drop(name: str, *shape: Size, why: str, holding: Filling | None = None, returns: str = "",
+         also: Sequence[str] = (), when: Condition | None = None) -> list[Rule]:
     """A source tensor, if it is there, that the Paddle side has no place for.
 
-    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself.
+    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself; ``returns`` the
+    dtype in which torch's class saves it.
     """
-    return [Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why) for source in _alternatives(name)]
+    rules = _also_called([Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why, returns=returns)
+                          for source in _alternatives(name)], also)
+    return rules if when is None else [replace(rule, when=when) for rule in rules]
 
 
 def copy_of(source: str) -> Filling:
@@ -290,6 +317,13 @@ def _rules(kind: str, source: str, target: str, shape: Shape, otherwise: Filling
     rules = [Rule(kind, ((one,),), (other,), shape, turn, otherwise=otherwise)
              for one, other in zip(sources, targets, strict=True)]
     return rules if when is None else [replace(rule, when=when) for rule in rules]
+
+
+def _also_called(rules: Sequence[Rule], also: Sequence[str]) -> list[Rule]:
+    """``rules`` of one source each, which goes by further names too; these spell out alternatives as the first does."""
+    spellings = [_alternatives(other) for other in also]
+    return [replace(rule, sources=((*rule.sources[0], *(names[number] for names in spellings)),))
+            for number, rule in enumerate(rules)]
 
 
 def _sound(rule: Rule) -> Rule:
@@ -361,11 +395,13 @@ class Family:
     variants: Mapping[str, Config] = field(default_factory=dict)
     """By name, what can be otherwise in ``demo`` and changes the numbers."""
     tokenizer: str = "none"
-    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece or none."""
+    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece, pictures (a preprocessor) or none."""
     unsupported: Callable[[Config], str | None] = lambda config: None
     """Why a config cannot be converted."""
     additions: Callable[[Config], Config] = lambda config: {}
     """Keys that PaddleNLP's class wants in a config that does not have them."""
+    paddle_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of torch's config that PaddleNLP's has under other names: what it calls them."""
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     """The config of a checkpoint that comes without a config.json, read from its header."""
@@ -426,7 +462,8 @@ class Family:
         filling = rule.otherwise
         if base and filling and filling.copies:
             filling = replace(filling, copies=filling.copies.removeprefix(self.prefix))
-        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling)
+        again = rule.again.removeprefix(self.paddle_prefix) if base else rule.again
+        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling, again=again)
 
 
 def _copying(rule: Rule, targets: Mapping[str, str]) -> Rule:
@@ -444,6 +481,12 @@ def rules(*groups: Sequence[Rule]) -> tuple[Rule, ...]:
 def counted(*names: str, letter: str = "i") -> Callable[[Config], Layers]:
     """The usual :attr:`Family.layers`: one letter, counted by the first of these keys that the config has."""
     return lambda config: {letter: depth_of(config, *names)}
+
+
+def numbers_of(layers: Layers, letter: str) -> range:
+    """What ``letter`` stands for."""
+    known = layers[letter]
+    return known if isinstance(known, range) else range(known)
 
 
 def depth_of(config: Config, *names: str) -> int:

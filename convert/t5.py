@@ -100,7 +100,7 @@ def positions(name: str) -> list[Rule]:
 
 ENCODER, DECODER = "encoder.block.{i}.layer", "decoder.block.{j}.layer"
 DECODER_RULES = rules(
-    tied("decoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight"),
+    tied("decoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight", again="t5.decoder.embed_tokens.weight"),
     positions("decoder.block.0.layer.0"),
     drop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
          why="early files carry it; attention to the encoder has no positions, and transformers ignores it too"),
@@ -154,7 +154,8 @@ FAMILY = Family(
     name="t5", prefix="", target_prefix="t5.", layers=layers, sizes=sizes, unsupported=unsupported,
     rules=rules(
         keep("shared.weight", "vocab", "hidden", to="t5.shared.weight"),
-        tied("encoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight"),
+        tied("encoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight",
+             again="t5.encoder.embed_tokens.weight"),
         positions("encoder.block.0.layer.0"),
         scale(f"{ENCODER}.0."),
         attention(f"{ENCODER}.0.SelfAttention"),

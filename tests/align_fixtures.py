@@ -28,6 +28,7 @@ TINY = {
                 max_position_embeddings=96, bos_token_id=256, eos_token_id=256, pad_token_id=256),
     "bert": dict(vocab_size=160, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
                  max_position_embeddings=96),
+    "gpt2": dict(vocab_size=257, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=256, eos_token_id=256),
     "gptj": dict(vocab_size=257, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_positions=96, n_inner=48,
                  bos_token_id=256, eos_token_id=256),
     "t5": dict(vocab_size=190, d_model=32, d_kv=4, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4,
@@ -89,6 +90,7 @@ def _single_bytes() -> dict[str, str]:
 TOKENIZERS = {
     "bert": _single_letters(),
     "bloom": _single_bytes(),
+    "gpt2": _single_bytes(),
     "gptj": _single_bytes(),
     "opt": _single_bytes(),
     "t5": demo.TOKENIZERS["sentencepiece"](190),

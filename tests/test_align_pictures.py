@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align.pictures import DEVIATION, IMAGENET, MEAN, PROCESSOR, as_array, draw, drawn, load_processor, prepared
+from align.inputs import DEVIATION, MEAN
+from align.pictures import IMAGENET, PROCESSOR, as_array, draw, drawn, load_processor, prepared
 from convert.errors import BadInput
 
 
