@@ -18,17 +18,21 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..parts import whole
+from ..torch_side import is_rms_norm
 from . import surgery
 from .place import Layer, Place
 from .surgery import Change, together
 
-QUERY, KEY, VALUE = {"q_proj", "query"}, {"k_proj", "key"}, {"v_proj", "value"}
+QUERY, KEY, VALUE = {"q_proj", "query", "q"}, {"k_proj", "key", "k"}, {"v_proj", "value", "v"}
 FUSED = "query_key_value"
 """One linear whose rows hold query, key and value by turns, head by head, in Paddle too."""
-ATTENTION_OUTPUT = {"out_proj", "attention.output.dense", "self_attention.dense"}
-MLP = {"mlp"}
+ATTENTION_OUTPUT = {"out_proj", "attention.output.dense", "self_attention.dense", "SelfAttention.o",
+                    "EncDecAttention.o"}
+MLP, ATTENTION = {"mlp", "DenseReluDense"}, {"attn", "SelfAttention", "EncDecAttention"}
+UNSCALED = {"T5Attention"}
+EPSILON = ("eps", "variance_epsilon")
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width", "d_head", "d_k")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width", "d_head", "d_k", "key_value_proj_dim")
 ROTARY, ROTARY_WIDTH, ROTARY_TABLE = "apply_rotary_pos_emb", "rotary_dim", "embed_positions"
 FREQUENCIES = "inv_freq"
 ALIBI = "build_alibi_tensor"
@@ -208,17 +212,18 @@ def other_head_weights(place: Place) -> Iterator[Variant]:
 # Layer norm and activation --------------------------------------------------------------------------------------------
 
 def epsilons(place: Place) -> Iterator[Variant | Dial]:
-    kinds = {nn.LayerNorm: "layer norm", nn.BatchNorm2d: "batch norm"}
-    norms = {path: module for path, module in place.modules(*kinds)}
+    norms = dict([*place.modules(nn.LayerNorm, nn.BatchNorm2d), *_rms_norms(place)])
+    kinds = {path: "batch norm" if isinstance(norm, nn.BatchNorm2d) else "layer norm" for path, norm in norms.items()}
     groups = [(place.paddle(path), [path]) for path in norms]
     if len(norms) > 1:
-        groups.append((f"{place.name} {kinds[type(next(iter(norms.values())))]}s", list(norms)))
+        groups.append((f"{place.name} {next(iter(kinds.values()))}s", list(norms)))
     for subject, paths in groups:
-        kind = f"{kinds[type(norms[paths[0]])].replace(' ', '-')}-epsilon"
-        right = norms[paths[0]].eps
+        kind = f"{kinds[paths[0]].replace(' ', '-')}-epsilon"
+        name = next(name for name in EPSILON if hasattr(norms[paths[0]], name))
+        right = getattr(norms[paths[0]], name)
 
-        def change(value: float, paths: list[str] = paths) -> Change:
-            return together(*(surgery.attributes(path, {"eps": value}) for path in paths))
+        def change(value: float, paths: list[str] = paths, name: str = name) -> Change:
+            return together(*(surgery.attributes(path, {name: value}) for path in paths))
 
         def told(value: float, right: float = right) -> str:
             return f"has epsilon {value:.3g} instead of {right:g}"
@@ -245,6 +250,25 @@ def norm_variants(place: Place) -> Iterator[Variant]:
                       surgery.weights({f"{path}.weight": torch.ones_like(norm.weight)}))
         yield Variant("layer-norm-variant", f"{subject}.weight", "is applied as 1 + weight",
                       surgery.weights({f"{path}.weight": 1 + norm.weight}))
+
+
+def rms_norm_variants(place: Place) -> Iterator[Variant]:
+    norms = _rms_norms(place)
+    for told, function in (
+            ("is left out", lambda run, x: x),
+            ("subtracts the mean, as a layer norm", lambda run, x: run(x - x.mean(-1, keepdim=True)))):
+        kind = "layer-norm-missing" if told == "is left out" else "layer-norm-variant"
+        changes = {path: surgery.forward(path, lambda module, run, function=function: lambda x: function(run, x))
+                   for path, _ in norms}
+        for path, change in changes.items():
+            yield Variant(kind, place.paddle(path), told, change)
+        if len(changes) > 1:
+            yield Variant(kind, f"every norm of {place.name}", told, together(*changes.values()), len(changes))
+    for path, norm in norms:
+        subject, ones = f"{place.paddle(path)}.weight", torch.ones_like(norm.weight)
+        yield Variant("layer-norm-variant", subject, "is not applied", surgery.weights({f"{path}.weight": ones}))
+        yield Variant("layer-norm-variant", subject, "is applied as 1 + weight",
+                      surgery.weights({f"{path}.weight": ones + norm.weight}))
 
 
 def norm_placements(place: Place) -> Iterator[Variant]:
@@ -274,26 +298,29 @@ def activations(place: Place) -> Iterator[Variant]:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 def scales(place: Place) -> Iterator[Variant | Dial]:
-    for attention in _attentions(place):
+    for attention in _attentions(place)[:1]:  # all attentions of this place alike
         subject, width = f"{attention.name} scale", attention.width
         if width is None:
             continue
 
         def factor(value: float) -> Change:
             return surgery.scores(query=lambda query: query * value)
-        for told, value in (("is missing: scores are not divided by the root of the head width", math.sqrt(width)),
-                            ("is 1 / head width instead of its root", 1 / math.sqrt(width)),
-                            ("is applied twice over, squared", width ** -0.5),
-                            ("multiplies where it should divide", float(width)),
-                            ("comes from the hidden width instead of the head's",
-                             math.sqrt(1 / attention.heads))):
+        wrong = {"divides the scores by the root of the head width, which the reference does not": width**-0.5} if (
+            type(attention.module).__name__ in UNSCALED) else {
+            "is missing: scores are not divided by the root of the head width": math.sqrt(width),
+            "is 1 / head width instead of its root": 1 / math.sqrt(width),
+            "is applied twice over, squared": width**-0.5,
+            "multiplies where it should divide": float(width),
+            "comes from the hidden width instead of the head's": math.sqrt(1 / attention.heads),
+        }
+        for told, value in wrong.items():
             yield Variant("attention-scale", subject, told, factor(value))
         yield Dial("attention-scale", subject, lambda value: f"is off by a factor of {value:.7g}", factor,
                    (0.1, 0.3, 0.7, 1.0, 1.5, 3.0, 10.0))
 
 
 def softmaxes(place: Place) -> Iterator[Variant]:
-    for attention in _attentions(place):
+    for attention in _attentions(place)[:1]:
         subject = f"{attention.name} softmax"
         for told, function in (
                 ("is missing", lambda old, x: torch.where(x < MASKED, 0, x)),
@@ -307,14 +334,19 @@ def softmaxes(place: Place) -> Iterator[Variant]:
 
 
 def masks(place: Place) -> Iterator[Variant | Dial]:
-    """The additive mask that a block is given, made anew: which keys each query may see, and what hides the others."""
-    if place.whole or not surgery.has_argument(place.root, "attention_mask"):
+    """The additive masks that a block is given, made anew: which keys each query may see, and what hides the others."""
+    if place.whole:
         return
-    if not _attentions(place):
-        return
-    subject = f"{_attentions(place)[0].name} mask"
-    tokens = torch.from_numpy(place.mask)
-    length = tokens.shape[1]
+    for name, attention in zip(("attention_mask", "encoder_attention_mask"), _attentions(place), strict=False):
+        if surgery.has_argument(place.root, name) and place.argument(name) is not None:
+            yield from _masks(place, name, f"{attention.name} mask")
+
+
+def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
+    """Of the argument ``name``, additive, [batch, 1, queries or 1, keys]."""
+    captured = place.argument(name)
+    length = captured.shape[-1]
+    tokens = torch.from_numpy(place.mask_of(length))
     tril = torch.ones(length, length, dtype=torch.bool).tril()
     real = tokens[:, None, None, :]
 
@@ -322,16 +354,13 @@ def masks(place: Place) -> Iterator[Variant | Dial]:
         """In the place of the mask that the block is given, and of GPT-2's own causal one beside it."""
         own = [surgery.attributes(path, {"bias": torch.ones_like(module.bias)}) for path, module in place.modules(
             nn.Module) if module._buffers.get("bias") is not None and module.bias.dtype == torch.bool]
-        return together(surgery.argument("attention_mask", function), *own)
+        return together(surgery.argument(name, function), *own)
 
     def hidden(visible: Any, value: float | None = None) -> Change:
         def make(given: Any) -> Any:
             lowest = torch.finfo(torch.float32).min if value is None else value
             return torch.where(visible, 0.0, lowest).to(given.dtype)
         return mask(make)
-    captured = place.argument("attention_mask")
-    if captured is None:
-        return
     causal = captured.shape[-2] > 1
     seen = captured > MASKED
     yield Variant("mask-missing", subject, "is missing: every query sees every key", hidden(torch.ones_like(seen)))
@@ -348,7 +377,8 @@ def masks(place: Place) -> Iterator[Variant | Dial]:
         yield Variant("mask-polarity", subject, "is upside down: queries see only what is behind them",
                       hidden(tril.T & real))
     else:
-        yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
+        if name == "attention_mask":
+            yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
         yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden", hidden(~real))
     yield Variant("mask-polarity", subject, "is added to the scores as ones and zeros",
                   mask(lambda given: seen.to(given.dtype)))
@@ -595,6 +625,30 @@ def positions(place: Place) -> Iterator[Variant]:
                       surgery.argument("position_ids", lambda given, ids=ids: ids), moved)
 
 
+def relative_positions(place: Place) -> Iterator[Variant]:
+    """T5's: a learned number for each head and range of distances between query and key."""
+    for path, attention in place.modules(nn.Module):
+        if not getattr(attention, "has_relative_attention_bias", False):
+            continue
+        subject = f"{place.paddle(path)} relative positions"
+        farthest, buckets = attention.relative_attention_max_distance, attention.relative_attention_num_buckets
+        told = ("tell keys before and behind the query apart, as an encoder's" if attention.is_decoder else
+                "are one for all keys behind the query, as a decoder's")
+        yield Variant("relative-positions", subject, told,
+                      surgery.attributes(path, {"is_decoder": not attention.is_decoder}))
+        for other in sorted({32, 64, 128, 256, farthest // 2, 2 * farthest} - {farthest}):
+            yield Variant("relative-positions", subject, f"end at a distance of {other} instead of {farthest}",
+                          surgery.attributes(path, {"relative_attention_max_distance": other}))
+        for other in sorted({number for number in (8, 16, 32, buckets // 2) if 4 <= number < buckets}):
+            yield Variant("relative-positions", subject, f"are put into {other} buckets instead of {buckets}",
+                          surgery.attributes(path, {"relative_attention_num_buckets": other}))
+        table = f"{path}.relative_attention_bias"
+        yield Variant("relative-positions", subject, "are not added",
+                      surgery.weights({f"{table}.weight": torch.zeros_like(attention.relative_attention_bias.weight)}))
+        yield Variant("relative-positions", subject, "are of query minus key instead of key minus query",
+                      surgery.output(table, lambda x: x.transpose(0, 1)))
+
+
 def token_types(place: Place) -> Iterator[Variant]:
     embeddings = {path.rpartition(".")[2]: (path, module) for path, module in place.modules(nn.Embedding)}
     for name, (path, module) in embeddings.items():
@@ -641,7 +695,7 @@ def poolings(place: Place) -> Iterator[Variant]:
 
 def branches(place: Place) -> Iterator[Variant | Dial]:
     """What a linear, or the whole of attention and MLP, contributes: nothing, or more or less than it should."""
-    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | {"attn"}]
+    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | ATTENTION]
     outputs = [linear.path for linear in place.linears if _is_attention_output(linear)]
     for path in [*outputs, *whole]:
         subject = place.paddle(path)
@@ -854,6 +908,7 @@ CATALOGUE = (
     Idea("another gelu, another activation", activations),
     Idea("another layer-norm epsilon", epsilons),
     Idea("a layer norm left out or of another kind", norm_variants),
+    Idea("an RMS norm left out or of another kind", rms_norm_variants),
     Idea("a layer norm in the wrong place, a residual missing", norm_placements),
     Idea("another attention scale", scales),
     Idea("a softmax over the wrong axis, or in half precision", softmaxes),
@@ -863,6 +918,7 @@ CATALOGUE = (
     Idea("rotary style, direction, dimension, base, one side only", rotations),
     Idea("other rotary frequencies", frequencies),
     Idea("positions off by one, counted otherwise", positions),
+    Idea("relative positions of other distances, other ranges, one direction", relative_positions),
     Idea("token types or positions not added", token_types),
     Idea("another token pooled", poolings),
     Idea("attention, MLP or logits scaled, a block skipped", branches),
@@ -909,6 +965,11 @@ class Attention:
                        if _is_number(held) and math.isclose(float(held), self.width**power, rel_tol=1e-6)
                        and name not in values}
         return surgery.attributes(self.path, values)
+
+
+def _rms_norms(place: Place) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in place.modules(nn.Module) if not isinstance(module, nn.LayerNorm)
+            and is_rms_norm(module)]
 
 
 def _attentions(place: Place) -> list[Attention]:
