@@ -23,12 +23,15 @@ from .place import Layer, Place
 from .surgery import Change, together
 
 QUERY, KEY, VALUE = {"q_proj", "query"}, {"k_proj", "key"}, {"v_proj", "value"}
-ATTENTION_OUTPUT = {"out_proj", "attention.output.dense"}
+FUSED = "query_key_value"
+"""One linear whose rows hold query, key and value by turns, head by head, in Paddle too."""
+ATTENTION_OUTPUT = {"out_proj", "attention.output.dense", "self_attention.dense"}
 MLP = {"mlp"}
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width", "d_head", "d_k")
 ROTARY, ROTARY_WIDTH, ROTARY_TABLE = "apply_rotary_pos_emb", "rotary_dim", "embed_positions"
 FREQUENCIES = "inv_freq"
+ALIBI = "build_alibi_tensor"
 GELUS = ("gelu", "gelu_new", "quick_gelu", "gelu_10")
 OTHER_ACTIVATIONS = ("relu", "silu", "tanh", "sigmoid", "linear", "mish", "leaky_relu", "relu2", "relu6", "laplace")
 SAME_ACTIVATION = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
@@ -103,6 +106,8 @@ def swapped(place: Place) -> Iterator[Variant]:
                           surgery.weights(one.taking(other) | other.taking(one)))
     for attention in _attentions(place):
         parts = attention.parts
+        if attention.fused:
+            continue
         for told, order in (("k, v, q", (1, 2, 0)), ("v, q, k", (2, 0, 1))):
             taken = [part.taking(parts[number]) for part, number in zip(parts, order, strict=True)]
             yield Variant("qkv-order", f"{parts[0].name}.weight",
@@ -114,7 +119,7 @@ def fused_orders(place: Place) -> Iterator[Variant]:
     """q, k and v cut from one fused matrix whose rows are ordered otherwise than the cutter thinks."""
     for attention in _attentions(place):
         parts, heads = attention.parts, attention.heads
-        if heads is None:
+        if heads is None or attention.fused:
             continue
         kinds = [kind for kind in ("weight", "bias") if all(kind in part.keys for part in parts)]
         for told, cut in (("per head, though the fused rows are ordered q, k, v", _cut_per_head),
@@ -124,6 +129,31 @@ def fused_orders(place: Place) -> Iterator[Variant]:
                        for number, part in enumerate(parts)]
             yield Variant("qkv-order", f"{attention.name} q, k and v", f"are cut {told}",
                           together(*map(surgery.weights, tensors)))
+
+
+def fused_layouts(place: Place) -> Iterator[Variant]:
+    """One matrix for q, k and v whose rows are laid out otherwise than head by head, q, k, v in turn."""
+    for attention in _attentions(place):
+        if not attention.fused or not attention.heads:
+            continue
+        fused, heads = attention.parts[0], attention.heads
+
+        def laid(turn: Callable[[Any], Any], fused: Layer = fused) -> Change:
+            return surgery.weights(fused.holding(**{kind: turn(fused[kind]) for kind in fused.keys}))
+
+        def ordered(order: list[int], heads: int = heads) -> Callable[[Any], Any]:
+            return lambda held: held.unflatten(0, (heads, 3, -1))[:, order].flatten(0, 2)
+
+        def exchanged(sizes: tuple[int, int]) -> Callable[[Any], Any]:
+            return lambda held: held.unflatten(0, (*sizes, -1)).transpose(0, 1).flatten(0, 2)
+        subject = f"{fused.name}.weight"
+        yield Variant("qkv-order", subject, "holds all of q, then k, then v, and is cut head by head",
+                      laid(exchanged((heads, 3))))
+        yield Variant("qkv-order", subject, "has been cut as q, k, v, though its rows are ordered head by head",
+                      laid(exchanged((3, heads))))
+        for told, order in (("k, v, q", [1, 2, 0]), ("v, q, k", [2, 0, 1]), ("k, q, v", [1, 0, 2]),
+                            ("q, v, k", [0, 2, 1]), ("v, k, q", [2, 1, 0])):
+            yield Variant("qkv-order", subject, f"holds {told} in each head, in this order", laid(ordered(order)))
 
 
 def rounded(place: Place) -> Iterator[Variant]:
@@ -207,6 +237,8 @@ def norm_variants(place: Place) -> Iterator[Variant]:
                 ("layer-norm-variant", "adds epsilon to the standard deviation, not to the variance", _outside_norm)):
             yield Variant(kind, subject, told, surgery.forward(
                 path, lambda module, run, function=function: lambda x: function(module, x)))
+        if norm.weight is None:
+            continue
         yield Variant("layer-norm-variant", f"{subject}.weight", "is not applied",
                       surgery.weights({f"{path}.weight": torch.ones_like(norm.weight)}))
         yield Variant("layer-norm-variant", f"{subject}.weight", "is applied as 1 + weight",
@@ -216,10 +248,16 @@ def norm_variants(place: Place) -> Iterator[Variant]:
 def norm_placements(place: Place) -> Iterator[Variant]:
     for name, told, make in PLACEMENTS.get(type(place.root).__name__, ()):
         yield Variant(name, place.name, told, surgery.forward("", lambda module, run, make=make: make(module)))
+    for setting, told in SWITCHES.items():
+        held = vars(place.root).get(setting)
+        if isinstance(held, bool):
+            yield Variant("layer-norm-placement", place.name, told[held], surgery.attributes("", {setting: not held}))
 
 
 def activations(place: Place) -> Iterator[Variant]:
     known = {type(ACT2FN[name]): name for name in reversed(list(ACT2FN)) if name != "prelu"}
+    known |= {type(module): "gelu_new" for _, module in place.modules(nn.Module)
+              if type(module).__name__ == "BloomGelu"}
     for path, module in place.modules(*known):
         right = SAME_ACTIVATION.get(known[type(module)], known[type(module)])
         gelu = right in GELUS
@@ -363,11 +401,12 @@ def head_counts(place: Place) -> Iterator[Variant]:
             if total // other < (getattr(attention.module, ROTARY_WIDTH, None) or 0):
                 continue
             subject = f"{attention.name} heads"
-            yield Variant("head-count", subject, f"are {other} instead of {heads}", attention.with_heads(other))
+            change = together(attention.with_heads(other), _alibi_of(place, other))
+            yield Variant("head-count", subject, f"are {other} instead of {heads}", change)
             factor = math.sqrt(total / other / width)
             kept = surgery.scores(query=lambda query, factor=factor: query * factor)
             yield Variant("head-count", subject, f"are {other} instead of {heads}, with the right scale",
-                          together(attention.with_heads(other), kept))
+                          together(change, kept))
         yield from _head_layouts(place, attention)
 
 
@@ -380,6 +419,8 @@ def _head_layouts(place: Place, attention: Attention) -> Iterator[Variant]:
         if _is_attention_output(linear):
             yield Variant("head-layout", subject, "are put together without being moved back behind the tokens",
                           surgery.first_input(linear.path, unmerged))
+            if attention.fused:
+                continue
             strided = surgery.first_input(
                 linear.path, lambda x: x.unflatten(-1, (heads, width)).transpose(-1, -2).flatten(-2))
             split = [surgery.output(part.path, lambda x: x.unflatten(-1, (width, heads)).transpose(-1, -2).flatten(-2))
@@ -388,6 +429,42 @@ def _head_layouts(place: Place, attention: Attention) -> Iterator[Variant]:
                           together(*split, strided))
             yield Variant("head-layout", subject, "are split by every n-th channel and put together by neighbours",
                           together(*split))
+
+
+def alibis(place: Place) -> Iterator[Variant | Dial]:
+    """The bias [batch * heads, 1, keys] that a block adds to its scores: slope of the head times place of the key."""
+    given = place.argument("alibi")
+    if given is None or not _attentions(place):
+        return
+    subject, tokens = f"{_attentions(place)[0].name} alibi", torch.from_numpy(place.mask)
+    heads, keys = given.shape[0] // len(tokens), tokens.shape[1]
+    slopes = surgery.globals_of(place.root)[ALIBI](torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    places = (tokens.long().cumsum(-1) - 1) * tokens
+
+    def alibi(slope: Any) -> Change:
+        made = slope.reshape(1, heads, 1, 1) * places.reshape(-1, 1, 1, keys)
+        return surgery.argument("alibi", lambda given: made.reshape(given.shape).to(given.dtype))
+    numbers = torch.arange(1, heads + 1)
+    yield Variant("alibi-missing", subject, "is missing", surgery.argument("alibi", torch.zeros_like))
+    yield Variant("alibi-positions", subject, "grows with the distance instead of falling", alibi(-slopes))
+    for told, slope in (
+            ("goes through the heads from the last to the first", slopes.flip(0)),
+            ("has 2^(-8 i / heads) for every head i, no power of two", 2.0 ** (-8 * numbers / heads)),
+            ("has one slope for all heads, the first", slopes[:1].expand(heads)),
+            ("starts its slopes one head too early", slopes / slopes[0]),
+            ("starts its slopes one head too late", slopes * slopes[0])):
+        if not torch.allclose(slope, slopes):
+            yield Variant("alibi-slopes", subject, told, alibi(slope))
+    yield Dial("alibi-slopes", subject, lambda value: f"is multiplied by {value:.6g}",
+               lambda value: surgery.argument("alibi", lambda given: given * value), (0.1, 0.5, 1.0, 2.0, 10.0))
+
+
+def _alibi_of(place: Place, heads: int) -> Change:
+    """The bias for another number of heads, where a block is given one."""
+    if place.whole or not surgery.has_argument(place.root, "alibi"):
+        return together()
+    build, tokens = surgery.globals_of(place.root)[ALIBI], torch.from_numpy(place.mask).long()
+    return surgery.argument("alibi", lambda given: build(tokens, heads, given.dtype))
 
 
 def rotations(place: Place) -> Iterator[Variant | Dial]:
@@ -478,7 +555,9 @@ def positions(place: Place) -> Iterator[Variant]:
     rows, length = place.mask.shape
     if _most_positions(place) is None:
         return
-    count, limit = torch.arange(length).expand(rows, length), _most_positions(place)
+    limit, given = _most_positions(place), place.argument("position_ids")
+    numbered = torch.arange(length).expand(rows, length)
+    count = numbered if given is None else given.expand(rows, length)
     tokens = torch.from_numpy(place.mask).long()
     subject = f"{place.name} positions"
     last = torch.zeros_like(count)
@@ -487,14 +566,20 @@ def positions(place: Place) -> Iterator[Variant]:
     last_token[torch.arange(rows), (count * tokens).argmax(1)] = 1
     counted = (tokens.cumsum(1) - 1).clamp(min=0)
 
+    least = -getattr(place.root, "offset", 0)  # OPT's table has two rows before the first position's
+
     def wrapped(ids: Any) -> Any:
-        return ids % limit
+        return torch.where((ids < least) | (ids >= limit), ids % limit, ids)
+
+    def held(ids: Any) -> Any:
+        return ids.clamp(least, limit - 1)
     choices = [(f"are all off by {offset:+d}{told}", fit(count + offset))
-               for offset in (1, -1, 2, -2) for told, fit in ((", and held at the last one", lambda ids: ids.clamp(
-                   0, limit - 1)), ("", wrapped))]
+               for offset in (1, -1, 2, -2) for told, fit in ((", and held at the last one", held), ("", wrapped))]
     choices += [(f"are off by {offset:+d} at the last token{told}", fit(count + offset * where))
                 for offset in (1, -1) for told, where in ((" of each row", last), (" that is no padding", last_token))
-                for fit in (wrapped, lambda ids: ids.clamp(0, limit - 1))]
+                for fit in (wrapped, held)]
+    if not torch.equal(count, numbered):
+        choices.append(("are counted over padding too", numbered))
     choices += [("are counted from the first token that is no padding", counted),
                 ("are counted over the tokens that are no padding, and 1 on padding",
                  torch.where(tokens == 1, counted, 1))]
@@ -702,6 +787,14 @@ def _one_norm(parts: Any, hidden: Any, attend: Any) -> Any:
     return hidden + feed(first(hidden))
 
 
+SWITCHES = {
+    "do_layer_norm_before": ("has its layer norms before attention and MLP instead of behind them",
+                             "has its layer norms behind attention and MLP instead of before them"),
+    "apply_residual_connection_post_layernorm": ("adds the layer norm's output as residual, not its input",
+                                                 "adds the layer norm's input as residual, not its output"),
+}
+"""Settings of a block, and what it does when they are not False, or not True."""
+
 PLACEMENTS: Mapping[str, tuple[tuple[str, str, Callable[[Any], Callable[..., Any]]], ...]] = {
     "GPTJBlock": (
         ("layer-norm-placement", "feeds the MLP the attention's result, one after the other instead of side by side",
@@ -752,6 +845,7 @@ CATALOGUE = (
     Idea("a bias not added", missing_biases),
     Idea("q, k, v, or any two modules of one shape, swapped", swapped),
     Idea("q, k, v cut from a fused matrix in another order", fused_orders),
+    Idea("one matrix for q, k and v, laid out otherwise", fused_layouts),
     Idea("the weights of another layer", other_layers),
     Idea("a head tied to another matrix", other_head_weights),
     Idea("weights rounded to float16 or bfloat16 on the way", rounded),
@@ -763,6 +857,7 @@ CATALOGUE = (
     Idea("a softmax over the wrong axis, or in half precision", softmaxes),
     Idea("the mask missing, inverted, shifted, not causal, too weak", masks),
     Idea("another number of heads, heads laid out otherwise", head_counts),
+    Idea("alibi missing, with other slopes", alibis),
     Idea("rotary style, direction, dimension, base, one side only", rotations),
     Idea("other rotary frequencies", frequencies),
     Idea("positions off by one, counted otherwise", positions),
@@ -776,12 +871,21 @@ CATALOGUE = (
 
 @dataclass(frozen=True)
 class Attention:
-    """Query, key and value of one attention, and the module of torch's that they are in."""
+    """Query, key and value of one attention, or the one linear of all three, and the module of torch's they are in."""
 
     path: str
     name: str
     module: Any
-    parts: tuple[Layer, Layer, Layer]
+    parts: tuple[Layer, ...]
+
+    @property
+    def fused(self) -> bool:
+        return len(self.parts) == 1
+
+    @property
+    def channels(self) -> int:
+        """Of the queries, in all heads."""
+        return sum(len(part["weight"]) for part in self.parts) // 3
 
     @property
     def heads(self) -> int | None:
@@ -790,11 +894,11 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        return len(self.parts[0]["weight"]) // self.heads if self.heads else None
+        return self.channels // self.heads if self.heads else None
 
     def with_heads(self, other: int) -> Change:
         """``other`` heads on the same weights, and what the module keeps of their width."""
-        width = len(self.parts[0]["weight"]) // other
+        width = self.channels // other
         values: dict[str, Any] = {name: other for name in HEADS if hasattr(self.module, name)}
         values |= {name: width for name in HEAD_WIDTHS if hasattr(self.module, name)}
         for power in (0.5, -0.5):
@@ -818,7 +922,9 @@ def _attentions(place: Place) -> list[Attention]:
         path = ".".join(_common([whole(part.path).split(".")[:-1] for part in parts.values()]))
         if len(parts) == 3:
             attentions.append(Attention(path, name, place.root.get_submodule(path), (parts[0], parts[1], parts[2])))
-    return attentions
+    return attentions + [
+        Attention(path, linear.name.rpartition(".")[0], place.root.get_submodule(path), (linear,))
+        for linear in place.linears for path, _, word in [linear.path.rpartition(".")] if word == FUSED]
 
 
 def _common(paths: Iterable[list[str]]) -> list[str]:
@@ -849,17 +955,25 @@ def _spoken(name: str) -> str:
 
 
 def _rms_norm(module: Any, x: Any) -> Any:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps) * module.weight + module.bias
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps) * _weight(module) + _bias(module)
 
 
 def _unbiased_norm(module: Any, x: Any) -> Any:
     centred = x - x.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(x.var(-1, keepdim=True) + module.eps) * module.weight + module.bias
+    return centred * torch.rsqrt(x.var(-1, keepdim=True) + module.eps) * _weight(module) + _bias(module)
 
 
 def _outside_norm(module: Any, x: Any) -> Any:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (x.var(-1, unbiased=False, keepdim=True).sqrt() + module.eps) * module.weight + module.bias
+    return centred / (x.var(-1, unbiased=False, keepdim=True).sqrt() + module.eps) * _weight(module) + _bias(module)
+
+
+def _weight(norm: Any) -> Any:
+    return 1.0 if norm.weight is None else norm.weight
+
+
+def _bias(norm: Any) -> Any:
+    return 0.0 if norm.bias is None else norm.bias
 
 
 def _halves(x: Any, sin: Any, cos: Any) -> Any:
