@@ -92,8 +92,8 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 def _files_of_one_format(repository: str, sizes: dict[str, Any]) -> list[str]:
     for patterns in FORMATS:
         if patterns[0] in sizes:
-            return [name for name in sizes
-                    if _is_code(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, *COMPANIONS))]
+            return [name for name in sizes if _is_code(name) or any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, *COMPANIONS))]
     raise BadInput(f"{repository} has no safetensors and no pytorch_model.bin; its files are {', '.join(sizes)[:200]}.")
 
 
