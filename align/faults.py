@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 import models.bert
 import models.gptj
-from convert import bert, gptj
+from convert import bert, bloom, gpt2, gptj, opt, resnet
 from models.activation import activation
 from models.attention import heads_first
 from models.pretrained import Pretrained
@@ -44,7 +45,8 @@ Plant = Callable[[Path], AbstractContextManager[None]]
 Place = Literal["checkpoint", "config", "net"]
 
 SEED = 20260707
-FAMILIES = {"gptj": gptj.FAMILY, "bert": bert.FAMILY}
+FAMILIES = {family.name: family for family in (
+    bert.FAMILY, bloom.FAMILY, gpt2.FAMILY, gptj.FAMILY, opt.FAMILY, resnet.FAMILY)}
 
 
 class NotPlanted(Exception):
@@ -89,7 +91,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "swapped": ("swapped-weights", "qkv-order"),
     "layers": ("swapped-layers", "shifted-layers", "swapped-weights"),
     "activation": ("gelu-variant", "activation"),
-    "epsilon": ("layer-norm-epsilon",),
+    "epsilon": ("layer-norm-epsilon", "batch-norm-epsilon"),
     "bias missing": ("missing-bias",),
     "untied": ("untied-weight", "tied-weights"),
     "rotary style": ("rotary-style",),
@@ -112,6 +114,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "rounded to fp16": ("rounded-to-float16",),
     "rounded to bf16": ("rounded-to-bfloat16",),
     "buffer": ("wrong-buffer",),
+    "alibi": ("alibi-missing", "alibi-positions", "alibi-slopes"),
     "norm placed": ("layer-norm-placement",),
     "norm missing": ("layer-norm-missing",),
     "norm variant": ("layer-norm-variant",),
@@ -127,6 +130,16 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "sign": ("sign",),
     "zeros": ("constant-weight",),
     "not finite": ("nonfinite-weight",),
+    "kernel": ("flipped-kernel",),
+    "channels": ("channel-order",),
+    "statistics": ("missing-statistics",),
+    "of the batch": ("batch-statistics",),
+    "batch norm missing": ("batch-norm-missing",),
+    "stride": ("stride-placement",),
+    "borders": ("padding-mode",),
+    "dilation": ("dilation",),
+    "pooling kind": ("pooling-kind",),
+    "late shortcut": ("residual-placement",),
 }
 """The words of this file, and the kinds of explanation that say the same."""
 
@@ -193,7 +206,11 @@ BERT = Names("bert", "bert.encoder.layers.{}", dict(
     "bert.embeddings", "prediction_logits", {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.decoder_bias"}, "activation")
-BOTH = (GPTJ, BERT)
+RESNET = Names("resnet", "layer2.{}", {part: part for part in ("conv1", "conv2", "conv3", "bn1", "bn2", "bn3")}, "",
+               "conv1", "logits", {}, "relu")
+GPT2 = Names("gpt2", "gpt.decoder.layers.{}", BERT.parts, "gpt.embeddings.word_embeddings.weight",
+             "gpt.embeddings.dropout", "logits", {}, "activation")
+ALL = (GPTJ, BERT, GPT2)
 MID, LAST = 1, 2
 HEADS = 4
 
@@ -326,6 +343,24 @@ def exchange(*pairs: tuple[str, str]) -> Edit:
             for name in [name for name in tensors if name.startswith(f"{one}.")]:
                 twin = other + name.removeprefix(one)
                 tensors[name], tensors[twin] = tensors[twin], tensors[name]
+    return edit
+
+
+def swap_tensors(one: str, other: str) -> Edit:
+    def edit(tensors: Tensors) -> None:
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+    return edit
+
+
+def cut_per_head(names: Names) -> Edit:
+    """q, k and v of one block as a cutter makes them that takes each head's three parts to lie side by side."""
+    def edit(tensors: Tensors) -> None:
+        for kind in ("weight", "bias"):
+            keys = [f"{names(part, MID)}.{kind}" for part in "qkv"]
+            fused = np.concatenate([tensors[key] for key in keys], axis=-1)
+            pieces = fused.reshape(*fused.shape[:-1], HEADS, 3, -1)
+            for number, key in enumerate(keys):
+                tensors[key] = pieces[..., number, :].reshape(tensors[key].shape)
     return edit
 
 
@@ -484,20 +519,30 @@ def value_bias_made_good(names: Names) -> Edit:
 
 
 def blocks(net: Any) -> Any:
-    return net.transformer.h if hasattr(net, "transformer") else net.bert.encoder.layers
+    return stack_of(net).h if hasattr(stack_of(net), "h") else stack_of(net).layers
+
+
+def stack_of(net: Any) -> Any:
+    """What runs the blocks one after another: the backbone, or its encoder or decoder."""
+    return part(backbone(net), "encoder", "decoder", otherwise=backbone(net))
 
 
 def attention_of(block: Any) -> Any:
-    return block.attn if hasattr(block, "attn") else block.self_attn
+    return part(block, "attn", "self_attn", "self_attention")
 
 
 def backbone(net: Any) -> Any:
-    return net.transformer if hasattr(net, "transformer") else net.bert
+    return part(net, "transformer", "bert", "gpt", "opt", "bloom")
+
+
+def part(layer: Any, *names: str, otherwise: Any = None) -> Any:
+    """The first of these sublayers that there is."""
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), otherwise)
 
 
 def code_of(net: Any) -> Any:
     """The module of ``models/`` that the net's functions are looked up in."""
-    return models.gptj if hasattr(net, "transformer") else models.bert
+    return sys.modules[type(net).__module__]
 
 
 def during(layer: Any, module: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -521,14 +566,14 @@ def attending(layer: int, **variant: Any) -> Break:
     return break_net
 
 
-def attend(query: Any, key: Any, value: Any, mask: Any, dropout: Any, *, scale: Any = lambda width: width**-0.5,
-           softmax: Callable[[Any], Any] = F.softmax, masked: Callable[[Any], Any] = lambda mask: mask,
-           temperature: float = 0.0) -> Any:
+def attend(query: Any, key: Any, value: Any, mask: Any, dropout: Any, divisor: Any = None, *, bias: Any = 0.0,
+           scale: Any = lambda width: width**-0.5, softmax: Callable[[Any], Any] = F.softmax,
+           masked: Callable[[Any], Any] = lambda mask: mask, temperature: float = 0.0) -> Any:
     """Attention with parts to exchange; ``temperature`` makes each head a little sharper than the one before it."""
     scores = paddle.matmul(query, key, transpose_y=True) * scale(query.shape[-1])
     if temperature:
         scores = scores * (1 + temperature * paddle.arange(scores.shape[1], dtype="float32")).reshape([1, -1, 1, 1])
-    weights = softmax(scores + masked(mask))
+    weights = softmax(scores + bias + masked(mask))
     return heads_first(paddle.matmul(weights, value)).flatten(-2)
 
 
@@ -569,8 +614,9 @@ def see_one_ahead(mask: Any) -> Any:
 def acting(layer: int, function: Callable[[Any], Any] | str) -> Break:
     """Another activation in one block."""
     def break_net(net: Any) -> None:
-        place = blocks(net)[layer]
-        place, name = (place.mlp, "act") if hasattr(place, "mlp") else (place, "activation")
+        place = part(blocks(net)[layer], "mlp", otherwise=blocks(net)[layer])
+        place = place if isinstance(place, paddle.nn.Layer) else blocks(net)[layer]
+        name = next(name for name in ("act", "activation", "gelu_impl") if hasattr(place, name))
         setattr(place, name, activation(function) if isinstance(function, str) else Function(function))
     return break_net
 
@@ -595,10 +641,9 @@ def dropout_left_on(share: float) -> Break:
     def break_net(net: Any) -> None:
         paddle.seed(SEED)
         block = blocks(net)[MID]
-        if hasattr(block, "mlp"):
-            block.mlp.dropout = dropping(share)
-        else:
-            block.dropout2 = dropping(share)
+        home = next(layer for layer in (block, getattr(block, "mlp", None)) if hasattr(layer, "dropout") or hasattr(
+            layer, "dropout2"))
+        setattr(home, "dropout2" if hasattr(home, "dropout2") else "dropout", dropping(share))
     return break_net
 
 
@@ -611,7 +656,7 @@ def epsilon(layer: int, part: str, value: float) -> Break:
 
 def unbiased_norm(net: Any) -> None:
     """A layer norm that divides by n - 1."""
-    norm = blocks(net)[MID].ln_1 if hasattr(net, "transformer") else blocks(net)[MID].norm1
+    norm = part(blocks(net)[MID], "ln_1", "norm1", "input_layernorm")
 
     def forward(x: Any) -> Any:
         centred = x - x.mean(-1, keepdim=True)
@@ -621,9 +666,14 @@ def unbiased_norm(net: Any) -> None:
 
 
 def other_norm_order(net: Any) -> None:
-    """BERT's block with the norms before its parts; GPT-J's with the norm behind them."""
+    """BERT's block with the norms before its parts; GPT-J's with the norm behind them, and so GPT-2's."""
     block = blocks(net)[MID]
-    if hasattr(block, "mlp"):
+    if hasattr(net, "gpt"):
+        def forward(hidden: Any, mask: Any, past: Any = None) -> Any:
+            attended, present = block.self_attn(hidden, mask, past)
+            hidden = block.norm1(hidden + attended)
+            return block.norm2(hidden + block.linear2(block.activation(block.linear1(hidden)))), present
+    elif hasattr(block, "mlp"):
         def forward(hidden: Any, mask: Any, sin: Any, cos: Any, past: Any = None) -> Any:
             attended, present = block.attn(hidden, mask, sin, cos, past)
             return block.ln_1(attended + block.mlp(hidden) + hidden), present
@@ -635,9 +685,14 @@ def other_norm_order(net: Any) -> None:
 
 
 def without_residual(net: Any) -> None:
-    """Of the MLP in BERT, of the whole block in GPT-J."""
+    """Of the MLP in BERT and GPT-2, of the whole block in GPT-J."""
     block = blocks(net)[MID]
-    if hasattr(block, "mlp"):
+    if hasattr(net, "gpt"):
+        def changed(hidden: Any, mask: Any, past: Any = None) -> Any:
+            attended, present = block.self_attn(block.norm1(hidden), mask, past)
+            return block.linear2(block.activation(block.linear1(block.norm2(hidden + attended)))), present
+        block.forward = changed
+    elif hasattr(block, "mlp"):
         forward = block.forward
 
         def changed(hidden: Any, *rest: Any) -> Any:
@@ -663,13 +718,17 @@ def one_after_the_other(net: Any) -> None:
 
 
 def side_by_side(net: Any) -> None:
-    """BERT's MLP beside its attention instead of behind it."""
+    """The MLP beside the attention instead of behind it."""
     block = blocks(net)[MID]
 
-    def forward(hidden: Any, mask: Any = None) -> Any:
+    def berts(hidden: Any, mask: Any = None) -> Any:
         attended = block.norm1(block.self_attn(hidden, mask) + hidden)
         return block.norm2(block.linear2(block.activation(block.linear1(hidden))) + attended)
-    block.forward = forward
+
+    def gpt2s(hidden: Any, mask: Any, past: Any = None) -> Any:
+        attended, present = block.self_attn(block.norm1(hidden), mask, past)
+        return hidden + attended + block.linear2(block.activation(block.linear1(block.norm2(hidden)))), present
+    block.forward = gpt2s if hasattr(net, "gpt") else berts
 
 
 def attention_twice(net: Any) -> None:
@@ -684,21 +743,13 @@ def attention_twice(net: Any) -> None:
 
 def later_block_first(net: Any) -> None:
     """Blocks 1 and 2 run in the other order, each with its own weights."""
-    found = blocks(net)
-    order = [found[0], found[2], found[1]]
-    if hasattr(net, "transformer"):
-        model, forward = net.transformer, net.transformer.forward
+    found, stack = blocks(net), stack_of(net)
+    order, forward = [found[0], found[2], found[1]], stack.forward
 
-        def changed(*arguments: Any, **named: Any) -> Any:
-            with patch.dict(model._sub_layers, h=order):
-                return forward(*arguments, **named)
-        model.forward = changed
-    else:
-        def encode(hidden: Any, mask: Any) -> Any:
-            for block in order:
-                hidden = block(hidden, mask)
-            return hidden
-        net.bert.encoder.forward = encode
+    def changed(*arguments: Any, **named: Any) -> Any:
+        with patch.dict(stack._sub_layers, {"h" if hasattr(stack, "h") else "layers": order}):
+            return forward(*arguments, **named)
+    stack.forward = changed
 
 
 def block_skipped(net: Any) -> None:
@@ -721,7 +772,8 @@ def heads(count: int) -> Break:
 def padding_of(make: Callable[[Any], Any]) -> Break:
     """Another additive mask for the whole net."""
     def break_net(net: Any) -> None:
-        name = "causal_mask" if hasattr(net, "transformer") else "padding_mask"
+        name = next(name for name in ("causal_mask", "causal_and_padding_mask", "padding_mask") if hasattr(
+            code_of(net), name))
         during(backbone(net), code_of(net), name, lambda original: lambda *given: make(original(*given)))
     return break_net
 
@@ -814,13 +866,14 @@ def without_types(net: Any) -> None:
 
 def scaled_embedding(net: Any) -> None:
     """Words times the root of the width, as some architectures have it."""
-    table = net.transformer.wte if hasattr(net, "transformer") else net.bert.embeddings.word_embeddings
+    table = part(part(backbone(net), "embeddings", otherwise=backbone(net)), "wte", "word_embeddings")
     forward = table.forward
     table.forward = lambda ids: forward(ids) * math.sqrt(table.weight.shape[-1])
 
 
 def without_final_norm(net: Any) -> None:
-    norm = net.transformer.ln_f if hasattr(net, "transformer") else net.cls.predictions.layer_norm
+    norm = (net.cls.predictions.layer_norm if hasattr(net, "bert") else
+            part(stack_of(net), "ln_f", "norm"))
     norm.forward = lambda x: x
 
 
@@ -848,6 +901,75 @@ def half_precision_block(net: Any) -> None:
         rounded = (output[0] if isinstance(output, tuple) else output).astype("float16").astype("float32")
         return (rounded, *output[1:]) if isinstance(output, tuple) else rounded
     attention.forward = changed
+
+
+# Wrong nets of convolutions -------------------------------------------------------------------------------------------
+
+
+def block_of(net: Any) -> Any:
+    """layer2.1, a bottleneck without a shortcut of its own."""
+    return net.layer2[1]
+
+
+def bottleneck(first: bool = True, last: bool = True, residual: bool = True, late: bool = False,
+               rounded: bool = False) -> Break:
+    """layer2.1 without its first relu, its last, its shortcut; with the shortcut behind the last relu; in float16."""
+    def break_net(net: Any) -> None:
+        block = block_of(net)
+
+        def forward(x: Any) -> Any:
+            inner = block.bn1(block.conv1(x))
+            inner = block.bn2(block.conv2(block.relu(inner) if first else inner))
+            found = block.bn3(block.conv3(block.relu(inner)))
+            if late:
+                return block.relu(found) + x
+            found = found + x if residual else found
+            found = block.relu(found) if last else found
+            return found.astype("float16").astype("float32") if rounded else found
+        block.forward = forward
+    return break_net
+
+
+def normalised_by_the_batch(net: Any) -> None:
+    norm = block_of(net).bn2
+    norm.forward = lambda x: F.batch_norm(x, norm._mean.clone(), norm._variance.clone(), norm.weight, norm.bias,
+                                          training=True, epsilon=norm._epsilon)
+
+
+def setting(path: str, **values: Any) -> Break:
+    """Plain attributes of the layer at ``path``."""
+    def break_net(net: Any) -> None:
+        layer = dict(net.named_sublayers())[path]
+        for name, value in values.items():
+            if not hasattr(layer, name):
+                raise NotPlanted(f"{path} has no {name}")
+            setattr(layer, name, value)
+    return break_net
+
+
+def running(path: str, make: Callable[[Any], Callable[[Any], Any]]) -> Break:
+    """Another forward, made of the layer at ``path``."""
+    def break_net(net: Any) -> None:
+        layer = dict(net.named_sublayers())[path]
+        layer.forward = make(layer)
+    return break_net
+
+
+def mirrored(layer: Any) -> Callable[[Any], Any]:
+    """A 3 x 3 convolution with its input mirrored at the borders."""
+    return lambda x: F.conv2d(F.pad(x, [1, 1, 1, 1], mode="reflect"), layer.weight)
+
+
+def stride_first(net: Any) -> None:
+    """layer2.0 with the stride of its second convolution in its first."""
+    first, second = net.layer2[0].conv1, net.layer2[0].conv2
+    first._stride, second._stride = second._stride, first._stride
+
+
+def blocks_in_another_order(net: Any) -> None:
+    """layer2.2 runs before layer2.1."""
+    first, second, third = net.layer2._sub_layers.values()
+    net.layer2.forward = lambda x: second(third(first(x)))
 
 
 # The list -----------------------------------------------------------------------------------------------------------
@@ -887,9 +1009,9 @@ def _words(explanation: str | None) -> frozenset[str] | None:
 
 
 def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
-    """What both families have, and its names."""
+    """What every family with q, k and v apart has, and its names."""
     middle, last, named = n.at(MID), n.at(LAST), n.named
-    norms = "norm2" if n is BERT else "norm"
+    norms = "norm2" if "norm2" in n.parts else "norm"
     yield weights(n, "missed transpose of q", transpose(n.weight("q", MID)), middle, named(MID, "q"), "transposed")
     yield weights(n, "missed transpose of out", transpose(n.weight("out", LAST)), last, named(LAST, "out"),
                   "transposed")
@@ -940,7 +1062,7 @@ def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
     yield weights(n, "matrix quantised to int8", change(n.weight("v", MID), int8), middle, named(MID, "v"))
     yield weights(n, "noise 1e-5 added to v", change(n.weight("v", LAST), noise(1e-5)), last, named(LAST, "v"))
     yield weights(n, "low-rank perturbation", change(n.weight("q", LAST), low_rank(1e-3)), last, named(LAST, "q"))
-    words = (n.words, n.words.removesuffix(".weight"), *(("transformer.drop",) if n is GPTJ else ()))
+    words = (n.words, n.words.removesuffix(".weight"), *((n.embedding,) if n is not BERT else ()))
     yield weights(n, "embedding rows swapped", used_rows(n, swap_rows), n.embedding, words, also="permuted")
     yield weights(n, "wrong vocabulary row", used_rows(n, copy_row), n.embedding, words)
     yield weights(n, "embedding scaled", change(n.words, lambda x: x * np.float32(1.01)), n.embedding, words,
@@ -963,15 +1085,15 @@ def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
 
 def _wrong_code(n: Names) -> Iterator[list[Fault]]:
     middle, last, attention = n.at(MID), n.at(LAST), n.attention(MID)
-    other = "gelu" if n is GPTJ else "gelu_new"
-    late, right = ("norm2", 1e-5) if n is BERT else ("ln_1", 1e-12)
-    part = "norm2" if n is BERT else "norm"
+    own, other = ("gelu", "gelu_new") if n is BERT else ("gelu_new", "gelu")
+    late, right = ("ln_1", 1e-12) if n is GPTJ else ("norm2", 1e-5 if n is BERT else 1e-12)
+    part = "norm" if n is GPTJ else "norm2"
     yield code(n, "other gelu in one block", acting(MID, other), middle, n.acting(MID), "activation")
     yield code(n, "other gelu in the last block", acting(LAST, other), last, n.acting(LAST), "activation")
     yield code(n, "quick gelu", acting(MID, "quick_gelu"), middle, n.acting(MID), "activation")
     yield code(n, "relu", acting(MID, "relu"), middle, n.acting(MID), "activation")
-    yield code(n, "activations clipped at 3", acting(MID, lambda x: paddle.clip(activation(
-        "gelu_new" if n is GPTJ else "gelu")(x), max=3.0)), middle, n.acting(MID))
+    yield code(n, "activations clipped at 3", acting(MID, lambda x: paddle.clip(activation(own)(x), max=3.0)), middle,
+               n.acting(MID))
     yield code(n, "epsilon of a late block", epsilon(LAST, late, right), last, n.named(LAST, part), "epsilon",
                why="5e-6 of the variance: hidden by large activations, shown by small ones")
     yield code(n, "epsilon 1e-3 in one block", epsilon(MID, late, 1e-3), middle, n.named(MID, part), "epsilon")
@@ -1004,7 +1126,7 @@ def _wrong_code(n: Names) -> Iterator[list[Fault]]:
     yield code(n, "block skipped", block_skipped, middle, n.wiring(MID), "skipped")
     yield code(n, "words times the root of the width", scaled_embedding, n.embedding,
                (n.embedding, n.words.removesuffix(".weight"), f"{n.embedding}: *"), "embedding scale")
-    if n is GPTJ:
+    if n is not BERT:
         yield code(n, "padding ignored", padding_of(causal_only), first, n.attention(0), "padding")
         yield code(n, "mask missing", attending(MID, masked=paddle.zeros_like), middle, attention, "no mask")
         yield code(n, "causal mask missing", attending(MID, masked=padding_only), middle, attention, "causal")
@@ -1103,6 +1225,110 @@ def _bert() -> Iterator[list[Fault]]:
     yield config(n, "heads of the config doubled", first, n.attention(0), "heads", num_attention_heads=HEADS * 2)
 
 
+def _resnet() -> Iterator[list[Fault]]:
+    n = RESNET
+    middle, conv2, bn2, stem, head = n.at(1), n.weight("conv2", 1), n("bn2", 1), ("conv1*",), ("fc*", "logits*")
+    kernel, norm, named = n.named(1, "conv2"), n.named(1, "bn2"), n.named
+    yield weights(n, "missed transpose of the classifier", transpose("fc.weight"), "logits", head, "transposed")
+    for kind, function, explanation in (
+            ("kernel turned", lambda x: x[:, :, ::-1, ::-1], "kernel"),
+            ("kernel's height and width exchanged", lambda x: x.swapaxes(2, 3), "kernel"),
+            ("input and output channels exchanged", lambda x: x.swapaxes(0, 1), "transposed"),
+            ("kernel rounded to fp16", fp16, "rounded to fp16"),
+            ("kernel rounded to bf16", bf16, "rounded to bf16")):
+        yield weights(n, kind, change(conv2, function), middle, kernel, explanation)
+    yield weights(n, "pictures taken as BGR", change("conv1.weight", lambda x: x[:, ::-1]), "conv1", stem, "channels",
+                  also="permuted")
+    yield weights(n, "element of a kernel changed by 1 %", change(conv2, typical_element(lambda x: x * 1.01)), middle,
+                  kernel)
+    yield weights(n, "running statistics not loaded", several(
+        change(f"{bn2}._mean", np.zeros_like), change(f"{bn2}._variance", np.ones_like)), middle, norm, None,
+        also="statistics|zeros|bias missing")
+    yield weights(n, "running statistics of another norm", several(
+        swap_tensors(f"{bn2}._mean", f"{n('bn1', 1)}._mean"),
+        swap_tensors(f"{bn2}._variance", f"{n('bn1', 1)}._variance")), middle, named(1, "bn1", "bn2"), also="swapped")
+    yield weights(n, "standard deviation kept for the variance", change(f"{bn2}._variance", np.sqrt), middle, norm)
+    yield weights(n, "variance biased by one in a thousand", change(f"{bn2}._variance", lambda x: x * np.float32(
+        0.999)), middle, norm, also="scaled")
+    yield weights(n, "batch norm x 1.0005", change(f"{bn2}.weight", lambda x: x * np.float32(1.0005)), middle, norm,
+                  also="scaled")
+    yield weights(n, "batch norm bias dropped", change(f"{bn2}.bias", np.zeros_like), middle, norm, "bias missing",
+                  also="zeros")
+    yield weights(n, "blocks hold each other's weights", exchange((middle, n.at(2))), middle,
+                  (middle, n.at(2), "layer2.[12].*"), "layers")
+    yield weights(n, "NaN in one kernel", change(conv2, element(11, lambda value: math.nan)), middle, kernel,
+                  also="not finite", why="Paddle's relu makes zeros of it")
+    yield weights(n, "shortcut's kernel zeroed", change("layer2.0.downsample.0.weight", np.zeros_like), n.at(0),
+                  ("layer2.0.downsample.0*",), also="zeros|branch")
+    yield invisible(n, "one ulp in one kernel", change(conv2, element(5, lambda value: np.nextafter(
+        value, np.float32(np.inf)))), kernel, "below the rounding of the sums it enters")
+    yield code(n, "batch norm epsilon 1e-3", setting(bn2, _epsilon=1e-3), middle, norm, "epsilon")
+    yield code(n, "batch norm epsilon 1e-6", setting(bn2, _epsilon=1e-6), middle, norm, "epsilon")
+    yield code(n, "batch norm left in training", normalised_by_the_batch, middle, norm, "of the batch")
+    yield code(n, "batch norm missing", running(bn2, lambda layer: lambda x: x), middle, norm, "batch norm missing")
+    relu = (f"{middle}: relu*", f"{middle} activation*")
+    yield code(n, "first relu missing", bottleneck(first=False), middle, relu, "activation")
+    yield code(n, "last relu missing", bottleneck(last=False), middle, (*n.wiring(1), *relu), "activation")
+    yield code(n, "relu of the stem missing", running("relu", lambda layer: lambda x: x), "relu", ("relu*",),
+               "activation")
+    yield code(n, "shortcut missing", bottleneck(residual=False), middle, n.wiring(1), "residual")
+    yield code(n, "shortcut behind the relu", bottleneck(late=True), middle, n.wiring(1), "late shortcut")
+    yield code(n, "block rounded to fp16", bottleneck(rounded=True), middle, n.wiring(1))
+    yield code(n, "stride in the first convolution", stride_first, n.at(0), ("layer2.0*",), "stride")
+    yield code(n, "borders mirrored", running(n("conv2", 1), mirrored), middle, kernel, "borders")
+    yield code(n, "dilation 2", setting(n("conv2", 1), _dilation=[2, 2], _updated_padding=[2, 2], _padding=[2, 2]),
+               middle, kernel, "dilation")
+    yield code(n, "mean instead of the largest", running("maxpool", lambda layer: lambda x: F.avg_pool2d(x, 3, 2, 1)),
+               "maxpool", ("maxpool*",), "pooling kind")
+    yield code(n, "maps rounded up", setting("maxpool", ceil_mode=True), "maxpool", ("maxpool*",))
+    yield code(n, "largest instead of the mean", running(
+        "avgpool", lambda layer: lambda x: F.adaptive_max_pool2d(x, 1)), "avgpool", ("avgpool*",), "pooling kind")
+    yield code(n, "blocks of a stage run in the wrong order", blocks_in_another_order, middle,
+               (*n.wiring(1), *n.wiring(2)), why="each block by itself is right")
+    yield config(n, "stride of the config in the first convolution", n.at(0), ("layer[2-4].0*",), "stride",
+                 downsample_in_bottleneck=True)
+    yield config(n, "stride of the config in the first stage", "layer1.0", ("layer1.0*",), None,
+                 downsample_in_first_stage=True)
+
+
+def _gpt2() -> Iterator[list[Fault]]:
+    n = GPT2
+    first, middle, all_attention, embeddings = n.at(0), n.at(MID), n.attention(0), "gpt.embeddings"
+    table = f"{embeddings}.position_embeddings.weight"
+    positions = (f"{embeddings}.position_embeddings*", f"{n.embedding}", f"{n.embedding} positions")
+    norm = ("gpt.decoder.norm*",)
+    yield weights(n, "q, k and v cut per head from the fused matrix", cut_per_head(n), middle,
+                  n.named(MID, "q", "k", "v"), "swapped")
+    yield weights(n, "bias missing in v", change(n.bias("v", MID), np.zeros_like), middle, n.named(MID, "v"),
+                  "bias missing", also="zeros")
+    yield weights(n, "wrong layer norm placed", exchange((n("norm", MID), n("norm2", MID))), middle,
+                  n.named(MID, "norm", "norm2"), "swapped|norm placed")
+    yield weights(n, "final norm x 1.0005", change("gpt.decoder.norm.weight", lambda x: x * np.float32(1.0005)),
+                  "gpt.decoder.norm", norm, also="scaled")
+    yield weights(n, "positions shifted in the table", change(table, lambda array: np.roll(array, 1, axis=0)),
+                  n.embedding, positions, "position", also="permuted")
+    yield invisible(n, "key bias changed", change(n.bias("k", MID), lambda x: x + 1), n.named(MID, "k"),
+                    "a constant on each row of the scores", also="added")
+    yield invisible(n, "value bias made good in the output bias", value_bias_made_good(n), n.named(MID, "v", "out"),
+                    "rows of attention add up to 1", also="bias missing|zeros")
+    yield invisible(n, "position row that no input uses", change(table, element(-1, lambda x: x + 1)), positions,
+                    "the inputs are shorter")
+    yield code(n, "last position off by one", at_positions(last_is_next), n.embedding, positions, "position")
+    yield code(n, "all positions off by one", at_positions(lambda found, mask: found + 1), n.embedding, positions,
+               "position")
+    yield code(n, "positions counted without padding", at_positions(counted_without_padding), n.embedding, positions,
+               "position")
+    yield code(n, "final norm missing", without_final_norm, "gpt.decoder.norm", norm, "norm missing")
+    yield code(n, "MLP beside the attention", side_by_side, middle, n.wiring(MID), "norm placed")
+    yield config(n, "gelu of the config", first, n.acting(0), "activation", activation_function="gelu")
+    yield config(n, "epsilon of the config", first, n.named(0, "norm"), "epsilon", layer_norm_epsilon=1e-3)
+    yield config(n, "heads of the config halved", first, all_attention, "heads", n_head=HEADS // 2)
+    yield config(n, "heads of the config doubled", first, all_attention, "heads", n_head=HEADS * 2)
+    yield config(n, "scale of the config missing", first, all_attention, "scale", scale_attn_weights=False)
+    yield config(n, "scale of the config by layer", n.at(1), n.attention(1), "scale",
+                 scale_attn_by_inverse_layer_idx=True)
+
+
 def _paddlenlp() -> Iterator[list[Fault]]:
     """PaddleNLP's GPT-J takes its causal mask from the file."""
     def all_visible(tensors: Tensors) -> None:
@@ -1120,7 +1346,9 @@ def _parameters(names: Names) -> tuple[str, ...]:
 
 
 FAULTS: tuple[Fault, ...] = tuple(fault for group in (
-    *(found for names in BOTH for found in (_wrong_weights(names), _wrong_code(names))), _gptj(), _bert(), _paddlenlp())
+    *(found for names in ALL for found in (_wrong_weights(names), _wrong_code(names))), _gptj(), _bert(), _gpt2(),
+    _resnet(),
+    _paddlenlp())
     for faults in group for fault in faults)
 KINDS = SimpleNamespace(all=frozenset(fault.kind for fault in FAULTS), unexplained=frozenset(
     fault.kind for fault in FAULTS if fault.explanation is None and not fault.also and fault.visible))

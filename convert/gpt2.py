@@ -7,6 +7,7 @@ from convert.rules import (
     Family,
     Head,
     Sizes,
+    causal_mask,
     conv1d,
     counted,
     drop,
@@ -68,6 +69,7 @@ def prelu(config: Config) -> bool:
     return config.get("activation_function") == "prelu"
 
 
+MASK = "the causal mask of old files; both sides make it themselves"
 TORCH, PADDLE = "transformer.h.{i}", "gpt.decoder.layers.{i}"
 FAMILY = Family(
     name="gpt2", paddlenlp="gpt", prefix="transformer.", target_prefix="gpt.", sizes=sizes,
@@ -82,7 +84,8 @@ FAMILY = Family(
         keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
         keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
         norm(f"{TORCH}.ln_1", "hidden", to=f"{PADDLE}.norm1"),
-        drop(f"{TORCH}.attn.{{bias,masked_bias}}", why="the causal mask of old files; both sides make it themselves"),
+        drop(f"{TORCH}.attn.bias", 1, 1, "positions", "positions", why=MASK, holding=causal_mask()),
+        drop(f"{TORCH}.attn.masked_bias", why=MASK),
         split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
               to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
         split(f"{TORCH}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.bias"),

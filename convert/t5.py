@@ -44,7 +44,7 @@ def layers(config: Config) -> Layers:
 
 def unsupported(config: Config) -> str | None:
     projection = config.get("feed_forward_proj", "relu")
-    if not re.fullmatch(r"(gated-)?[^-]+", str(projection)):
+    if not isinstance(projection, str) or not re.fullmatch(r"(gated-)?[^-]+", projection):
         return f"feed_forward_proj is {projection!r}; an activation, or gated- and one, is needed"
     for key in ("tie_encoder_decoder", "is_decoder"):
         if config.get(key):

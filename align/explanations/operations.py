@@ -18,17 +18,24 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..parts import whole
+from ..torch_side import is_rms_norm
 from . import surgery
 from .place import Layer, Place
 from .surgery import Change, together
 
-QUERY, KEY, VALUE = {"q_proj", "query"}, {"k_proj", "key"}, {"v_proj", "value"}
-ATTENTION_OUTPUT = {"out_proj", "attention.output.dense"}
-MLP = {"mlp"}
+QUERY, KEY, VALUE = {"q_proj", "query", "q"}, {"k_proj", "key", "k"}, {"v_proj", "value", "v"}
+FUSED = "query_key_value"
+"""One linear whose rows hold query, key and value by turns, head by head, in Paddle too."""
+ATTENTION_OUTPUT = {"out_proj", "attention.output.dense", "self_attention.dense", "SelfAttention.o",
+                    "EncDecAttention.o"}
+MLP, ATTENTION = {"mlp", "DenseReluDense"}, {"attn", "SelfAttention", "EncDecAttention"}
+UNSCALED = {"T5Attention"}
+EPSILON = ("eps", "variance_epsilon")
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width", "d_head", "d_k")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "head_width", "d_head", "d_k", "key_value_proj_dim")
 ROTARY, ROTARY_WIDTH, ROTARY_TABLE = "apply_rotary_pos_emb", "rotary_dim", "embed_positions"
 FREQUENCIES = "inv_freq"
+ALIBI = "build_alibi_tensor"
 GELUS = ("gelu", "gelu_new", "quick_gelu", "gelu_10")
 OTHER_ACTIVATIONS = ("relu", "silu", "tanh", "sigmoid", "linear", "mish", "leaky_relu", "relu2", "relu6", "laplace")
 SAME_ACTIVATION = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
@@ -103,6 +110,8 @@ def swapped(place: Place) -> Iterator[Variant]:
                           surgery.weights(one.taking(other) | other.taking(one)))
     for attention in _attentions(place):
         parts = attention.parts
+        if attention.fused:
+            continue
         for told, order in (("k, v, q", (1, 2, 0)), ("v, q, k", (2, 0, 1))):
             taken = [part.taking(parts[number]) for part, number in zip(parts, order, strict=True)]
             yield Variant("qkv-order", f"{parts[0].name}.weight",
@@ -114,7 +123,7 @@ def fused_orders(place: Place) -> Iterator[Variant]:
     """q, k and v cut from one fused matrix whose rows are ordered otherwise than the cutter thinks."""
     for attention in _attentions(place):
         parts, heads = attention.parts, attention.heads
-        if heads is None:
+        if heads is None or attention.fused:
             continue
         kinds = [kind for kind in ("weight", "bias") if all(kind in part.keys for part in parts)]
         for told, cut in (("per head, though the fused rows are ordered q, k, v", _cut_per_head),
@@ -124,6 +133,31 @@ def fused_orders(place: Place) -> Iterator[Variant]:
                        for number, part in enumerate(parts)]
             yield Variant("qkv-order", f"{attention.name} q, k and v", f"are cut {told}",
                           together(*map(surgery.weights, tensors)))
+
+
+def fused_layouts(place: Place) -> Iterator[Variant]:
+    """One matrix for q, k and v whose rows are laid out otherwise than head by head, q, k, v in turn."""
+    for attention in _attentions(place):
+        if not attention.fused or not attention.heads:
+            continue
+        fused, heads = attention.parts[0], attention.heads
+
+        def laid(turn: Callable[[Any], Any], fused: Layer = fused) -> Change:
+            return surgery.weights(fused.holding(**{kind: turn(fused[kind]) for kind in fused.keys}))
+
+        def ordered(order: list[int], heads: int = heads) -> Callable[[Any], Any]:
+            return lambda held: held.unflatten(0, (heads, 3, -1))[:, order].flatten(0, 2)
+
+        def exchanged(sizes: tuple[int, int]) -> Callable[[Any], Any]:
+            return lambda held: held.unflatten(0, (*sizes, -1)).transpose(0, 1).flatten(0, 2)
+        subject = f"{fused.name}.weight"
+        yield Variant("qkv-order", subject, "holds all of q, then k, then v, and is cut head by head",
+                      laid(exchanged((heads, 3))))
+        yield Variant("qkv-order", subject, "has been cut as q, k, v, though its rows are ordered head by head",
+                      laid(exchanged((3, heads))))
+        for told, order in (("k, v, q", [1, 2, 0]), ("v, q, k", [2, 0, 1]), ("k, q, v", [1, 0, 2]),
+                            ("q, v, k", [0, 2, 1]), ("v, k, q", [2, 1, 0])):
+            yield Variant("qkv-order", subject, f"holds {told} in each head, in this order", laid(ordered(order)))
 
 
 def rounded(place: Place) -> Iterator[Variant]:
@@ -178,22 +212,25 @@ def other_head_weights(place: Place) -> Iterator[Variant]:
 # Layer norm and activation --------------------------------------------------------------------------------------------
 
 def epsilons(place: Place) -> Iterator[Variant | Dial]:
-    norms = {path: module for path, module in place.modules(nn.LayerNorm)}
+    norms = dict([*place.modules(nn.LayerNorm, nn.BatchNorm2d), *_rms_norms(place)])
+    kinds = {path: "batch norm" if isinstance(norm, nn.BatchNorm2d) else "layer norm" for path, norm in norms.items()}
     groups = [(place.paddle(path), [path]) for path in norms]
     if len(norms) > 1:
-        groups.append((f"{place.name} layer norms", list(norms)))
+        groups.append((f"{place.name} {next(iter(kinds.values()))}s", list(norms)))
     for subject, paths in groups:
-        right = norms[paths[0]].eps
+        kind = f"{kinds[paths[0]].replace(' ', '-')}-epsilon"
+        name = next(name for name in EPSILON if hasattr(norms[paths[0]], name))
+        right = getattr(norms[paths[0]], name)
 
-        def change(value: float, paths: list[str] = paths) -> Change:
-            return together(*(surgery.attributes(path, {"eps": value}) for path in paths))
+        def change(value: float, paths: list[str] = paths, name: str = name) -> Change:
+            return together(*(surgery.attributes(path, {name: value}) for path in paths))
 
         def told(value: float, right: float = right) -> str:
             return f"has epsilon {value:.3g} instead of {right:g}"
         for value in EPSILONS:
             if value != right:
-                yield Variant("layer-norm-epsilon", subject, told(value), change(value), len(paths))
-        yield Dial("layer-norm-epsilon", subject, told, change, (right or 1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0),
+                yield Variant(kind, subject, told(value), change(value), len(paths))
+        yield Dial(kind, subject, told, change, (right or 1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0),
                    len(paths))
 
 
@@ -207,19 +244,46 @@ def norm_variants(place: Place) -> Iterator[Variant]:
                 ("layer-norm-variant", "adds epsilon to the standard deviation, not to the variance", _outside_norm)):
             yield Variant(kind, subject, told, surgery.forward(
                 path, lambda module, run, function=function: lambda x: function(module, x)))
+        if norm.weight is None:
+            continue
         yield Variant("layer-norm-variant", f"{subject}.weight", "is not applied",
                       surgery.weights({f"{path}.weight": torch.ones_like(norm.weight)}))
         yield Variant("layer-norm-variant", f"{subject}.weight", "is applied as 1 + weight",
                       surgery.weights({f"{path}.weight": 1 + norm.weight}))
 
 
+def rms_norm_variants(place: Place) -> Iterator[Variant]:
+    norms = _rms_norms(place)
+    for told, function in (
+            ("is left out", lambda run, x: x),
+            ("subtracts the mean, as a layer norm", lambda run, x: run(x - x.mean(-1, keepdim=True)))):
+        kind = "layer-norm-missing" if told == "is left out" else "layer-norm-variant"
+        changes = {path: surgery.forward(path, lambda module, run, function=function: lambda x: function(run, x))
+                   for path, _ in norms}
+        for path, change in changes.items():
+            yield Variant(kind, place.paddle(path), told, change)
+        if len(changes) > 1:
+            yield Variant(kind, f"every norm of {place.name}", told, together(*changes.values()), len(changes))
+    for path, norm in norms:
+        subject, ones = f"{place.paddle(path)}.weight", torch.ones_like(norm.weight)
+        yield Variant("layer-norm-variant", subject, "is not applied", surgery.weights({f"{path}.weight": ones}))
+        yield Variant("layer-norm-variant", subject, "is applied as 1 + weight",
+                      surgery.weights({f"{path}.weight": ones + norm.weight}))
+
+
 def norm_placements(place: Place) -> Iterator[Variant]:
     for name, told, make in PLACEMENTS.get(type(place.root).__name__, ()):
         yield Variant(name, place.name, told, surgery.forward("", lambda module, run, make=make: make(module)))
+    for setting, told in SWITCHES.items():
+        held = vars(place.root).get(setting)
+        if isinstance(held, bool):
+            yield Variant("layer-norm-placement", place.name, told[held], surgery.attributes("", {setting: not held}))
 
 
 def activations(place: Place) -> Iterator[Variant]:
     known = {type(ACT2FN[name]): name for name in reversed(list(ACT2FN)) if name != "prelu"}
+    known |= {type(module): "gelu_new" for _, module in place.modules(nn.Module)
+              if type(module).__name__ == "BloomGelu"}
     for path, module in place.modules(*known):
         right = SAME_ACTIVATION.get(known[type(module)], known[type(module)])
         gelu = right in GELUS
@@ -228,32 +292,35 @@ def activations(place: Place) -> Iterator[Variant]:
                 kind = "gelu-variant" if gelu and name in GELUS else "activation"
                 told = f"is {_spoken(name)} instead of {_spoken(right)}"
                 yield Variant(kind, f"{place.paddle(path.rpartition('.')[0])} activation", told,
-                              surgery.submodule(path, lambda old, name=name: ACT2FN[name]))
+                              surgery.forward(path, lambda module, run, name=name: ACT2FN[name]))
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
 
 def scales(place: Place) -> Iterator[Variant | Dial]:
-    for attention in _attentions(place):
+    for attention in _attentions(place)[:1]:  # all attentions of this place alike
         subject, width = f"{attention.name} scale", attention.width
         if width is None:
             continue
 
         def factor(value: float) -> Change:
             return surgery.scores(query=lambda query: query * value)
-        for told, value in (("is missing: scores are not divided by the root of the head width", math.sqrt(width)),
-                            ("is 1 / head width instead of its root", 1 / math.sqrt(width)),
-                            ("is applied twice over, squared", width ** -0.5),
-                            ("multiplies where it should divide", float(width)),
-                            ("comes from the hidden width instead of the head's",
-                             math.sqrt(1 / attention.heads))):
+        wrong = {"divides the scores by the root of the head width, which the reference does not": width**-0.5} if (
+            type(attention.module).__name__ in UNSCALED) else {
+            "is missing: scores are not divided by the root of the head width": math.sqrt(width),
+            "is 1 / head width instead of its root": 1 / math.sqrt(width),
+            "is applied twice over, squared": width**-0.5,
+            "multiplies where it should divide": float(width),
+            "comes from the hidden width instead of the head's": math.sqrt(1 / attention.heads),
+        }
+        for told, value in wrong.items():
             yield Variant("attention-scale", subject, told, factor(value))
         yield Dial("attention-scale", subject, lambda value: f"is off by a factor of {value:.7g}", factor,
                    (0.1, 0.3, 0.7, 1.0, 1.5, 3.0, 10.0))
 
 
 def softmaxes(place: Place) -> Iterator[Variant]:
-    for attention in _attentions(place):
+    for attention in _attentions(place)[:1]:
         subject = f"{attention.name} softmax"
         for told, function in (
                 ("is missing", lambda old, x: torch.where(x < MASKED, 0, x)),
@@ -267,14 +334,19 @@ def softmaxes(place: Place) -> Iterator[Variant]:
 
 
 def masks(place: Place) -> Iterator[Variant | Dial]:
-    """The additive mask that a block is given, made anew: which keys each query may see, and what hides the others."""
-    if place.whole or not surgery.has_argument(place.root, "attention_mask"):
+    """The additive masks that a block is given, made anew: which keys each query may see, and what hides the others."""
+    if place.whole:
         return
-    if not _attentions(place):
-        return
-    subject = f"{_attentions(place)[0].name} mask"
-    tokens = torch.from_numpy(place.mask)
-    length = tokens.shape[1]
+    for name, attention in zip(("attention_mask", "encoder_attention_mask"), _attentions(place), strict=False):
+        if surgery.has_argument(place.root, name) and place.argument(name) is not None:
+            yield from _masks(place, name, f"{attention.name} mask")
+
+
+def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
+    """Of the argument ``name``, additive, [batch, 1, queries or 1, keys]."""
+    captured = place.argument(name)
+    length = captured.shape[-1]
+    tokens = torch.from_numpy(place.mask_of(length))
     tril = torch.ones(length, length, dtype=torch.bool).tril()
     real = tokens[:, None, None, :]
 
@@ -282,16 +354,13 @@ def masks(place: Place) -> Iterator[Variant | Dial]:
         """In the place of the mask that the block is given, and of GPT-2's own causal one beside it."""
         own = [surgery.attributes(path, {"bias": torch.ones_like(module.bias)}) for path, module in place.modules(
             nn.Module) if module._buffers.get("bias") is not None and module.bias.dtype == torch.bool]
-        return together(surgery.argument("attention_mask", function), *own)
+        return together(surgery.argument(name, function), *own)
 
     def hidden(visible: Any, value: float | None = None) -> Change:
         def make(given: Any) -> Any:
             lowest = torch.finfo(torch.float32).min if value is None else value
             return torch.where(visible, 0.0, lowest).to(given.dtype)
         return mask(make)
-    captured = place.argument("attention_mask")
-    if captured is None:
-        return
     causal = captured.shape[-2] > 1
     seen = captured > MASKED
     yield Variant("mask-missing", subject, "is missing: every query sees every key", hidden(torch.ones_like(seen)))
@@ -308,7 +377,8 @@ def masks(place: Place) -> Iterator[Variant | Dial]:
         yield Variant("mask-polarity", subject, "is upside down: queries see only what is behind them",
                       hidden(tril.T & real))
     else:
-        yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
+        if name == "attention_mask":
+            yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
         yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden", hidden(~real))
     yield Variant("mask-polarity", subject, "is added to the scores as ones and zeros",
                   mask(lambda given: seen.to(given.dtype)))
@@ -363,11 +433,12 @@ def head_counts(place: Place) -> Iterator[Variant]:
             if total // other < (getattr(attention.module, ROTARY_WIDTH, None) or 0):
                 continue
             subject = f"{attention.name} heads"
-            yield Variant("head-count", subject, f"are {other} instead of {heads}", attention.with_heads(other))
+            change = together(attention.with_heads(other), _alibi_of(place, other))
+            yield Variant("head-count", subject, f"are {other} instead of {heads}", change)
             factor = math.sqrt(total / other / width)
             kept = surgery.scores(query=lambda query, factor=factor: query * factor)
             yield Variant("head-count", subject, f"are {other} instead of {heads}, with the right scale",
-                          together(attention.with_heads(other), kept))
+                          together(change, kept))
         yield from _head_layouts(place, attention)
 
 
@@ -380,6 +451,8 @@ def _head_layouts(place: Place, attention: Attention) -> Iterator[Variant]:
         if _is_attention_output(linear):
             yield Variant("head-layout", subject, "are put together without being moved back behind the tokens",
                           surgery.first_input(linear.path, unmerged))
+            if attention.fused:
+                continue
             strided = surgery.first_input(
                 linear.path, lambda x: x.unflatten(-1, (heads, width)).transpose(-1, -2).flatten(-2))
             split = [surgery.output(part.path, lambda x: x.unflatten(-1, (width, heads)).transpose(-1, -2).flatten(-2))
@@ -388,6 +461,42 @@ def _head_layouts(place: Place, attention: Attention) -> Iterator[Variant]:
                           together(*split, strided))
             yield Variant("head-layout", subject, "are split by every n-th channel and put together by neighbours",
                           together(*split))
+
+
+def alibis(place: Place) -> Iterator[Variant | Dial]:
+    """The bias [batch * heads, 1, keys] that a block adds to its scores: slope of the head times place of the key."""
+    given = place.argument("alibi")
+    if given is None or not _attentions(place):
+        return
+    subject, tokens = f"{_attentions(place)[0].name} alibi", torch.from_numpy(place.mask)
+    heads, keys = given.shape[0] // len(tokens), tokens.shape[1]
+    slopes = surgery.globals_of(place.root)[ALIBI](torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    places = (tokens.long().cumsum(-1) - 1) * tokens
+
+    def alibi(slope: Any) -> Change:
+        made = slope.reshape(1, heads, 1, 1) * places.reshape(-1, 1, 1, keys)
+        return surgery.argument("alibi", lambda given: made.reshape(given.shape).to(given.dtype))
+    numbers = torch.arange(1, heads + 1)
+    yield Variant("alibi-missing", subject, "is missing", surgery.argument("alibi", torch.zeros_like))
+    yield Variant("alibi-positions", subject, "grows with the distance instead of falling", alibi(-slopes))
+    for told, slope in (
+            ("goes through the heads from the last to the first", slopes.flip(0)),
+            ("has 2^(-8 i / heads) for every head i, no power of two", 2.0 ** (-8 * numbers / heads)),
+            ("has one slope for all heads, the first", slopes[:1].expand(heads)),
+            ("starts its slopes one head too early", slopes / slopes[0]),
+            ("starts its slopes one head too late", slopes * slopes[0])):
+        if not torch.allclose(slope, slopes):
+            yield Variant("alibi-slopes", subject, told, alibi(slope))
+    yield Dial("alibi-slopes", subject, lambda value: f"is multiplied by {value:.6g}",
+               lambda value: surgery.argument("alibi", lambda given: given * value), (0.1, 0.5, 1.0, 2.0, 10.0))
+
+
+def _alibi_of(place: Place, heads: int) -> Change:
+    """The bias for another number of heads, where a block is given one."""
+    if place.whole or not surgery.has_argument(place.root, "alibi"):
+        return together()
+    build, tokens = surgery.globals_of(place.root)[ALIBI], torch.from_numpy(place.mask).long()
+    return surgery.argument("alibi", lambda given: build(tokens, heads, given.dtype))
 
 
 def rotations(place: Place) -> Iterator[Variant | Dial]:
@@ -478,7 +587,9 @@ def positions(place: Place) -> Iterator[Variant]:
     rows, length = place.mask.shape
     if _most_positions(place) is None:
         return
-    count, limit = torch.arange(length).expand(rows, length), _most_positions(place)
+    limit, given = _most_positions(place), place.argument("position_ids")
+    numbered = torch.arange(length).expand(rows, length)
+    count = numbered if given is None else given.expand(rows, length)
     tokens = torch.from_numpy(place.mask).long()
     subject = f"{place.name} positions"
     last = torch.zeros_like(count)
@@ -487,14 +598,20 @@ def positions(place: Place) -> Iterator[Variant]:
     last_token[torch.arange(rows), (count * tokens).argmax(1)] = 1
     counted = (tokens.cumsum(1) - 1).clamp(min=0)
 
+    least = -getattr(place.root, "offset", 0)  # OPT's table has two rows before the first position's
+
     def wrapped(ids: Any) -> Any:
-        return ids % limit
+        return torch.where((ids < least) | (ids >= limit), ids % limit, ids)
+
+    def held(ids: Any) -> Any:
+        return ids.clamp(least, limit - 1)
     choices = [(f"are all off by {offset:+d}{told}", fit(count + offset))
-               for offset in (1, -1, 2, -2) for told, fit in ((", and held at the last one", lambda ids: ids.clamp(
-                   0, limit - 1)), ("", wrapped))]
+               for offset in (1, -1, 2, -2) for told, fit in ((", and held at the last one", held), ("", wrapped))]
     choices += [(f"are off by {offset:+d} at the last token{told}", fit(count + offset * where))
                 for offset in (1, -1) for told, where in ((" of each row", last), (" that is no padding", last_token))
-                for fit in (wrapped, lambda ids: ids.clamp(0, limit - 1))]
+                for fit in (wrapped, held)]
+    if not torch.equal(count, numbered):
+        choices.append(("are counted over padding too", numbered))
     choices += [("are counted from the first token that is no padding", counted),
                 ("are counted over the tokens that are no padding, and 1 on padding",
                  torch.where(tokens == 1, counted, 1))]
@@ -506,6 +623,30 @@ def positions(place: Place) -> Iterator[Variant]:
         moved = int((ids != count).any(0).sum())
         yield Variant("position-offset", subject, told,
                       surgery.argument("position_ids", lambda given, ids=ids: ids), moved)
+
+
+def relative_positions(place: Place) -> Iterator[Variant]:
+    """T5's: a learned number for each head and range of distances between query and key."""
+    for path, attention in place.modules(nn.Module):
+        if not getattr(attention, "has_relative_attention_bias", False):
+            continue
+        subject = f"{place.paddle(path)} relative positions"
+        farthest, buckets = attention.relative_attention_max_distance, attention.relative_attention_num_buckets
+        told = ("tell keys before and behind the query apart, as an encoder's" if attention.is_decoder else
+                "are one for all keys behind the query, as a decoder's")
+        yield Variant("relative-positions", subject, told,
+                      surgery.attributes(path, {"is_decoder": not attention.is_decoder}))
+        for other in sorted({32, 64, 128, 256, farthest // 2, 2 * farthest} - {farthest}):
+            yield Variant("relative-positions", subject, f"end at a distance of {other} instead of {farthest}",
+                          surgery.attributes(path, {"relative_attention_max_distance": other}))
+        for other in sorted({number for number in (8, 16, 32, buckets // 2) if 4 <= number < buckets}):
+            yield Variant("relative-positions", subject, f"are put into {other} buckets instead of {buckets}",
+                          surgery.attributes(path, {"relative_attention_num_buckets": other}))
+        table = f"{path}.relative_attention_bias"
+        yield Variant("relative-positions", subject, "are not added",
+                      surgery.weights({f"{table}.weight": torch.zeros_like(attention.relative_attention_bias.weight)}))
+        yield Variant("relative-positions", subject, "are of query minus key instead of key minus query",
+                      surgery.output(table, lambda x: x.transpose(0, 1)))
 
 
 def token_types(place: Place) -> Iterator[Variant]:
@@ -554,7 +695,7 @@ def poolings(place: Place) -> Iterator[Variant]:
 
 def branches(place: Place) -> Iterator[Variant | Dial]:
     """What a linear, or the whole of attention and MLP, contributes: nothing, or more or less than it should."""
-    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | {"attn"}]
+    whole = [path for path, _ in place.root.named_modules() if path.rpartition(".")[2] in MLP | ATTENTION]
     outputs = [linear.path for linear in place.linears if _is_attention_output(linear)]
     for path in [*outputs, *whole]:
         subject = place.paddle(path)
@@ -702,6 +843,14 @@ def _one_norm(parts: Any, hidden: Any, attend: Any) -> Any:
     return hidden + feed(first(hidden))
 
 
+SWITCHES = {
+    "do_layer_norm_before": ("has its layer norms before attention and MLP instead of behind them",
+                             "has its layer norms behind attention and MLP instead of before them"),
+    "apply_residual_connection_post_layernorm": ("adds the layer norm's output as residual, not its input",
+                                                 "adds the layer norm's input as residual, not its output"),
+}
+"""Settings of a block, and what it does when they are not False, or not True."""
+
 PLACEMENTS: Mapping[str, tuple[tuple[str, str, Callable[[Any], Callable[..., Any]]], ...]] = {
     "GPTJBlock": (
         ("layer-norm-placement", "feeds the MLP the attention's result, one after the other instead of side by side",
@@ -752,20 +901,24 @@ CATALOGUE = (
     Idea("a bias not added", missing_biases),
     Idea("q, k, v, or any two modules of one shape, swapped", swapped),
     Idea("q, k, v cut from a fused matrix in another order", fused_orders),
+    Idea("one matrix for q, k and v, laid out otherwise", fused_layouts),
     Idea("the weights of another layer", other_layers),
     Idea("a head tied to another matrix", other_head_weights),
     Idea("weights rounded to float16 or bfloat16 on the way", rounded),
     Idea("another gelu, another activation", activations),
     Idea("another layer-norm epsilon", epsilons),
     Idea("a layer norm left out or of another kind", norm_variants),
+    Idea("an RMS norm left out or of another kind", rms_norm_variants),
     Idea("a layer norm in the wrong place, a residual missing", norm_placements),
     Idea("another attention scale", scales),
     Idea("a softmax over the wrong axis, or in half precision", softmaxes),
     Idea("the mask missing, inverted, shifted, not causal, too weak", masks),
     Idea("another number of heads, heads laid out otherwise", head_counts),
+    Idea("alibi missing, with other slopes", alibis),
     Idea("rotary style, direction, dimension, base, one side only", rotations),
     Idea("other rotary frequencies", frequencies),
     Idea("positions off by one, counted otherwise", positions),
+    Idea("relative positions of other distances, other ranges, one direction", relative_positions),
     Idea("token types or positions not added", token_types),
     Idea("another token pooled", poolings),
     Idea("attention, MLP or logits scaled, a block skipped", branches),
@@ -776,12 +929,21 @@ CATALOGUE = (
 
 @dataclass(frozen=True)
 class Attention:
-    """Query, key and value of one attention, and the module of torch's that they are in."""
+    """Query, key and value of one attention, or the one linear of all three, and the module of torch's they are in."""
 
     path: str
     name: str
     module: Any
-    parts: tuple[Layer, Layer, Layer]
+    parts: tuple[Layer, ...]
+
+    @property
+    def fused(self) -> bool:
+        return len(self.parts) == 1
+
+    @property
+    def channels(self) -> int:
+        """Of the queries, in all heads."""
+        return sum(len(part["weight"]) for part in self.parts) // 3
 
     @property
     def heads(self) -> int | None:
@@ -790,11 +952,11 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        return len(self.parts[0]["weight"]) // self.heads if self.heads else None
+        return self.channels // self.heads if self.heads else None
 
     def with_heads(self, other: int) -> Change:
         """``other`` heads on the same weights, and what the module keeps of their width."""
-        width = len(self.parts[0]["weight"]) // other
+        width = self.channels // other
         values: dict[str, Any] = {name: other for name in HEADS if hasattr(self.module, name)}
         values |= {name: width for name in HEAD_WIDTHS if hasattr(self.module, name)}
         for power in (0.5, -0.5):
@@ -803,6 +965,11 @@ class Attention:
                        if _is_number(held) and math.isclose(float(held), self.width**power, rel_tol=1e-6)
                        and name not in values}
         return surgery.attributes(self.path, values)
+
+
+def _rms_norms(place: Place) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in place.modules(nn.Module) if not isinstance(module, nn.LayerNorm)
+            and is_rms_norm(module)]
 
 
 def _attentions(place: Place) -> list[Attention]:
@@ -818,7 +985,9 @@ def _attentions(place: Place) -> list[Attention]:
         path = ".".join(_common([whole(part.path).split(".")[:-1] for part in parts.values()]))
         if len(parts) == 3:
             attentions.append(Attention(path, name, place.root.get_submodule(path), (parts[0], parts[1], parts[2])))
-    return attentions
+    return attentions + [
+        Attention(path, linear.name.rpartition(".")[0], place.root.get_submodule(path), (linear,))
+        for linear in place.linears for path, _, word in [linear.path.rpartition(".")] if word == FUSED]
 
 
 def _common(paths: Iterable[list[str]]) -> list[str]:
@@ -849,17 +1018,25 @@ def _spoken(name: str) -> str:
 
 
 def _rms_norm(module: Any, x: Any) -> Any:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps) * module.weight + module.bias
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps) * _weight(module) + _bias(module)
 
 
 def _unbiased_norm(module: Any, x: Any) -> Any:
     centred = x - x.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(x.var(-1, keepdim=True) + module.eps) * module.weight + module.bias
+    return centred * torch.rsqrt(x.var(-1, keepdim=True) + module.eps) * _weight(module) + _bias(module)
 
 
 def _outside_norm(module: Any, x: Any) -> Any:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (x.var(-1, unbiased=False, keepdim=True).sqrt() + module.eps) * module.weight + module.bias
+    return centred / (x.var(-1, unbiased=False, keepdim=True).sqrt() + module.eps) * _weight(module) + _bias(module)
+
+
+def _weight(norm: Any) -> Any:
+    return 1.0 if norm.weight is None else norm.weight
+
+
+def _bias(norm: Any) -> Any:
+    return 0.0 if norm.bias is None else norm.bias
 
 
 def _halves(x: Any, sin: Any, cos: Any) -> Any:

@@ -84,6 +84,10 @@ class Place:
     def mask(self) -> np.ndarray:
         return self.inputs.mask
 
+    def mask_of(self, length: int) -> np.ndarray:
+        """The mask [batch, tokens] of rows that are ``length`` tokens long: the encoder's or the decoder's."""
+        return next((mask for mask in self.inputs.rows.masks if mask.shape[1] == length), self.mask)
+
     def run(self, dtype: Any = torch.float32) -> np.ndarray:
         """Valid rows of the output, as the reference records them, for the recorded arguments in ``dtype``."""
         root = self.root
@@ -95,8 +99,9 @@ class Place:
                 return self._until_start(root)
             with ExitStack() as stubs:
                 for path in self.listed:
+                    answers = iter(self._answers[path])
                     stubs.enter_context(surgery.forward(
-                        path, lambda module, run, path=path: lambda *_, **__: _as(self._answers[path], dtype))(root))
+                        path, lambda module, run, answers=answers: lambda *_, **__: _as(next(answers), dtype))(root))
                 return self._real(self.name, outputs_of(root, self.inputs.arrays)[self.name])
 
     def with_change(self, change: Change) -> np.ndarray:
@@ -260,10 +265,11 @@ class Place:
             hook.remove()
         return found[0]
 
-    def _listen(self) -> tuple[dict[str, Call], dict[str, Any]]:
-        """One pass of the whole model: the arguments of this module, or for a head every module's answer."""
+    def _listen(self) -> tuple[dict[str, Call], dict[str, list[Any]]]:
+        """One pass of the whole model: the arguments of this module, or for a head every module's answer to each call.
+        """
         calls: dict[str, Call] = {}
-        answers: dict[str, Any] = {}
+        answers: dict[str, list[Any]] = {}
         if self.start is not None:
             return calls, answers
 
@@ -271,8 +277,8 @@ class Place:
             if path == self.path and path not in calls:
                 calls[path] = (tuple(_detached(value) for value in arguments),
                                {name: _detached(value) for name, value in named.items()})
-            if self.whole and path not in answers:
-                answers[path] = copy.deepcopy(output)
+            if self.whole:
+                answers.setdefault(path, []).append(copy.deepcopy(output))
         with ExitStack() as hooks:
             for path in self.listed if self.whole else [self.path]:
                 hooks.callback(self.model.get_submodule(path).register_forward_hook(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..oracle import MATMUL, SOFTMAX
+from ..oracle import ADDED_MATMUL, MATMUL, SOFTMAX
 from ..parts import index_of, whole
 
 Change = Callable[[Any], Any]
@@ -29,23 +29,24 @@ def together(*changes: Change) -> Change:
 
 
 def weights(tensors: Mapping[str, Any]) -> Change:
-    """Other parameters, or parts of them, by path below the root. A tied one is changed where it is named, and only
-    there."""
+    """Other parameters, or parts of them, and other buffers, by path below the root. A tied one is changed where it is
+    named, and only there."""
     @contextmanager
     def change(root: Any) -> Iterator[None]:
         before = {}
         for path, tensor in tensors.items():
             module, _, attribute = whole(path).rpartition(".")
             owner = root.get_submodule(module)
-            held = owner._parameters[attribute]
-            before.setdefault(whole(path), (owner, attribute, held))
-            changed = _with_part(held, path, tensor) if whole(path) != path else tensor
-            owner._parameters[attribute] = torch.nn.Parameter(changed.to(held.dtype), requires_grad=False)
+            table = owner._parameters if attribute in owner._parameters else owner._buffers
+            held = table[attribute]
+            before.setdefault(whole(path), (table, attribute, held))
+            changed = (_with_part(held, path, tensor) if whole(path) != path else tensor).to(held.dtype)
+            table[attribute] = changed if table is owner._buffers else torch.nn.Parameter(changed, requires_grad=False)
         try:
             yield
         finally:
-            for owner, attribute, held in before.values():
-                owner._parameters[attribute] = held
+            for table, attribute, held in before.values():
+                table[attribute] = held
     return change
 
 
@@ -161,7 +162,10 @@ def globals_of(module: Any) -> dict[str, Any]:
 
 
 class _Scores(TorchFunctionMode):
-    """Attention from outside: the matmul before a softmax is query and key, and the softmax is the attention's."""
+    """Attention from outside: the matmul before a softmax is query and key, and the softmax is the attention's.
+
+    BLOOM's query and key meet in a product of their own kind, which its bias is added to.
+    """
 
     def __init__(self, query: Callable[[Any], Any] | None, softmax: Callable[[Any, Any], Any] | None) -> None:
         super().__init__()
@@ -174,6 +178,11 @@ class _Scores(TorchFunctionMode):
             first, self.fresh = self.fresh, not self.fresh
             if first and self.query:
                 return func(self.query(args[0]), *args[1:], **kwargs)
+        if func in ADDED_MATMUL and self.query:
+            added, *factors = *args, *(kwargs.pop(name) for name in ("batch1", "batch2") if name in kwargs)
+            if len(factors) == 2 and factors[0].dim() == 3:
+                return torch.baddbmm(added, self.query(factors[0]), factors[1], **kwargs)
+            return func(*args, *factors[len(args) - 1:], **kwargs)
         if func in SOFTMAX and self.softmax:
             return self.softmax(lambda x, **other: func(x, *args[1:], **{**kwargs, **other}), args[0])
         return func(*args, **kwargs)
