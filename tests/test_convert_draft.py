@@ -108,6 +108,30 @@ def test_a_known_family_is_drafted(name, with_values, pair, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_sure_is_wrong_in_any_head_and_variant(name, tmp_path):
+    """By shapes alone, from the real plan of each head's demo checkpoint; the draft's own plan is total each time."""
+    family = family_named(name)
+    cases = [{"architectures": [head.architecture]} for head in family.heads] + list(family.variants.values())
+    for number, changes in enumerate(cases):
+        source = build_demo(family, tmp_path / str(number), changes)
+        config = read_config(source)
+        with open_checkpoint(source) as checkpoint:
+            held = {one: tuple(info.shape) for one, info in checkpoint.tensors.items()}
+            real = {move.target: move for move in make_plan(family, config, checkpoint.tensors).moves}
+            made = draft(Side(held), Side({target: move.shape for target, move in real.items()}), config)
+            assert not made.fault, (changes, made.fault)
+            (tmp_path / "mine.py").write_text(made.text)
+            ours = {move.target: move for move in make_plan(
+                load_family(tmp_path / "mine.py"), config, checkpoint.tensors).moves}
+        sure = {one for line in made.lines if line.sure for one in line.names}
+        wrong = {target for target, move in real.items() if meant(ours[target]) != meant(move)}
+        assert not sure & wrong, (changes, sure & wrong)
+        square = {one for one in (*held, *real) if len(shape := held.get(one) or real[one].shape) == 2
+                  and shape[0] == shape[1]}
+        assert not sure & square
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_draft_runs_and_is_in_the_projects_style(name, pair, tmp_path, workdir):
     source, out = pair(name)
     drafted(source, out, tmp_path / "mine.py")
