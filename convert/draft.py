@@ -94,7 +94,8 @@ def _tell(drafted: Draft, options: argparse.Namespace, output: Path | None) -> N
           f"{drafted.torch_left} torch and {drafted.paddle_left} Paddle tensors have no counterpart.\n"
           f"{drafted.fault or 'As it is, every tensor of both checkpoints has its rule.'}\n"
           f"next: read what is marked `check`, then\n"
-          f"      python -m convert --family {name} --source {options.torch} --dry-run", file=sys.stderr)
+          f"      python -m convert --family {name} --source {options.torch} --output out/draft --dry-run",
+          file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

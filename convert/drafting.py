@@ -214,7 +214,7 @@ class _Writer:
         name = self._path(module, lane.template)
         nearest = difflib.get_close_matches(lane.template, [other.template for _, other in self._paddle_lanes()], 2, 0)
         text = _call("drop", f'"{name}"', 'why="Paddle has no tensor for it"')
-        return Line(text, f"check: no counterpart was found; nearest by name: {' and '.join(nearest) or 'none'}", False,
+        return Line(text, f"check: no counterpart was found; nearest by name: {_shown(nearest)}", False,
                     frozenset(lane.names), self._layers(module), LAST * self.as_paddle + module.place)
 
     def _made(self, module: Module, lane: Lane) -> Line:
@@ -222,7 +222,7 @@ class _Writer:
         owner = self._torch_list(module)
         name = self._path(owner, lane.template)
         nearest = difflib.get_close_matches(lane.template, [other.template for _, other in self._torch_lanes()], 2, 0)
-        told = f"{doubt}; nearest by name: {' and '.join(nearest) or 'none'}"
+        told = f"{doubt}; nearest by name: {_shown(nearest)}"
         text = _call("buffer", f'"{name}"', *self._all(lane.shape, name), f"filling={filling}")
         return Line(text, f"check: {told}", False, frozenset(lane.names), self._layers(owner),
                     LAST * (not self.as_paddle) + module.place)
@@ -434,6 +434,10 @@ def _labels(config: Config) -> int | None:
         return labels_of(config)
     except BadInput:
         return None
+
+
+def _shown(templates: Sequence[str]) -> str:
+    return " and ".join(template.replace("{}", "*") for template in templates) or "none"
 
 
 def _is_linear(one: Match) -> bool:

@@ -163,10 +163,11 @@ def print_rules(family: Family, stage: str = "convert") -> None:
     console.print(_table("do not transpose: two dimensions, and the same layout on both sides", (target, "shape"),
                          [("\n".join(rule.targets) + _only(head), _shape(rule)) for rule, head in rules
                           if len(rule.shape) == 2 and not rule.transposed and rule.targets]))
-    console.print(_table(f"buffers: made here, because {target} wants them and {source} may not save them",
-                         (target, "filled with"),
-                         [(rule.targets[0] + _only(head), rule.otherwise.name) for rule, head in rules
-                          if rule.otherwise and rule.targets]))
+    made = [(rule.targets[0] + _only(head), rule.otherwise.name) for rule, head in rules
+            if rule.otherwise and rule.targets]
+    if made:
+        console.print(_table(f"buffers: made here, because {target} wants them and {source} may not save them",
+                             (target, "filled with"), made))
     dropped = [(rule.sources[0][0], rule.why or f"{rule.otherwise.name}: {target} has one parameter for both")
                for rule, _ in rules if not rule.targets]
     if dropped:

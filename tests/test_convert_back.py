@@ -316,6 +316,20 @@ def test_tied_copies_that_were_trained_apart_are_refused(there, refused):
             "same as bert.embeddings.word_embeddings.weight, although the two are tied")
 
 
+def test_what_is_trained_apart_comes_back_where_the_config_says_untied(tmp_path, workdir):
+    family = family_named("opt")
+    source, _ = original(family, family.heads[0], tmp_path)
+    out = workdir / converted(family, source)
+    tensors = load_file(out / "model.safetensors")
+    tensors["lm_head.decoder_weight"] = tensors["lm_head.decoder_weight"] + np.float32(1)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "np"})
+    (out / "config.json").write_text(json.dumps({**config(out), "tie_word_embeddings": False}))
+    back(out)
+    model, info = transformers.OPTForCausalLM.from_pretrained(workdir / "out/back", output_loading_info=True)
+    assert not any(info.values()) and not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, model.model.decoder.embed_tokens.weight + 1)
+
+
 def test_zeros_that_training_has_moved_are_refused(tmp_path, refused, workdir):
     family = family_named("opt")
     source, _ = original(family, family.heads[0], tmp_path, enable_bias=False)
