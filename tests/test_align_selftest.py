@@ -16,7 +16,9 @@ INVISIBLE = ("key bias changed/bert/checkpoint", "MLP units permuted on both sid
 SAMPLE = (*SUBTLE, *INVISIBLE, "missed transpose of q/gptj/checkpoint", "q and k swapped/bert/net-weights",
           "mask of -10 on one row/bert/net", "wrong constant in the rotary table/gptj/net",
           "heads of the config halved/bert/config", "NaN in one weight/gptj/net-weights",
-          "blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net")
+          "blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net",
+          "batch norm epsilon 1e-6/resnet/net", "missed transpose of the classifier/resnet/net-weights",
+          "running statistics not loaded/resnet/checkpoint", "stride in the first convolution/resnet/net")
 
 
 @pytest.fixture(scope="module")
