@@ -212,9 +212,9 @@ def blamed(net: str) -> Iterator[None]:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if Path(last.filename).parent == Path(__file__).parent:
             raise  # a fault of ours: hooks of ours run within the net
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        said = " ".join(str(error).split()).partition(" [Hint")[0][:300]
         raise BadInput(f"{net} failed at {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: "
-                       f"{first}") from error
+                       f"{said}") from error
 
 
 # What the hooks of a pass tell ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 from .compare import measure
 from .inside import PROBE, Places, small_input
 from .noise import EPS, NoiseFloor
+from .parts import index_of, whole
 from .recording import paired
 from .stage import Findings, Session, Stage, main
 from .tolerance import FORWARD
@@ -156,11 +157,11 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
         kind = found.kind
         if move.filling:
             kind = "untied-weight" if move.filling.copies else "wrong-buffer"
-        yield _Wrong(name, path if path in known else None, array, kind, found.told, found.peer)
+        yield _Wrong(name, path if path and whole(path) in known else None, array, kind, found.told, found.peer)
 
 
 def _heads(session: Session) -> int | None:
-    config = session.reference.model.config
+    config = getattr(session.reference.model, "config", None)
     return getattr(config, "num_attention_heads", None)
 
 
@@ -320,9 +321,16 @@ def _fused(case: _Case, wrong: Sequence[_Wrong], parts_of: Any) -> tuple[str, st
     if len(matrices) != 3 or not _is_projection(wrong) or not heads:
         return None
     parameters = dict(case.session.reference.model.named_parameters())
-    right = {weight.name: parameters[weight.path].detach().numpy() for weight in matrices}
+
+    def by_rows(weight: _Wrong, array: np.ndarray) -> np.ndarray:
+        """[out, in], which a part that is made of columns is not."""
+        is_columns = whole(weight.path) != weight.path and index_of(weight.path)[0] is ...
+        return array.T if is_columns else array
+    right = {weight.name: by_rows(weight, parameters[whole(weight.path)][index_of(weight.path)].detach().numpy())
+             for weight in matrices}
     for order in itertools.permutations(matrices):
-        told = parts_of([right[weight.name] for weight in order], [weight.held for weight in order], heads)
+        told = parts_of([right[weight.name] for weight in order], [by_rows(weight, weight.held) for weight in order],
+                        heads)
         if told:
             attention = order[0].name.rpartition(".")[0].rpartition(".")[0]
             return "qkv-order", order[0].name, f"and the key and value of {attention} are cut {told}"

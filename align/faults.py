@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 import models.bert
 import models.gptj
-from convert import bert, gptj, resnet
+from convert import bert, bloom, gpt2, gptj, opt, resnet
 from models.activation import activation
 from models.attention import heads_first
 from models.pretrained import Pretrained
@@ -44,7 +45,8 @@ Plant = Callable[[Path], AbstractContextManager[None]]
 Place = Literal["checkpoint", "config", "net"]
 
 SEED = 20260707
-FAMILIES = {"gptj": gptj.FAMILY, "bert": bert.FAMILY, "resnet": resnet.FAMILY}
+FAMILIES = {family.name: family for family in (
+    bert.FAMILY, bloom.FAMILY, gpt2.FAMILY, gptj.FAMILY, opt.FAMILY, resnet.FAMILY)}
 
 
 class NotPlanted(Exception):
@@ -112,6 +114,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "rounded to fp16": ("rounded-to-float16",),
     "rounded to bf16": ("rounded-to-bfloat16",),
     "buffer": ("wrong-buffer",),
+    "alibi": ("alibi-missing", "alibi-positions", "alibi-slopes"),
     "norm placed": ("layer-norm-placement",),
     "norm missing": ("layer-norm-missing",),
     "norm variant": ("layer-norm-variant",),
@@ -205,7 +208,9 @@ BERT = Names("bert", "bert.encoder.layers.{}", dict(
         "cls.predictions.decoder.bias": "cls.predictions.decoder_bias"}, "activation")
 RESNET = Names("resnet", "layer2.{}", {part: part for part in ("conv1", "conv2", "conv3", "bn1", "bn2", "bn3")}, "",
                "conv1", "logits", {}, "relu")
-BOTH = (GPTJ, BERT)
+GPT2 = Names("gpt2", "gpt.decoder.layers.{}", BERT.parts, "gpt.embeddings.word_embeddings.weight",
+             "gpt.embeddings.dropout", "logits", {}, "activation")
+ALL = (GPTJ, BERT, GPT2)
 MID, LAST = 1, 2
 HEADS = 4
 
@@ -344,6 +349,18 @@ def exchange(*pairs: tuple[str, str]) -> Edit:
 def swap_tensors(one: str, other: str) -> Edit:
     def edit(tensors: Tensors) -> None:
         tensors[one], tensors[other] = tensors[other], tensors[one]
+    return edit
+
+
+def cut_per_head(names: Names) -> Edit:
+    """q, k and v of one block as a cutter makes them that takes each head's three parts to lie side by side."""
+    def edit(tensors: Tensors) -> None:
+        for kind in ("weight", "bias"):
+            keys = [f"{names(part, MID)}.{kind}" for part in "qkv"]
+            fused = np.concatenate([tensors[key] for key in keys], axis=-1)
+            pieces = fused.reshape(*fused.shape[:-1], HEADS, 3, -1)
+            for number, key in enumerate(keys):
+                tensors[key] = pieces[..., number, :].reshape(tensors[key].shape)
     return edit
 
 
@@ -502,20 +519,30 @@ def value_bias_made_good(names: Names) -> Edit:
 
 
 def blocks(net: Any) -> Any:
-    return net.transformer.h if hasattr(net, "transformer") else net.bert.encoder.layers
+    return stack_of(net).h if hasattr(stack_of(net), "h") else stack_of(net).layers
+
+
+def stack_of(net: Any) -> Any:
+    """What runs the blocks one after another: the backbone, or its encoder or decoder."""
+    return part(backbone(net), "encoder", "decoder", otherwise=backbone(net))
 
 
 def attention_of(block: Any) -> Any:
-    return block.attn if hasattr(block, "attn") else block.self_attn
+    return part(block, "attn", "self_attn", "self_attention")
 
 
 def backbone(net: Any) -> Any:
-    return net.transformer if hasattr(net, "transformer") else net.bert
+    return part(net, "transformer", "bert", "gpt", "opt", "bloom")
+
+
+def part(layer: Any, *names: str, otherwise: Any = None) -> Any:
+    """The first of these sublayers that there is."""
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), otherwise)
 
 
 def code_of(net: Any) -> Any:
     """The module of ``models/`` that the net's functions are looked up in."""
-    return models.gptj if hasattr(net, "transformer") else models.bert
+    return sys.modules[type(net).__module__]
 
 
 def during(layer: Any, module: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -539,14 +566,14 @@ def attending(layer: int, **variant: Any) -> Break:
     return break_net
 
 
-def attend(query: Any, key: Any, value: Any, mask: Any, dropout: Any, *, scale: Any = lambda width: width**-0.5,
-           softmax: Callable[[Any], Any] = F.softmax, masked: Callable[[Any], Any] = lambda mask: mask,
-           temperature: float = 0.0) -> Any:
+def attend(query: Any, key: Any, value: Any, mask: Any, dropout: Any, divisor: Any = None, *, bias: Any = 0.0,
+           scale: Any = lambda width: width**-0.5, softmax: Callable[[Any], Any] = F.softmax,
+           masked: Callable[[Any], Any] = lambda mask: mask, temperature: float = 0.0) -> Any:
     """Attention with parts to exchange; ``temperature`` makes each head a little sharper than the one before it."""
     scores = paddle.matmul(query, key, transpose_y=True) * scale(query.shape[-1])
     if temperature:
         scores = scores * (1 + temperature * paddle.arange(scores.shape[1], dtype="float32")).reshape([1, -1, 1, 1])
-    weights = softmax(scores + masked(mask))
+    weights = softmax(scores + bias + masked(mask))
     return heads_first(paddle.matmul(weights, value)).flatten(-2)
 
 
@@ -587,8 +614,9 @@ def see_one_ahead(mask: Any) -> Any:
 def acting(layer: int, function: Callable[[Any], Any] | str) -> Break:
     """Another activation in one block."""
     def break_net(net: Any) -> None:
-        place = blocks(net)[layer]
-        place, name = (place.mlp, "act") if hasattr(place, "mlp") else (place, "activation")
+        place = part(blocks(net)[layer], "mlp", otherwise=blocks(net)[layer])
+        place = place if isinstance(place, paddle.nn.Layer) else blocks(net)[layer]
+        name = next(name for name in ("act", "activation", "gelu_impl") if hasattr(place, name))
         setattr(place, name, activation(function) if isinstance(function, str) else Function(function))
     return break_net
 
@@ -613,10 +641,9 @@ def dropout_left_on(share: float) -> Break:
     def break_net(net: Any) -> None:
         paddle.seed(SEED)
         block = blocks(net)[MID]
-        if hasattr(block, "mlp"):
-            block.mlp.dropout = dropping(share)
-        else:
-            block.dropout2 = dropping(share)
+        home = next(layer for layer in (block, getattr(block, "mlp", None)) if hasattr(layer, "dropout") or hasattr(
+            layer, "dropout2"))
+        setattr(home, "dropout2" if hasattr(home, "dropout2") else "dropout", dropping(share))
     return break_net
 
 
@@ -629,7 +656,7 @@ def epsilon(layer: int, part: str, value: float) -> Break:
 
 def unbiased_norm(net: Any) -> None:
     """A layer norm that divides by n - 1."""
-    norm = blocks(net)[MID].ln_1 if hasattr(net, "transformer") else blocks(net)[MID].norm1
+    norm = part(blocks(net)[MID], "ln_1", "norm1", "input_layernorm")
 
     def forward(x: Any) -> Any:
         centred = x - x.mean(-1, keepdim=True)
@@ -639,9 +666,14 @@ def unbiased_norm(net: Any) -> None:
 
 
 def other_norm_order(net: Any) -> None:
-    """BERT's block with the norms before its parts; GPT-J's with the norm behind them."""
+    """BERT's block with the norms before its parts; GPT-J's with the norm behind them, and so GPT-2's."""
     block = blocks(net)[MID]
-    if hasattr(block, "mlp"):
+    if hasattr(net, "gpt"):
+        def forward(hidden: Any, mask: Any, past: Any = None) -> Any:
+            attended, present = block.self_attn(hidden, mask, past)
+            hidden = block.norm1(hidden + attended)
+            return block.norm2(hidden + block.linear2(block.activation(block.linear1(hidden)))), present
+    elif hasattr(block, "mlp"):
         def forward(hidden: Any, mask: Any, sin: Any, cos: Any, past: Any = None) -> Any:
             attended, present = block.attn(hidden, mask, sin, cos, past)
             return block.ln_1(attended + block.mlp(hidden) + hidden), present
@@ -653,9 +685,14 @@ def other_norm_order(net: Any) -> None:
 
 
 def without_residual(net: Any) -> None:
-    """Of the MLP in BERT, of the whole block in GPT-J."""
+    """Of the MLP in BERT and GPT-2, of the whole block in GPT-J."""
     block = blocks(net)[MID]
-    if hasattr(block, "mlp"):
+    if hasattr(net, "gpt"):
+        def changed(hidden: Any, mask: Any, past: Any = None) -> Any:
+            attended, present = block.self_attn(block.norm1(hidden), mask, past)
+            return block.linear2(block.activation(block.linear1(block.norm2(hidden + attended)))), present
+        block.forward = changed
+    elif hasattr(block, "mlp"):
         forward = block.forward
 
         def changed(hidden: Any, *rest: Any) -> Any:
@@ -681,13 +718,17 @@ def one_after_the_other(net: Any) -> None:
 
 
 def side_by_side(net: Any) -> None:
-    """BERT's MLP beside its attention instead of behind it."""
+    """The MLP beside the attention instead of behind it."""
     block = blocks(net)[MID]
 
-    def forward(hidden: Any, mask: Any = None) -> Any:
+    def berts(hidden: Any, mask: Any = None) -> Any:
         attended = block.norm1(block.self_attn(hidden, mask) + hidden)
         return block.norm2(block.linear2(block.activation(block.linear1(hidden))) + attended)
-    block.forward = forward
+
+    def gpt2s(hidden: Any, mask: Any, past: Any = None) -> Any:
+        attended, present = block.self_attn(block.norm1(hidden), mask, past)
+        return hidden + attended + block.linear2(block.activation(block.linear1(block.norm2(hidden)))), present
+    block.forward = gpt2s if hasattr(net, "gpt") else berts
 
 
 def attention_twice(net: Any) -> None:
@@ -702,21 +743,13 @@ def attention_twice(net: Any) -> None:
 
 def later_block_first(net: Any) -> None:
     """Blocks 1 and 2 run in the other order, each with its own weights."""
-    found = blocks(net)
-    order = [found[0], found[2], found[1]]
-    if hasattr(net, "transformer"):
-        model, forward = net.transformer, net.transformer.forward
+    found, stack = blocks(net), stack_of(net)
+    order, forward = [found[0], found[2], found[1]], stack.forward
 
-        def changed(*arguments: Any, **named: Any) -> Any:
-            with patch.dict(model._sub_layers, h=order):
-                return forward(*arguments, **named)
-        model.forward = changed
-    else:
-        def encode(hidden: Any, mask: Any) -> Any:
-            for block in order:
-                hidden = block(hidden, mask)
-            return hidden
-        net.bert.encoder.forward = encode
+    def changed(*arguments: Any, **named: Any) -> Any:
+        with patch.dict(stack._sub_layers, {"h" if hasattr(stack, "h") else "layers": order}):
+            return forward(*arguments, **named)
+    stack.forward = changed
 
 
 def block_skipped(net: Any) -> None:
@@ -739,7 +772,8 @@ def heads(count: int) -> Break:
 def padding_of(make: Callable[[Any], Any]) -> Break:
     """Another additive mask for the whole net."""
     def break_net(net: Any) -> None:
-        name = "causal_mask" if hasattr(net, "transformer") else "padding_mask"
+        name = next(name for name in ("causal_mask", "causal_and_padding_mask", "padding_mask") if hasattr(
+            code_of(net), name))
         during(backbone(net), code_of(net), name, lambda original: lambda *given: make(original(*given)))
     return break_net
 
@@ -832,13 +866,14 @@ def without_types(net: Any) -> None:
 
 def scaled_embedding(net: Any) -> None:
     """Words times the root of the width, as some architectures have it."""
-    table = net.transformer.wte if hasattr(net, "transformer") else net.bert.embeddings.word_embeddings
+    table = part(part(backbone(net), "embeddings", otherwise=backbone(net)), "wte", "word_embeddings")
     forward = table.forward
     table.forward = lambda ids: forward(ids) * math.sqrt(table.weight.shape[-1])
 
 
 def without_final_norm(net: Any) -> None:
-    norm = net.transformer.ln_f if hasattr(net, "transformer") else net.cls.predictions.layer_norm
+    norm = (net.cls.predictions.layer_norm if hasattr(net, "bert") else
+            part(stack_of(net), "ln_f", "norm"))
     norm.forward = lambda x: x
 
 
@@ -974,9 +1009,9 @@ def _words(explanation: str | None) -> frozenset[str] | None:
 
 
 def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
-    """What both families have, and its names."""
+    """What every family with q, k and v apart has, and its names."""
     middle, last, named = n.at(MID), n.at(LAST), n.named
-    norms = "norm2" if n is BERT else "norm"
+    norms = "norm2" if "norm2" in n.parts else "norm"
     yield weights(n, "missed transpose of q", transpose(n.weight("q", MID)), middle, named(MID, "q"), "transposed")
     yield weights(n, "missed transpose of out", transpose(n.weight("out", LAST)), last, named(LAST, "out"),
                   "transposed")
@@ -1027,7 +1062,7 @@ def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
     yield weights(n, "matrix quantised to int8", change(n.weight("v", MID), int8), middle, named(MID, "v"))
     yield weights(n, "noise 1e-5 added to v", change(n.weight("v", LAST), noise(1e-5)), last, named(LAST, "v"))
     yield weights(n, "low-rank perturbation", change(n.weight("q", LAST), low_rank(1e-3)), last, named(LAST, "q"))
-    words = (n.words, n.words.removesuffix(".weight"), *(("transformer.drop",) if n is GPTJ else ()))
+    words = (n.words, n.words.removesuffix(".weight"), *((n.embedding,) if n is not BERT else ()))
     yield weights(n, "embedding rows swapped", used_rows(n, swap_rows), n.embedding, words, also="permuted")
     yield weights(n, "wrong vocabulary row", used_rows(n, copy_row), n.embedding, words)
     yield weights(n, "embedding scaled", change(n.words, lambda x: x * np.float32(1.01)), n.embedding, words,
@@ -1050,15 +1085,15 @@ def _wrong_weights(n: Names) -> Iterator[list[Fault]]:
 
 def _wrong_code(n: Names) -> Iterator[list[Fault]]:
     middle, last, attention = n.at(MID), n.at(LAST), n.attention(MID)
-    other = "gelu" if n is GPTJ else "gelu_new"
-    late, right = ("norm2", 1e-5) if n is BERT else ("ln_1", 1e-12)
-    part = "norm2" if n is BERT else "norm"
+    own, other = ("gelu", "gelu_new") if n is BERT else ("gelu_new", "gelu")
+    late, right = ("ln_1", 1e-12) if n is GPTJ else ("norm2", 1e-5 if n is BERT else 1e-12)
+    part = "norm" if n is GPTJ else "norm2"
     yield code(n, "other gelu in one block", acting(MID, other), middle, n.acting(MID), "activation")
     yield code(n, "other gelu in the last block", acting(LAST, other), last, n.acting(LAST), "activation")
     yield code(n, "quick gelu", acting(MID, "quick_gelu"), middle, n.acting(MID), "activation")
     yield code(n, "relu", acting(MID, "relu"), middle, n.acting(MID), "activation")
-    yield code(n, "activations clipped at 3", acting(MID, lambda x: paddle.clip(activation(
-        "gelu_new" if n is GPTJ else "gelu")(x), max=3.0)), middle, n.acting(MID))
+    yield code(n, "activations clipped at 3", acting(MID, lambda x: paddle.clip(activation(own)(x), max=3.0)), middle,
+               n.acting(MID))
     yield code(n, "epsilon of a late block", epsilon(LAST, late, right), last, n.named(LAST, part), "epsilon",
                why="5e-6 of the variance: hidden by large activations, shown by small ones")
     yield code(n, "epsilon 1e-3 in one block", epsilon(MID, late, 1e-3), middle, n.named(MID, part), "epsilon")
@@ -1091,7 +1126,7 @@ def _wrong_code(n: Names) -> Iterator[list[Fault]]:
     yield code(n, "block skipped", block_skipped, middle, n.wiring(MID), "skipped")
     yield code(n, "words times the root of the width", scaled_embedding, n.embedding,
                (n.embedding, n.words.removesuffix(".weight"), f"{n.embedding}: *"), "embedding scale")
-    if n is GPTJ:
+    if n is not BERT:
         yield code(n, "padding ignored", padding_of(causal_only), first, n.attention(0), "padding")
         yield code(n, "mask missing", attending(MID, masked=paddle.zeros_like), middle, attention, "no mask")
         yield code(n, "causal mask missing", attending(MID, masked=padding_only), middle, attention, "causal")
@@ -1255,6 +1290,44 @@ def _resnet() -> Iterator[list[Fault]]:
                  downsample_in_first_stage=True)
 
 
+def _gpt2() -> Iterator[list[Fault]]:
+    n = GPT2
+    first, middle, all_attention, embeddings = n.at(0), n.at(MID), n.attention(0), "gpt.embeddings"
+    table = f"{embeddings}.position_embeddings.weight"
+    positions = (f"{embeddings}.position_embeddings*", f"{n.embedding}", f"{n.embedding} positions")
+    norm = ("gpt.decoder.norm*",)
+    yield weights(n, "q, k and v cut per head from the fused matrix", cut_per_head(n), middle,
+                  n.named(MID, "q", "k", "v"), "swapped")
+    yield weights(n, "bias missing in v", change(n.bias("v", MID), np.zeros_like), middle, n.named(MID, "v"),
+                  "bias missing", also="zeros")
+    yield weights(n, "wrong layer norm placed", exchange((n("norm", MID), n("norm2", MID))), middle,
+                  n.named(MID, "norm", "norm2"), "swapped|norm placed")
+    yield weights(n, "final norm x 1.0005", change("gpt.decoder.norm.weight", lambda x: x * np.float32(1.0005)),
+                  "gpt.decoder.norm", norm, also="scaled")
+    yield weights(n, "positions shifted in the table", change(table, lambda array: np.roll(array, 1, axis=0)),
+                  n.embedding, positions, "position", also="permuted")
+    yield invisible(n, "key bias changed", change(n.bias("k", MID), lambda x: x + 1), n.named(MID, "k"),
+                    "a constant on each row of the scores", also="added")
+    yield invisible(n, "value bias made good in the output bias", value_bias_made_good(n), n.named(MID, "v", "out"),
+                    "rows of attention add up to 1", also="bias missing|zeros")
+    yield invisible(n, "position row that no input uses", change(table, element(-1, lambda x: x + 1)), positions,
+                    "the inputs are shorter")
+    yield code(n, "last position off by one", at_positions(last_is_next), n.embedding, positions, "position")
+    yield code(n, "all positions off by one", at_positions(lambda found, mask: found + 1), n.embedding, positions,
+               "position")
+    yield code(n, "positions counted without padding", at_positions(counted_without_padding), n.embedding, positions,
+               "position")
+    yield code(n, "final norm missing", without_final_norm, "gpt.decoder.norm", norm, "norm missing")
+    yield code(n, "MLP beside the attention", side_by_side, middle, n.wiring(MID), "norm placed")
+    yield config(n, "gelu of the config", first, n.acting(0), "activation", activation_function="gelu")
+    yield config(n, "epsilon of the config", first, n.named(0, "norm"), "epsilon", layer_norm_epsilon=1e-3)
+    yield config(n, "heads of the config halved", first, all_attention, "heads", n_head=HEADS // 2)
+    yield config(n, "heads of the config doubled", first, all_attention, "heads", n_head=HEADS * 2)
+    yield config(n, "scale of the config missing", first, all_attention, "scale", scale_attn_weights=False)
+    yield config(n, "scale of the config by layer", n.at(1), n.attention(1), "scale",
+                 scale_attn_by_inverse_layer_idx=True)
+
+
 def _paddlenlp() -> Iterator[list[Fault]]:
     """PaddleNLP's GPT-J takes its causal mask from the file."""
     def all_visible(tensors: Tensors) -> None:
@@ -1272,7 +1345,8 @@ def _parameters(names: Names) -> tuple[str, ...]:
 
 
 FAULTS: tuple[Fault, ...] = tuple(fault for group in (
-    *(found for names in BOTH for found in (_wrong_weights(names), _wrong_code(names))), _gptj(), _bert(), _resnet(),
+    *(found for names in ALL for found in (_wrong_weights(names), _wrong_code(names))), _gptj(), _bert(), _gpt2(),
+    _resnet(),
     _paddlenlp())
     for faults in group for fault in faults)
 KINDS = SimpleNamespace(all=frozenset(fault.kind for fault in FAULTS), unexplained=frozenset(

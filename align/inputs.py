@@ -77,7 +77,7 @@ class Inputs:
     def last_mask(self) -> np.ndarray:
         """:attr:`mask` of the tokens that the model's last hidden states belong to: the decoder's, where it has one."""
         decoder = self.arrays.get("decoder_attention_mask")
-        return self.mask if decoder is None else decoder.astype(bool)
+        return self.mask if decoder is None else _real(decoder)
 
     @property
     def rows(self) -> Rows:
@@ -92,8 +92,10 @@ class Inputs:
         encoder, decoder, pictures = (shapes.get(name) for name in (
             "attention_mask", "decoder_attention_mask", "pixel_values"))
         patterns = prompts.PATTERNS if encoder and len(encoder) > 2 else PATTERNS
-        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {', '.join(patterns[:encoder[0]])}; "
-                   "padded positions are not compared."] if encoder else []),
+        whole = encoder and len(encoder) == 2 and encoder[0] > 1 and self.arrays["attention_mask"].all()
+        how = "all of them whole." if whole else (
+            f"{', '.join(patterns[:encoder[0]])}; padded positions are not compared." if encoder else "")
+        return [*([f"Inputs: {encoder[0]} rows of {encoder[-1]} seeded tokens: {how}"] if encoder else []),
                 *([f"The decoder reads {decoder[1]} tokens a row, padded in another order."] if decoder else []),
                 *([f"Inputs: {pictures[0]} seeded pictures of {pictures[2]} x {pictures[3]} pixels (height x width), "
                    "normalised; each place of a feature map counts as a row."] if pictures else [])]
@@ -248,7 +250,18 @@ def _real(mask: np.ndarray) -> np.ndarray:
     return mask.astype(bool) if mask.ndim == 2 else ~np.diagonal(mask[:, 0], axis1=1, axis2=2)
 
 
-KINDS = {"pixels": _pixels, "prompts": _prompts, "tokens": _tokens, "tokens to tokens": _tokens_to_tokens}
+def _whole_rows(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """For nets that know no mask: what a model of tokens gets, without padding."""
+    return _tokens(config, sizes, False, rows, tokens)
+
+
+KINDS = {
+    "pixels": _pixels,
+    "prompts": _prompts,
+    "tokens": _tokens,
+    "tokens to tokens": _tokens_to_tokens,
+    "whole rows": _whole_rows,
+}
 
 
 def sides(text: str) -> tuple[int, int]:

@@ -24,6 +24,8 @@ SETTINGS = {
     "rotary dimension": (("rotary_dim",),),
     "dropout": (("resid_pdrop",), ("embd_pdrop",), ("attn_pdrop",), ("hidden_dropout_prob",),
                 ("attention_probs_dropout_prob",), ("classifier_dropout",), ("dropout_rate",)),
+    "norms before": (("do_layer_norm_before", "normalize_before"),),
+    "normed residual": (("apply_residual_connection_post_layernorm",),),
     "tied weights": (("tie_word_embeddings",),),
 }
 EPSILONS = ("eps", "_epsilon", "epsilon", "variance_epsilon")

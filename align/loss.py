@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from convert.errors import BadInput
 
 from .candidate import Candidate
 from .compare import compare, missing
+from .diagnose import Explanation
+from .explanations.losses import Supposed, explained, supposed
 from .inputs import SEED, Inputs, batches, seeded
 from .reference import Reference
 from .stage import Findings, RecordedStage, Session, main
@@ -26,7 +29,14 @@ Case = tuple[str, Inputs, Labels]
 def reference(session: Session) -> Iterator[Step]:
     """Torch's losses, and the inputs and labels of each case for the candidate."""
     named = _encoder_cases(session) if session.run.head.task in BARE else cases(session)
-    step = _losses(session, session.reference, named)
+    task, mistakes = TASKS.get(session.run.head.task), {}
+
+    def heed(case: Case, outputs: Mapping[str, np.ndarray]) -> None:
+        name, _, labels = case
+        if task and not numbers(labels):
+            mistakes[f"loss.{name}"] = supposed(task, outputs, labels, session.reference.token_loss)
+    step = _losses(session, session.reference, named, heed)
+    step.told["mistakes"] = mistakes
     for name, inputs, labels in named:
         step.view(f"inputs.{name}").update(inputs.arrays)
         step.view(f"labels.{name}").update(labels)
@@ -46,16 +56,27 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Each loss against its counterpart: the means, and the losses per token or row."""
-    found, notes, values = [], [], {}
+    found, notes, values, mistakes = [], [], {}, {}
     for step, answer in pairs:
         notes += step.told.get("notes", [])
+        mistakes |= step.told.get("mistakes", {})
         for name, expected in step.recorded.items():
             found.append(compare(name, expected, answer.recorded[name], LOSS if expected.ndim == 0 else TOKEN_LOSS)
                          if name in answer.recorded else missing(name, "candidate"))
         found += [missing(name, "reference") for name in answer.recorded if name not in step.recorded]
         values |= {name: (float(value), float(answer.recorded[name])) for name, value in step.recorded.items()
                    if value.ndim == 0 and name in answer.recorded}
-    return Findings(found, notes, values)
+    return Findings(found, notes, values, diagnosis=_diagnosis(values, mistakes))
+
+
+def _diagnosis(values: Mapping[str, tuple[float, float]], mistakes: Mapping[str, Supposed]) -> Explanation | None:
+    reference, candidate = ({name: both[side] for name, both in values.items()} for side in (0, 1))
+    cause = explained(reference, candidate, mistakes)
+    if cause is None:
+        return None
+    told, name, before, after = cause
+    return Explanation("loss", name, f"{told}: with that done to torch's own logits, the error of {name} falls from "
+                       f"{before:.1e} to {after:.1e}.", before, after)
 
 
 def cases(session: Session) -> list[Case]:
@@ -78,7 +99,8 @@ def _without(names: Collection[str], inputs: Inputs) -> Inputs:
     return Inputs({name: array for name, array in inputs.arrays.items() if name not in names})
 
 
-def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterator[tuple[str, np.ndarray]]:
+def losses(session: Session, side: Reference | Candidate, case: Case,
+           outputs: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, value): the mean loss as a scalar, then each unreduced one as a vector.
 
     A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with. Its temperature
@@ -86,7 +108,6 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
     rounding alone moves it by 1e-4 of itself; at 1 it lies near log(pairs).
     """
     name, inputs, labels = case
-    outputs = side.outputs({**inputs.arrays, **labels})
     if session.run.head.task in BARE:
         yield f"loss.{name}", side.contrastive_loss(*hidden_states(outputs, inputs), 1.0).reshape(())
         return
@@ -98,10 +119,16 @@ def losses(session: Session, side: Reference | Candidate, case: Case) -> Iterato
         yield f"loss.{name}.{kind}", side.token_loss(logits, flat)
 
 
-def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case]) -> Step:
+def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case],
+            heed: Callable[[Case, Mapping[str, np.ndarray]], None] = lambda case, outputs: None) -> Step:
     session.advance(side.framework)
     found: dict[str, dict[str, np.ndarray]] = {}
-    side.sweep([lambda case=case: found.update({case[0]: dict(losses(session, side, case))}) for case in named])
+
+    def measure(case: Case) -> None:
+        outputs = side.outputs({**case[1].arrays, **case[2]})
+        found[case[0]] = dict(losses(session, side, case, outputs))
+        heed(case, outputs)
+    side.sweep([partial(measure, case) for case in named])
     digest = Inputs({f"{name}.{key}": array for name, inputs, labels in named
                      for key, array in {**inputs.arrays, **labels}.items()}).digest
     notes = []

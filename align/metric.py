@@ -192,8 +192,9 @@ def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[E
     Of a batch's memory the scores of every token of whole texts are the most. Texts that are being decoded are mostly
     shorter, so that more of them go together.
     """
-    config = session.run.config
-    fed = batches([example.inputs for example in examples], config, ROWS_TOGETHER * batch_size)
+    run, config = session.run, session.run.config
+    fed = batches([example.inputs for example in examples], config, run.sizes, ROWS_TOGETHER * batch_size,
+                  run.head.inputs)
     steps = LONGER + max(len(example.targets["labels"]) for example in examples)
     end = config.get("eos_token_id")
     limits = Limits(decoder_start(config), end if isinstance(end, int) else None, steps)

@@ -234,7 +234,7 @@ def _view(directory: Path) -> dict[str, Any]:
 
 def read_stages(directory: Path) -> list[StageView]:
     """Every stage of ``directory`` in the guide's order. A target's own directory shows its run's conversion too."""
-    files = {file.stem: file for file in directory.glob("*.json")}
+    files = {file.stem: file for file in directory.glob("*.json") if file.stem != "back"}
     if not files:
         raise BadInput(f"{directory} has no stage's report (<stage>.json). Convert a model and align it first: "
                        "python -m convert.gptj, then python -m align.forward")

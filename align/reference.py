@@ -12,7 +12,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +22,13 @@ import numpy as np
 
 from convert.errors import BadInput, require
 
+from .candidate import blamed
 from .inputs import Inputs, Rows
 from .inside import Places, small_input
 from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
-from .remote import class_of
+from .remote import class_of, is_remote
 from .runs import Run
 from .side import Modules
 from .tolerance import REORDERED_RUNS
@@ -49,7 +50,8 @@ class Reference(TorchSide):
         self.version = torch.__version__
         self.weights_digest = run.source_digest
         cls, config = (None, None) if run.head.reference else _class_and_config(run, trust_remote_code)
-        empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
+        with blamed("the checkpoint's own code") if run.family.remote_code else nullcontext():
+            empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
         self.model = empty if empty is not None else _load(run, cls, config)
         _forget_tables(self.model)
         self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
@@ -343,9 +345,10 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     try:
         with torch.no_grad():
             result = model(**tensors_of(arrays), **({"return_dict": True} if hasattr(model, "config_class") else {}))
-    except (RuntimeError, IndexError, ValueError) as error:
-        if any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:]):
-            raise  # by a hook of ours, not by the model
+    except Exception as error:
+        ours = any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:])
+        if ours or not (isinstance(error, (RuntimeError, IndexError, ValueError)) or is_remote(model)):
+            raise  # by a hook of ours, or because of how it is called, not by the model
         raise BadInput(f"torch's own {type(model).__name__} fails on this checkpoint, so there is nothing to "
                        f"compare with: {next(iter(str(error).splitlines()), '')}.") from error
     if not hasattr(result, "items"):
@@ -361,8 +364,12 @@ def _load(run: Run, cls: Any, config: Any) -> Any:
     with _as_directory(run) as directory:
         given = dict(pretrained_model_name_or_path=directory) if _is_spelled_as_transformers(run) else dict(
             pretrained_model_name_or_path=None, state_dict=_renamed(run))
-        model, info = cls.from_pretrained(**given, config=config, torch_dtype=torch.float32,
-                                          attn_implementation="eager", output_loading_info=True)
+        try:
+            model, info = cls.from_pretrained(**given, config=config, torch_dtype=torch.float32,
+                                              attn_implementation="eager", output_loading_info=True)
+        except ValueError as error:
+            raise BadInput(f"transformers itself cannot load {run.source}: {next(iter(str(error).splitlines()), '')}"
+                           ) from error
     weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     absent = sorted(set(info["missing_keys"]) & weights - {name for move in run.plan.moves for name in move.sources})
     if absent or info["mismatched_keys"]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import xxhash
 
 from convert.errors import BadInput
 
+from .candidate import blamed
 from .runs import Run
 
 ENTRIES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -38,18 +41,37 @@ def class_of(run: Run, trusted: bool) -> Any:
                        "and is not run unless you say so. Read it, then give --trust-remote-code.")
     print("--trust-remote-code: running code that the checkpoint brings along, in "
           f"{files[0].parent}: {described(files)}.", file=sys.stderr)
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    reference = f"{_module_of(run)}.{run.head.architecture}"
-    try:
-        return get_class_from_dynamic_module(reference, str(files[0].parent))
-    except Exception as error:
-        raise BadInput(f"the checkpoint's own code fails in this environment, where {reference} is asked of it: "
-                       f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
+    return _load(f"{_module_of(run)}.{run.head.architecture}", files)
 
 
 def described(files: list[Path]) -> str:
     """The files with their digests, so that a report says which code it is about."""
-    return ", ".join(f"{file.name} (xxh3-128 {xxhash.xxh3_128(file.read_bytes()).hexdigest()})" for file in files)
+    return ", ".join(f"{file.name} (xxh3-128 {_digest(file)})" for file in files)
+
+
+def is_remote(model: Any) -> bool:
+    """Whether a model's class is code that a checkpoint brought along."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
+def _load(reference: str, files: list[Path]) -> Any:
+    """The class ``module.Class`` through transformers, from copies in a directory that is named after their digests.
+
+    transformers takes a dot in the directory's name (chatglm-6b-v1.1) for that of a package, and the code of two
+    directories of one name for the same.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    name = xxhash.xxh3_128("".join(f"{file.name} {_digest(file)}\n" for file in files).encode()).hexdigest()
+    with TemporaryDirectory() as scratch, blamed("the checkpoint's own code"):
+        directory = Path(scratch) / f"code_{name}"
+        directory.mkdir()
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+        return get_class_from_dynamic_module(reference, str(directory))
+
+
+def _digest(file: Path) -> str:
+    return xxhash.xxh3_128(file.read_bytes()).hexdigest()
 
 
 def _module_of(run: Run) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.__main__ import family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, read_config
-from convert.cli import target_config
+from convert.direction import target_config
 from convert.errors import BadInput
 from convert.plan import Plan, config_for, expand, make_plan, spelled
 from convert.report import Conversion, latest_run, load_conversion

@@ -1,6 +1,6 @@
 """``python -m align.selftest``: plants known faults and runs the real pipeline, to see whether it tells.
 
-For each family the demo checkpoint is converted once; then each fault of ``align/faults.py`` is planted in the
+For each family the demo checkpoint is converted once; then each fault of ``align/faults*.py`` is planted in the
 checkpoint, the config or the net, ``python -m align.forward`` is carried out in this process, and the fault is
 undone. Only the torch side's passes are remembered between faults, since no fault touches it. Exit code 0 when
 every fault is caught, at least 95 % are named at the right parameter or operation, at least 80 % of those with an
@@ -441,7 +441,8 @@ def _run(options: argparse.Namespace) -> int:
     for framework in ("torch", "transformers", "paddle"):
         errors.require(framework)
     from .faults import FAULTS
-    faults = [fault for fault in FAULTS
+    from .faults_decoders import FAULTS as OF_DECODERS
+    faults = [fault for fault in (*FAULTS, *OF_DECODERS)
               if not options.only or any(fnmatchcase(fault.name, pattern) for pattern in options.only)]
     if not faults:
         raise errors.BadInput(f"no fault is called {', '.join(options.only)}; --list shows their names.")

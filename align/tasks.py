@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,12 +22,15 @@ class Task:
     """``labels(inputs, config, sizes, generator, ignore)`` draws labels, some of them ignored if asked.
 
     ``token_losses(outputs, labels)`` pairs logits [n, classes] with labels [n] for the losses without reduction.
-    ``spared`` are inputs that a model makes of the labels where it is not given them.
+    ``spared`` are inputs that a model makes of the labels where it is not given them. The loss is ``share`` times the
+    sum of the means. ``misread`` names ways in which a net may pair logits and labels wrongly.
     """
 
     labels: Callable[[Inputs, Config, Sizes, np.random.Generator, bool], Labels]
     token_losses: Callable[[Mapping[str, np.ndarray], Labels], Flat]
     spared: tuple[str, ...] = ()
+    share: float = 1.0
+    misread: Mapping[str, Callable[[Mapping[str, np.ndarray], Labels], Flat]] = field(default_factory=dict)
 
 
 def _token_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:
@@ -127,6 +130,10 @@ def _span_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
             "per_row_end": (outputs["end_logits"], clamped("end_positions"))}
 
 
+def _next_token_losses(outputs: Mapping[str, np.ndarray], labels: Labels) -> Flat:
+    return {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}
+
+
 def hidden_states(outputs: Mapping[str, np.ndarray], inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """A model's last hidden states [batch, tokens, width], and the mask of the real ones [batch, tokens].
 
@@ -139,13 +146,11 @@ def hidden_states(outputs: Mapping[str, np.ndarray], inputs: Inputs) -> tuple[np
     return rows, np.ones(rows.shape[:2], bool)
 
 
+UNSHIFTED = {"the labels are not shifted, so that each position is to predict its own token":
+             lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}}
 TASKS = {
-    "causal-lm": Task(
-        _causal_labels,
-        lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
-    "prefix-lm": Task(
-        _answer_labels,
-        lambda outputs, labels: {"per_token": _flat(outputs["logits"][:, :-1], labels["labels"][:, 1:])}),
+    "causal-lm": Task(_causal_labels, _next_token_losses, misread=UNSHIFTED),
+    "prefix-lm": Task(_answer_labels, _next_token_losses, misread=UNSHIFTED),
     "masked-lm": Task(
         _vocabulary_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])}),
@@ -163,7 +168,7 @@ TASKS = {
         _vocabulary_labels,
         lambda outputs, labels: {"per_token": _flat(outputs["logits"], labels["labels"])},
         spared=("decoder_input_ids", "decoder_attention_mask")),
-    "question-answering": Task(_span_labels, _span_losses),
+    "question-answering": Task(_span_labels, _span_losses, share=0.5),
 }
 BARE = {"encoder", "encoder-decoder", "image-encoder"}
 """Tasks of models without a head: they have no loss of their own, and are measured by their mean-pooled states."""

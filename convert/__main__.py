@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import _parser, run
+from .cli import parser_of, run
 from .errors import BadInput, guarded
 from .rules import Family
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of a conversion whose family is found rather than named."""
-    parser = _parser("python -m convert", "a family that its config names", "--source is needed.")
+    parser = parser_of("python -m convert", "a family that its config names", "--source is needed.")
     parser.add_argument("--family", metavar="FILE", help="a family file of your own; its code is run")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(_family_of(options.family, options.source, options.revision), options))

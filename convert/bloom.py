@@ -73,6 +73,12 @@ FAMILY = Family(
         "pretraining_tp": 1, "slow_but_exact": False, "seq_length": 2048, "bos_token_id": 256, "eos_token_id": 256,
         "pad_token_id": 256, "tie_word_embeddings": True,
     },
+    variants={
+        "residual after the norm": {"apply_residual_connection_post_layernorm": True},
+        "three heads": {"n_head": 3, "hidden_size": 48},
+        "sliced": {"pretraining_tp": 4, "slow_but_exact": True},
+        "untied": {"tie_word_embeddings": False},
+    },
 )
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def sizes(config: Config) -> Sizes:
         "inner": size_of(config, "inner_hidden_size", default=4 * hidden),
         "vocab": size_of(config, "vocab_size"),
         "positions": size_of(config, "max_sequence_length", default=2048),
-        "pairs": hidden // max(1, heads * (4 if in_two_dimensions(config) else 2)),
+        "pairs": hidden // (heads * (4 if in_two_dimensions(config) else 2)),
     }
 
 
@@ -58,11 +58,10 @@ def unsupported(config: Config) -> str | None:
     if config.get("pre_seq_len") is not None:
         return (f"pre_seq_len is {config['pre_seq_len']}: PaddleNLP's class cannot be made with learned prefixes "
                 "(P-tuning)")
-    heads = config.get("num_attention_heads")
-    parts = (4 if in_two_dimensions(config) else 2) * heads if isinstance(heads, int) else 0
-    if parts and isinstance(config.get("hidden_size"), int) and config["hidden_size"] % parts:
-        return (f"hidden_size {config['hidden_size']} is not a multiple of {parts}: {heads} heads, each of whole pairs "
-                "that are turned")
+    hidden, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
+    parts = (4 if in_two_dimensions(config) else 2) * heads
+    if not parts or hidden % parts:
+        return f"hidden_size {hidden} is not a multiple of {parts}: {heads} heads, each of whole pairs that are turned"
     return None
 
 
@@ -92,7 +91,7 @@ FAMILY = Family(
     rules=rules(
         keep("transformer.word_embeddings.weight", "vocab", "hidden", to="chatglm.transformer.word_embeddings.weight"),
         norm(f"{LAYER}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),
-        drop(f"{LAYER}.attention.rotary_emb.inv_freq", "pairs", holding=frequencies(),
+        drop(f"{LAYER}.attention.rotary_emb.inv_freq", "pairs", holding=frequencies(), returns="float16",
              why="the rotary frequencies, which Paddle's side computes itself"),
         linear(f"{LAYER}.attention.query_key_value", "fused", "hidden", to=f"{TO}.attention.query_key_value"),
         linear(f"{LAYER}.attention.dense", "hidden", "hidden", to=f"{TO}.attention.dense"),
@@ -133,6 +132,7 @@ FAMILY = Family(
     },
     variants={"positions of one dimension": {"position_encoding_2d": False}, "untied": {"tie_word_embeddings": False}},
     additions=lambda config: {key: value for key, value in MARKS.items() if config.get(key) is None},
+    paddle_keys={"num_layers": "num_hidden_layers"},
 )
 
 if __name__ == "__main__":

@@ -282,6 +282,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, tensors, list(files))
 
 
+def framework_of(file: Path) -> str | None:
+    """What a file of tensors was written for: ``pt`` is torch; None where a safetensors file does not say."""
+    if file.suffix != ".safetensors":
+        return "np" if file.suffix == ".pdparams" else "pt"
+    with open(file, "rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    metadata = header.get("__metadata__")
+    return metadata.get("format") if isinstance(metadata, dict) else None
+
+
+def weights_in(directory: Path) -> list[str]:
+    """The files of weights in ``directory`` each of which is, or is the index of, a whole checkpoint."""
+    return [name for name in (*SINGLE_FILES, *INDEX_FILES) if (directory / name).is_file()]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or :class:`BadInput` that says what is wrong with the file."""
     try:

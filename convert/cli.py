@@ -8,8 +8,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,18 +19,34 @@ from typing import TYPE_CHECKING, Any
 from .errors import BadInput, guarded
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .direction import Direction
     from .plan import Plan
-    from .rules import Config, Family
+    from .report import Conversion
+    from .rules import Family
     from .writer import Layout
 
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.model", "preprocessor_config.json")
-HALF = ("float16", "bfloat16", "torch.float16", "torch.bfloat16")
+REMOTE_CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One conversion that is asked for. ``source`` is what the user calls it, ``path`` where it lies."""
+
+    family: Family
+    source: str
+    path: Path
+    revision: str | None
+    output: Path
+    shard_size: int
+    options: argparse.Namespace
 
 
 def main(family: Family, arguments: Sequence[str] | None = None) -> int:
     """The command line of one family. Returns the exit code."""
-    options = _parser(f"python -m convert.{family.name}", family.name).parse_args(arguments)
+    options = parser_of(f"python -m convert.{family.name}", family.name).parse_args(arguments)
     return guarded(lambda: run(family, options))
 
 
@@ -39,51 +56,57 @@ def run(family: Family, options: argparse.Namespace) -> int:
         from .report import print_rules
         print_rules(family)
         return 0
+    from .direction import TO_PADDLE
+    from .writer import marker_of
     demo = options.source is None
-    output = Path(options.output or (f"out/demo-{family.name}" if demo else f"out/{_last_component(options.source)}"))
+    output = Path(options.output or (f"out/demo-{family.name}" if demo else f"out/{last_component(options.source)}"))
+    rebuilt = demo and options.output is None and marker_of(output).get("source") == str(_demo_source(family))
+    options.overwrite = options.overwrite or rebuilt
+    shard_size = prepared(options, output)
+    with _source(family, options) as (source, path, revision):
+        convert(TO_PADDLE, Task(family, source, path, revision, output, shard_size, options))
+    return 0
+
+
+def prepared(options: argparse.Namespace, output: Path) -> int:
+    """The shard size in bytes, after making sure that the result and its report can be written."""
+    from .report import refuse_unwritable
+    from .writer import parse_size, refuse_existing
     if not output.name or output.name == "..":
         raise BadInput(f"--output {options.output} has no last component to name the run after.")
-    from .report import refuse_unwritable
-    from .writer import made_from, parse_size, refuse_existing
     try:
         shard_size = parse_size(options.shard_size)
     except (ValueError, OverflowError) as error:
         raise BadInput(f"--shard-size {options.shard_size} is not a size; give for example 5GB or 512MiB.") from error
     if not options.dry_run:
-        rebuilt = demo and options.output is None and made_from(output) == str(_demo_source(family))
-        options.overwrite = options.overwrite or rebuilt
         refuse_existing(output, options.overwrite)
         refuse_unwritable(Path(options.reports))
-    with _source(family, options) as (source, path, revision):
-        conversion_of(family, options, source, path, revision, output, shard_size)
-    return 0
+    return shard_size
 
 
-def conversion_of(family: Family, options: argparse.Namespace, source: str, path: Path, revision: str | None,
-                  output: Path, shard_size: int) -> None:
+def convert(direction: Direction, task: Task) -> None:
     """Header, plan, stream, verify, report. Nothing is written before the plan is total."""
     from .checkpoint import opened
-    from .plan import config_for, make_plan
     from .writer import make_layout, refuse_overlap
-    refuse_overlap(path, output)
-    with opened(path) as checkpoint:
-        plan = make_plan(family, config_for(family, path, checkpoint.tensors), checkpoint.tensors, options.dtype)
-        layout = make_layout(plan.moves, options.format, shard_size)
+    options = task.options
+    refuse_overlap(task.path, task.output)
+    with opened(task.path) as checkpoint:
+        plan = direction.plan(task.family, task.path, checkpoint, options.dtype)
+        layout = make_layout(plan.moves, options.format, task.shard_size, direction.framework)
         if options.dry_run:
             from .report import print_plan
-            print_plan(plan, [(file.name, file.size) for file in layout.files], output)
+            print_plan(plan, [(file.name, file.size) for file in layout.files], task.output, direction.stage)
             return
-        _convert(plan, layout, checkpoint, options, source, path, revision, output)
+        _write(direction, task, plan, layout, checkpoint)
 
 
-def _convert(plan: Plan, layout: Layout, checkpoint: Any, options: argparse.Namespace, source: str, path: Path,
-             revision: str | None, output: Path) -> None:
+def _write(direction: Direction, task: Task, plan: Plan, layout: Layout, checkpoint: Checkpoint) -> None:
     from .report import Conversion, tensor_rows, versions
     from .stream import carry_out, digest_of
     from .verify import verify
     from .writer import MARKER, Staging, refuse_existing
     started = time.perf_counter()
-    config, notes = target_config(plan)
+    options, output = task.options, task.output
     with Staging(output) as staging:
         refuse_existing(output, options.overwrite)  # again, now that nobody else can be writing it
         staging.allocate(layout)
@@ -93,48 +116,35 @@ def _convert(plan: Plan, layout: Layout, checkpoint: Any, options: argparse.Name
         if not options.no_verify:
             with _progress("reading back", plan.nbytes) as advance:
                 verify(plan, checkpoint, staging.path, advance)
+        source_digest = digest_of(checkpoint.tensors, digests.source)
+        target_digest = digest_of({move.target: move for move in plan.moves}, digests.target)
+        result = direction.conclude(plan, checkpoint, source_digest, target_digest)
         conversion = Conversion(
-            run=output.name, family=plan.family.name, head=plan.head.architecture, source=source,
-            path=str(path), revision=revision,
+            run=output.name, family=plan.family.name, head=plan.head.architecture, source=task.source,
+            path=str(task.path), revision=task.revision,
             output=str(output), format=options.format, dtype=options.dtype,
             files=[file.name for file in layout.files],
             tensors=tensor_rows(plan, digests.source, digests.target),
             dropped=[{"source": name, "why": why} for name, why in plan.dropped],
             verified=not options.no_verify, bytes=plan.nbytes,
-            source_digest=digest_of(checkpoint.tensors, digests.source),
-            target_digest=digest_of({move.target: move for move in plan.moves}, digests.target),
+            source_digest=source_digest, target_digest=target_digest,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            versions=versions("paddle-parity", "numpy", "xxhash"), notes=notes,
-            finished=datetime.now(timezone.utc).isoformat(),
+            versions=versions("paddle-parity", "numpy", "xxhash"), notes=result.notes,
+            finished=datetime.now(timezone.utc).isoformat(), stage=direction.stage,
         )
-        (staging.path / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (staging.path / MARKER).write_text(json.dumps({
+        _write_json(staging.path / "config.json", result.config)
+        _write_json(staging.path / MARKER, {
             "family": conversion.family, "head": conversion.head, "source": conversion.source,
-            "source_digest": conversion.source_digest, "target_digest": conversion.target_digest}, indent=2) + "\n")
-        _bring_along(path, staging.path)
+            "source_digest": source_digest, **result.marker})
+        _bring_along(task.path, staging.path, COMPANIONS + REMOTE_CODE * task.family.remote_code)
         staging.publish()
     reports = conversion.save(Path(options.reports))
-    _tell(conversion, reports, getattr(options, "family", None))
+    _tell(conversion, reports, direction.next_step(task, plan))
 
 
-def target_config(plan: Plan) -> tuple[Config, list[str]]:
-    """The config for the result, and a sentence for everything in it that differs from the source's."""
-    config, notes = dict(plan.config), []
-    if plan.declared != plan.head.architecture:
-        config["architectures"] = [plan.head.architecture]
-        notes.append(f"The config names {plan.declared or 'no architecture'}, the tensors are those of "
-                     f"{plan.head.architecture}: the result says so.")
-    for key, value in plan.family.additions(config).items():
-        if config.get(key) is None and value is not None:
-            config[key] = value
-            notes.append(f"config.json: {key} = {value} is added, because PaddleNLP's class asks for it.")
-    half = config.pop("torch_dtype", None) or config.get("dtype")
-    if half in HALF:
-        config["dtype"] = "float32"
-        notes.append(f"config.json: dtype = float32 instead of {half}, because Paddle's CPU cannot compute in half; "
-                     f'on a GPU load with from_pretrained(..., dtype="{half.removeprefix("torch.")}").')
-    return config, notes
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 @contextmanager
@@ -160,14 +170,14 @@ def _demo_source(family: Family) -> Path:
     return Path("out") / f"demo-{family.name}-source"
 
 
-def _last_component(source: str) -> str:
+def last_component(source: str) -> str:
     path = Path(source)
     return path.resolve().name if path.exists() else path.name
 
 
-def _bring_along(source: Path, target: Path) -> None:
+def _bring_along(source: Path, target: Path, patterns: Sequence[str]) -> None:
     directory = source if source.is_dir() else source.parent
-    for pattern in COMPANIONS:
+    for pattern in patterns:
         for file in sorted(directory.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
@@ -187,7 +197,7 @@ def _progress(task: str, total: int) -> Iterator[Any]:
         yield lambda nbytes: progress.advance(bar, nbytes)
 
 
-def _tell(conversion: Any, reports: Path, family_file: str | None) -> None:
+def _tell(conversion: Conversion, reports: Path, next_step: str) -> None:
     made = sum(tensor["rule"] == "buffer" for tensor in conversion.tensors)
     exact = "bit-exact" if conversion.dtype == "keep" else f"bit-exact but for the cast to {conversion.dtype}"
     proof = f"{exact}, read back and compared" if conversion.verified else "NOT verified (--no-verify)"
@@ -195,21 +205,32 @@ def _tell(conversion: Any, reports: Path, family_file: str | None) -> None:
           f"bytes, {proof}, in {conversion.seconds:.1f} s.")
     for note in conversion.notes:
         print(f"note: {note}")
-    print(f"report: {reports / 'convert.md'}\nnext: python -m align.weights --run {conversion.run}"
-          f"{f' --family {family_file}' if family_file else ''}")
+    print(f"report: {reports / conversion.stage}.md\nnext: {next_step}")
 
 
-def _parser(program: str, family: str,
-            without: str = "Without arguments: the built-in demo checkpoint.") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Convert a torch checkpoint of {family} to PaddlePaddle, bit-exactly.\n{without}")
+def parser_of(program: str, family: str,
+              without: str = "Without arguments: the built-in demo checkpoint.") -> argparse.ArgumentParser:
+    """The flags of a conversion."""
+    parser = described(program, f"Convert a torch checkpoint of {family} to PaddlePaddle, bit-exactly.\n{without}")
     add = parser.add_argument
     add("--source", metavar="PATH-OR-ID", help="a checkpoint directory, one file, or a hub id (EleutherAI/gpt-j-6b)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--output", metavar="DIR", help="the directory to make; default out/<last component of the source>")
-    add("--dtype", choices=("keep", "float32", "float16", "bfloat16"), default="keep", help="default keep")
     add("--format", choices=("safetensors", "pdparams"), default="safetensors", help="default safetensors")
+    add_shared_flags(parser)
+    return parser
+
+
+def described(program: str, description: str) -> argparse.ArgumentParser:
+    """A parser without flags, whose description keeps its lines."""
+    return argparse.ArgumentParser(prog=program, description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """What both directions can be told."""
+    add = parser.add_argument
+    add("--dtype", choices=("keep", "float32", "float16", "bfloat16"), default="keep", help="default keep")
     add("--shard-size", metavar="SIZE", default="5GB", help="largest file, as 5GB or 512MiB; default 5GB")
     add("--no-verify", action="store_true", help="do not read the result back")
     add("--allow-nonfinite", action="store_true", help="convert NaN and inf instead of refusing them")
@@ -217,4 +238,3 @@ def _parser(program: str, family: str,
     add("--rules", action="store_true", help="print the name map, the do-not-transpose list and the buffers, and stop")
     add("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     add("--reports", metavar="DIR", default="reports", help="where the report goes; default reports")
-    return parser

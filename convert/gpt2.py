@@ -7,6 +7,7 @@ from convert.rules import (
     Family,
     Head,
     Sizes,
+    causal_mask,
     conv1d,
     counted,
     drop,
@@ -68,15 +69,23 @@ def prelu(config: Config) -> bool:
     return config.get("activation_function") == "prelu"
 
 
+MASK = "the causal mask of old files; both sides make it themselves"
 TORCH, PADDLE = "transformer.h.{i}", "gpt.decoder.layers.{i}"
 FAMILY = Family(
     name="gpt2", paddlenlp="gpt", prefix="transformer.", target_prefix="gpt.", sizes=sizes,
     layers=counted("n_layer", "num_hidden_layers"), unsupported=unsupported, additions=additions,
+    paddle_keys={
+        "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "activation_function": "hidden_act",
+        "resid_pdrop": "hidden_dropout_prob", "embd_pdrop": "hidden_dropout_prob",
+        "attn_pdrop": "attention_probs_dropout_prob",
+    },
     rules=rules(
         keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
         keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
         norm(f"{TORCH}.ln_1", "hidden", to=f"{PADDLE}.norm1"),
-        drop(f"{TORCH}.attn.{{bias,masked_bias}}", why="the causal mask of old files; both sides make it themselves"),
+        drop(f"{TORCH}.attn.bias", 1, 1, "positions", "positions", why=MASK, holding=causal_mask()),
+        drop(f"{TORCH}.attn.masked_bias", why=MASK),
         split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
               to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
         split(f"{TORCH}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.bias"),
@@ -123,6 +132,16 @@ FAMILY = Family(
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-05,
         "initializer_range": 0.02, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
         "scale_attn_weights": True, "tie_word_embeddings": True,
+    },
+    variants={
+        "n_inner other than 4 n_embd": {"n_inner": 96},
+        "epsilon 1e-3": {"layer_norm_epsilon": 1e-3},
+        "gelu (erf)": {"activation_function": "gelu"},
+        "relu": {"activation_function": "relu"},
+        "scores not scaled": {"scale_attn_weights": False},
+        "scores scaled by 1 / layer": {"scale_attn_by_inverse_layer_idx": True},
+        "attention reordered and upcast": {"reorder_and_upcast_attn": True},
+        "untied head": {"tie_word_embeddings": False},
     },
 )
 

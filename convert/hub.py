@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .writer import MARKER
+from .writer import marker_of
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FORMATS = (
@@ -30,18 +30,13 @@ def resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
     if path.exists():
         if revision:
             raise BadInput(f"--revision is for hub ids; {source} is a local path.")
-        if path.is_dir() and "target_digest" in _marker(path):
+        if path.is_dir() and "target_digest" in marker_of(path):
             raise BadInput(f"{source} is a Paddle checkpoint that a conversion of ours made, not a torch one. Give "
-                           "what it was made from.")
+                           f"what it was made from, or go back: python -m convert.back --source {source}")
         return path, None
     if path.is_absolute() or source.startswith(".") or not HUB_ID.fullmatch(source):
         raise BadInput(f"{source} does not exist, and it is not a hub id such as EleutherAI/gpt-j-6b.")
     return _download(source, revision)
-
-
-def _marker(directory: Path) -> str:
-    marker = directory / MARKER
-    return marker.read_text("utf-8") if marker.is_file() else ""
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -97,9 +92,15 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 def _files_of_one_format(repository: str, sizes: dict[str, Any]) -> list[str]:
     for patterns in FORMATS:
         if patterns[0] in sizes:
+            wanted = (*patterns, *COMPANIONS)
             return [name for name in sizes
-                    if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, *COMPANIONS))]
+                    if _is_code(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
     raise BadInput(f"{repository} has no safetensors and no pytorch_model.bin; its files are {', '.join(sizes)[:200]}.")
+
+
+def _is_code(name: str) -> bool:
+    """Code beside the weights: ChatGLM's torch side, for align to run if the user says so. Nothing here runs it."""
+    return name.endswith(".py") and "/" not in name
 
 
 def _require_space(cache: Path, needed: int, repository: str) -> None:

@@ -147,10 +147,23 @@ FAMILY = Family(
         "attention_dropout": 0.0, "layerdrop": 0.0, "init_std": 0.02, "bos_token_id": 256, "eos_token_id": 256,
         "pad_token_id": 256, "tie_word_embeddings": True,
     },
+    variants={
+        "350m-like": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+        "post-norm": {"do_layer_norm_before": False},
+        "Galactica-like": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+        "no biases, norms that learn nothing": {"enable_bias": False, "layer_norm_elementwise_affine": False},
+        "no final norm": {"_remove_final_layer_norm": True},
+        "untied": {"tie_word_embeddings": False},
+    },
     additions=lambda config: {
         "normalize_before": norms_before(config), "word_embed_proj_dim": sizes(config)["words"],
         "hidden_dropout_prob": config.get("dropout"), "initializer_range": config.get("init_std"),
         "attention_probs_dropout_prob": config.get("attention_dropout"), "pad_token_id": 1,
+    },
+    paddle_keys={
+        "ffn_dim": "intermediate_size", "activation_function": "hidden_act", "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob", "do_layer_norm_before": "normalize_before",
+        "init_std": "initializer_range",
     },
 )
 

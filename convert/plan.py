@@ -127,8 +127,8 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
     if len(total) > 1:
         fitting = " and ".join(attempt.head.architecture for attempt in total)
         raise BadInput(f"{family.name}: the tensors fit {fitting}. Say which in config.json: architectures.")
-    closest = attempts[0] if declared in {head.architecture for head in family.heads} else min(
-        (attempt for attempt in attempts if isinstance(attempt, _Faulty)), key=lambda attempt: len(attempt.faults))
+    closest = min((attempt for attempt in attempts if isinstance(attempt, _Faulty)),
+                  key=lambda attempt: attempt.unclaimed)
     raise BadInput(f"{closest.describe()} Nothing was written.")
 
 
@@ -171,9 +171,12 @@ def letter_of(names: Sequence[str]) -> str | None:
 
 @dataclass
 class _Faulty:
+    """``unclaimed`` is how many of the source's tensors no rule claims: the fewer, the nearer is this head."""
+
     family: Family
     head: Head
     faults: list[str]
+    unclaimed: int
 
     def describe(self) -> str:
         more = f" (+{len(self.faults) - SHOWN} more such faults)" if len(self.faults) > SHOWN else ""
@@ -204,11 +207,12 @@ def _attempt(family: Family, head: Head, config: Config, header: Header, dtype: 
     for rule in expanded:
         pour.add(rule)
     claimed = {name for rule in expanded for names in rule.sources for name in names}
-    faults = pour.faults + _unclaimed(family, rules, layers, [name for name in header if name not in claimed])
+    unclaimed = [name for name in header if name not in claimed]
+    faults = pour.faults + _unclaimed(family, rules, layers, unclaimed)
     if pour.unfilled:
         faults.append(f"{_count(pour.unfilled, 'target tensor')} that no source tensor fills: {_some(pour.unfilled)}.")
     if faults:
-        return _Faulty(family, head, faults)
+        return _Faulty(family, head, faults, len(unclaimed))
     moved = {name for move in pour.moves for name in move.sources}
     told = [(check.source, check.why) for check in pour.checks if check.source not in moved]
     return _Total(family, head, config, pour.moves, pour.checks, pour.dropped + told, keys)
@@ -238,6 +242,8 @@ class _Pouring:
             self.dropped += [(name, rule.why) for name in present]
         elif rule.kind in ("drop", "tied"):
             self._check(present, rule, in_shape=rule.source_shape(self.sizes))
+        elif rule.kind == "made":
+            self._make(rule)
         elif rule.kind == "buffer":
             self._make(rule)
             self._check(present, rule, in_shape=rule.taken_shape(self.sizes))
@@ -265,7 +271,8 @@ class _Pouring:
         (target,), filling = rule.targets, rule.otherwise
         if filling.copies is None:
             shape = rule.turned_shape(rule.taken_shape(self.sizes))
-            own = BY_NAME["float32"] if rule.kind == "buffer" else self.weight_dtype
+            own = (BY_NAME[rule.returns] if rule.returns else
+                   BY_NAME["float32"] if rule.kind == "buffer" else self.weight_dtype)
             self.moves.append(Move(target, rule, (), filling, shape, BY_NAME["float32"], shape, own))
         elif filling.copies in self.keys:
             key = self.keys[filling.copies]
@@ -280,7 +287,7 @@ class _Pouring:
         """What the file has beside what is made: it must be the same, or where only Paddle knows it is dropped."""
         filling = rule.otherwise
         why = rule.why or (f"made again as {filling.name}; the source's values agree" if rule.targets else
-                           f"{filling.name}, with the same values; Paddle has one parameter for both")
+                           f"{filling.name}, with the same values; the result has one tensor for both")
         for name in present:
             if not filling.checked:
                 self.dropped.append((name, f"Paddle's own {rule.targets[0]} is {filling.name}"))

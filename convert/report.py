@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SCHEMA = "paddle-parity/1"
 
 
+SIDES = {"convert": ("torch", "Paddle"), "back": ("Paddle", "torch")}
+"""From where to where a stage converts."""
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Everything that is known about one conversion once it is over. Digests are xxh3-128, times seconds."""
@@ -51,17 +55,22 @@ class Conversion:
     schema: str = SCHEMA
 
     def save(self, reports: Path) -> Path:
-        """Write both files into ``reports/<run>/``, in the place of an earlier conversion's; return the directory."""
+        """Write both files into ``reports/<run>/``, and return the directory.
+
+        A conversion takes the place of an earlier one and of everything that was checked about it.
+        """
         directory = reports / self.run
-        if (directory / "convert.json").is_file():
+        if self.stage == "convert" and (directory / "convert.json").is_file():
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "convert.json").write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False), "utf-8")
-        (directory / "convert.md").write_text(self.markdown(), "utf-8")
+        content = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        (directory / f"{self.stage}.json").write_text(content, "utf-8")
+        (directory / f"{self.stage}.md").write_text(self.markdown(), "utf-8")
         return directory
 
     def markdown(self) -> str:
         """The report to paste into a pull request."""
+        source, target = SIDES[self.stage]
         cast = "" if self.dtype == "keep" else f" rounded to {self.dtype}"
         proof = (f"every tensor was read back, inverted and compared with its source{cast}, bit by bit"
                  if self.verified else "**not verified** (`--no-verify`)")
@@ -72,12 +81,13 @@ class Conversion:
                  ("time, peak memory", f"{self.seconds:.2f} s, {self.peak_rss_bytes / 1e6:,.0f} MB"),
                  ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items()))]
         made = [tensor for tensor in self.tensors if tensor["rule"] == "buffer"]
-        lines = [f"# {self.run}: {self.family} converted", "", f"Proof: {proof}.", "", "| | |", "| --- | --- |"]
+        lines = [f"# {self.run}: {self.family} converted from {source} to {target}", "", f"Proof: {proof}.", "",
+                 "| | |", "| --- | --- |"]
         lines += [f"| {name} | {value} |" for name, value in facts]
         lines += [f"\n> {note}" for note in self.notes]
-        lines += ["", "## Buffers: what Paddle wants beyond the source", ""]
+        lines += ["", f"## Buffers: what {target} wants beyond the source", ""]
         lines += [f"- `{tensor['target']}`: {tensor['filling']}" for tensor in made] or ["None."]
-        lines += ["", "## Dropped: what Paddle has no place for", ""]
+        lines += ["", f"## Dropped: what {target} has no place for", ""]
         lines += [f"- `{item['source']}`: {item['why']}" for item in self.dropped] or ["None."]
         lines += ["", "## Every tensor", "", "| source | target | rule | shape | dtype |",
                   "| --- | --- | --- | --- | --- |"]
@@ -139,40 +149,40 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def print_rules(family: Family) -> None:
+def print_rules(family: Family, stage: str = "convert") -> None:
     """The name map, the do-not-transpose list, the buffers and what is dropped, as tables."""
-    console = _console()
+    console, (source, target) = _console(), SIDES[stage]
     shared = {id(rule) for rule in family.rules}
     everywhere = [(rule, "") for rule in family.rules]
     of_heads = [(rule, head.architecture) for head in family.heads for rule in head.rules if id(rule) not in shared]
     rules = everywhere + of_heads
     moved = [(rule, head) for rule, head in rules if rule.moves]
-    console.print(_table(f"{family.name}: name map, torch to Paddle (shapes as torch has them; T = transposed)",
+    console.print(_table(f"{family.name}: name map, {source} to {target} (shapes as {source} has them; T = transposed)",
                          ("name", "shape", "T"),
                          [(_mapped(rule, head), _shape(rule), "T" if rule.transposed else "") for rule, head in moved]))
-    console.print(_table("do not transpose: two dimensions, and the same layout on both sides", ("Paddle", "shape"),
+    console.print(_table("do not transpose: two dimensions, and the same layout on both sides", (target, "shape"),
                          [("\n".join(rule.targets) + _only(head), _shape(rule)) for rule, head in rules
                           if len(rule.shape) == 2 and not rule.transposed and rule.targets]))
-    console.print(_table("buffers: made here, because Paddle wants them and torch may not save them",
-                         ("Paddle", "filled with"),
+    console.print(_table(f"buffers: made here, because {target} wants them and {source} may not save them",
+                         (target, "filled with"),
                          [(rule.targets[0] + _only(head), rule.otherwise.name) for rule, head in rules
                           if rule.otherwise and rule.targets]))
-    dropped = [(rule.sources[0][0], rule.why or f"{rule.otherwise.name}: Paddle has one parameter for both")
+    dropped = [(rule.sources[0][0], rule.why or f"{rule.otherwise.name}: {target} has one parameter for both")
                for rule, _ in rules if not rule.targets]
     if dropped:
-        console.print(_table("dropped", ("torch", "why"), dropped))
+        console.print(_table("dropped", (source, "why"), dropped))
 
 
-def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path) -> None:
+def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path, stage: str = "convert") -> None:
     """What a conversion would do: every tensor, bytes, shards, expected memory."""
     from .stream import CHUNK, TILES
-    console = _console()
+    console, (source, target) = _console(), SIDES[stage]
     console.print(_table(f"{plan.family.name} ({plan.head.architecture}): {len(plan.moves)} tensors",
-                         ("name", "shape in Paddle", "dtype", "bytes", "T"), [
+                         ("name", f"shape in {target}", "dtype", "bytes", "T"), [
         (_arrow(move.origin, move.target), str(list(move.shape)), move.dtype.name,
          f"{move.nbytes:,}", "T" if move.transposed else "") for move in plan.moves]))
     if plan.dropped:
-        console.print(_table("dropped", ("torch", "why"), plan.dropped))
+        console.print(_table("dropped", (source, "why"), plan.dropped))
     for name, size in files:
         console.print(f"{output / name}: {size:,} bytes")
     memory = 45_000_000 + sum(tile + 6 * CHUNK for tile in TILES)

@@ -84,7 +84,8 @@ class Rule:
     ``sources`` holds for each source tensor the names it goes by, transformers' own first. Only ``split`` has several
     targets and only ``merge`` several sources. ``shape`` is the source side's, of the fused tensor where there is one:
     its fused axis is then a tuple, the sizes of the parts. ``again`` is what Paddle's net calls a tied parameter
-    besides the name that the file has.
+    besides the name that the file has. ``returns`` is the dtype in which torch's class saves what is dropped, if it
+    does: so it is made again on the way back.
     """
 
     kind: str
@@ -96,6 +97,7 @@ class Rule:
     otherwise: Filling | None = None
     why: str = ""
     again: str = ""
+    returns: str = ""
     when: Condition = field(default=lambda config: True, compare=False)
 
     @property
@@ -106,7 +108,7 @@ class Rule:
     @property
     def moves(self) -> bool:
         """Whether source tensors go into target tensors, rather than something made or nothing at all."""
-        return bool(self.targets) and self.kind != "buffer"
+        return bool(self.targets) and self.kind not in ("buffer", "made")
 
     @property
     def parts(self) -> Sequence[Size]:
@@ -145,17 +147,23 @@ class Rule:
     def inverse(self) -> Rule | None:
         """The rule that carries Paddle's tensors back; None where Paddle has none.
 
-        A tied copy that Paddle holds must still be one; whatever else the conversion made is left out.
+        A tied copy that Paddle holds must still be one, and what was made to hold one thing only must still hold it;
+        whatever else the conversion made is left out.
         """
         if self.again:
             return replace(self, sources=((self.again,),), again=self.sources[0][0])
+        if self.returns:
+            return Rule("made", (), self.sources[0][:1], self.shape, otherwise=self.otherwise or zeros(),
+                        returns=self.returns, when=self.when)
         if not self.targets:
             return None
         back = tuple((target,) for target in self.targets)
         if self.otherwise and self.otherwise.copies:
             return Rule("tied", back, shape=self.shape, otherwise=self.otherwise, when=self.when)
         if self.otherwise:
-            return Rule("drop", back, why=f"{self.otherwise.name}, which the conversion made for Paddle's class")
+            return Rule("drop", back, shape=self.turned_shape(self.shape), when=self.when,
+                        otherwise=self.otherwise if self.otherwise.checked else None,
+                        why=f"torch's class has none; a conversion makes it for Paddle's ({self.otherwise.name})")
         return replace(self, kind=INVERSE.get(self.kind, self.kind), sources=back,
                        targets=tuple(names[0] for names in self.sources),
                        shape=self.shape[::-1] if self.transposed else self.shape)
@@ -222,6 +230,7 @@ def batch_norm(name: str, size: Size, to: str | None = None, *, also: Sequence[s
              for rule in keep(f"{name}.{torch}", size, to=f"{to or name}.{paddle}",
                               also=[f"{other}.{torch}" for other in also], when=when)]
     tracked = drop(f"{name}.num_batches_tracked", also=[f"{other}.num_batches_tracked" for other in also], when=when,
+                   returns="int64",
                    why="how many batches training has seen: torch asks only where momentum is None; Paddle has none")
     return moved + tracked
 
@@ -261,13 +270,14 @@ def buffer(name: str, *shape: Size, filling: Filling, to: str | None = None,
     return _rules("buffer", name, to or name, shape, filling, when)
 
 
-def drop(name: str, *shape: Size, why: str, holding: Filling | None = None, also: Sequence[str] = (),
-         when: Condition | None = None) -> list[Rule]:
+def drop(name: str, *shape: Size, why: str, holding: Filling | None = None, returns: str = "",
+         also: Sequence[str] = (), when: Condition | None = None) -> list[Rule]:
     """A source tensor, if it is there, that the Paddle side has no place for.
 
-    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself.
+    ``holding`` is what it must hold, in ``shape``, where the Paddle side makes the same by itself; ``returns`` the
+    dtype in which torch's class saves it.
     """
-    rules = _also_called([Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why)
+    rules = _also_called([Rule("drop", ((source,),), shape=shape, otherwise=holding, why=why, returns=returns)
                           for source in _alternatives(name)], also)
     return rules if when is None else [replace(rule, when=when) for rule in rules]
 
@@ -390,6 +400,8 @@ class Family:
     """Why a config cannot be converted."""
     additions: Callable[[Config], Config] = lambda config: {}
     """Keys that PaddleNLP's class wants in a config that does not have them."""
+    paddle_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of torch's config that PaddleNLP's has under other names: what it calls them."""
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     """The config of a checkpoint that comes without a config.json, read from its header."""
@@ -450,7 +462,8 @@ class Family:
         filling = rule.otherwise
         if base and filling and filling.copies:
             filling = replace(filling, copies=filling.copies.removeprefix(self.prefix))
-        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling)
+        again = rule.again.removeprefix(self.paddle_prefix) if base else rule.again
+        return replace(rule, sources=tuple(map(spelled, rule.sources)), targets=targets, otherwise=filling, again=again)
 
 
 def _copying(rule: Rule, targets: Mapping[str, str]) -> Rule:

@@ -84,9 +84,10 @@ def carry_out(plan: Plan, checkpoint: Checkpoint, layout: Layout, staging: Stagi
 def digest_of(tensors: Mapping[str, TensorInfo | Move], digests: Mapping[str, str]) -> str:
     """One digest for a set of tensors: xxh3-128 over the lines "name dtype shape digest", sorted by name.
 
-    It does not depend on the files, the shards or the order in which they hold the tensors.
+    It does not depend on the files, the shards or the order in which they hold the tensors, nor on whether a format
+    can hold a scalar without dimensions.
     """
-    lines = (f"{name} {tensors[name].dtype.name} {list(tensors[name].shape)} {digest}\n"
+    lines = (f"{name} {tensors[name].dtype.name} {[*tensors[name].shape] * (tensors[name].shape != (1,))} {digest}\n"
              for name, digest in sorted(digests.items()))
     return xxhash.xxh3_128("".join(lines).encode()).hexdigest()
 

@@ -44,7 +44,7 @@ def layers(config: Config) -> Layers:
 
 def unsupported(config: Config) -> str | None:
     projection = config.get("feed_forward_proj", "relu")
-    if not re.fullmatch(r"(gated-)?[^-]+", str(projection)):
+    if not isinstance(projection, str) or not re.fullmatch(r"(gated-)?[^-]+", projection):
         return f"feed_forward_proj is {projection!r}; an activation, or gated- and one, is needed"
     for key in ("tie_encoder_decoder", "is_decoder"):
         if config.get(key):
@@ -100,7 +100,7 @@ def positions(name: str) -> list[Rule]:
 
 ENCODER, DECODER = "encoder.block.{i}.layer", "decoder.block.{j}.layer"
 DECODER_RULES = rules(
-    tied("decoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight"),
+    tied("decoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight", again="t5.decoder.embed_tokens.weight"),
     positions("decoder.block.0.layer.0"),
     drop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
          why="early files carry it; attention to the encoder has no positions, and transformers ignores it too"),
@@ -154,7 +154,8 @@ FAMILY = Family(
     name="t5", prefix="", target_prefix="t5.", layers=layers, sizes=sizes, unsupported=unsupported,
     rules=rules(
         keep("shared.weight", "vocab", "hidden", to="t5.shared.weight"),
-        tied("encoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight"),
+        tied("encoder.embed_tokens.weight", "vocab", "hidden", of="shared.weight",
+             again="t5.encoder.embed_tokens.weight"),
         positions("encoder.block.0.layer.0"),
         scale(f"{ENCODER}.0."),
         attention(f"{ENCODER}.0.SelfAttention"),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from .checkpoint import Matrix, read_json
 from .dtypes import Dtype
@@ -25,6 +26,8 @@ from .pickles import NAME_TABLE
 from .plan import Move
 
 MARKER = "paddle_parity.json"
+DTYPES_OF_SAFETENSORS = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+"""In the order in which safetensors lays tensors into a file."""
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -54,7 +57,8 @@ class Layout:
 def make_layout(moves: Sequence[Move], file_format: str, shard_size: int, framework: str = "np") -> Layout:
     """Distribute ``moves`` over shards of at most ``shard_size`` bytes (a larger tensor has one of its own).
 
-    ``framework`` is what a safetensors file says it was made for: PaddleNLP reads ``np``, transformers ``pt``.
+    ``framework`` is what a safetensors file says it was made for: PaddleNLP reads ``np``, transformers ``pt``. A file
+    for transformers is the one that safetensors itself would write, to the byte.
     """
     stem, suffix, lay_out = {
         "safetensors": ("model", "safetensors", partial(_safetensors_file, framework)),
@@ -194,12 +198,12 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         raise BadInput(f"{output} exists. Give --overwrite to replace it, or another --output.")
 
 
-def made_from(output: Path) -> str | None:
-    """What the conversion that made ``output`` called its source; None when it is not one of ours."""
+def marker_of(directory: Path) -> dict[str, Any]:
+    """What the conversion that made ``directory`` left about itself; empty when it is not one of ours."""
     try:
-        return read_json(output / MARKER).get("source")
+        return read_json(directory / MARKER)
     except BadInput:
-        return None
+        return {}
 
 
 def _shards(moves: Sequence[Move], shard_size: int) -> list[list[Move]]:
@@ -215,21 +219,31 @@ def _shards(moves: Sequence[Move], shard_size: int) -> list[list[Move]]:
 
 
 def _safetensors_file(framework: str, name: str, moves: Iterable[Move]) -> tuple[FileLayout, dict[str, int]]:
-    """Wider dtypes first, so that every tensor is aligned. A scalar gets the shape [1]: PaddleNLP's reader
-    cannot read a tensor without dimensions (it fails with ``slice indices must be integers``)."""
+    """Wider dtypes first, so that every tensor is aligned; for transformers by name besides, as safetensors does.
+
+    For PaddleNLP a scalar gets the shape [1]: its reader cannot read a tensor without dimensions (it fails with
+    ``slice indices must be integers``).
+    """
     header: dict[str, object] = {"__metadata__": {"format": framework}}
     offsets, position = {}, 0
-    for move in sorted(moves, key=lambda move: -move.dtype.size):
-        header[move.target] = {"dtype": move.dtype.code, "shape": list(move.shape) or [1],
+    for_torch = framework == "pt"
+    place = _of_safetensors if for_torch else (lambda move: -move.dtype.size)
+    for move in sorted(moves, key=place):
+        header[move.target] = {"dtype": move.dtype.code, "shape": list(move.shape) or [1] * (not for_torch),
                                "data_offsets": [position, position + move.nbytes]}
         offsets[move.target] = position
         position += move.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     piece = struct.pack("<Q", len(text)) + text
     return (FileLayout(name, start + position, ((0, piece),)),
             {target: start + offset for target, offset in offsets.items()})
+
+
+def _of_safetensors(move: Move) -> tuple[int, str]:
+    """Where safetensors itself puts a tensor."""
+    return DTYPES_OF_SAFETENSORS.index(move.dtype.code), move.target
 
 
 def _pdparams_file(name: str, moves: Iterable[Move]) -> tuple[FileLayout, dict[str, int]]:

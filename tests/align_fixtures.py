@@ -17,6 +17,7 @@ import transformers
 from transformers.modeling_utils import no_init_weights
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
+from convert import demo
 from convert.cli import main as convert_main
 
 torch.set_num_threads(1)  # models this small lose more than they gain by a second one
@@ -27,8 +28,11 @@ TINY = {
                 max_position_embeddings=96, bos_token_id=256, eos_token_id=256, pad_token_id=256),
     "bert": dict(vocab_size=160, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
                  max_position_embeddings=96),
+    "gpt2": dict(vocab_size=257, n_embd=32, n_layer=3, n_head=4, n_positions=96, bos_token_id=256, eos_token_id=256),
     "gptj": dict(vocab_size=257, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_positions=96, n_inner=48,
                  bos_token_id=256, eos_token_id=256),
+    "t5": dict(vocab_size=190, d_model=32, d_kv=4, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4,
+               feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0),
 }
 GPTJ_HEADS = ("GPTJForCausalLM", "GPTJForSequenceClassification", "GPTJForQuestionAnswering", "GPTJModel")
 BERT_HEADS = ("BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification",
@@ -51,6 +55,8 @@ def torch_model(head: str, seed: int = 0, **overrides: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
                 spread = 0.5 if "embed" in name or "wte" in name else 1.4 / parameter.shape[1] ** 0.5
+                if name.endswith("Attention.q.weight"):
+                    spread /= config.d_kv ** 0.5  # T5 divides its queries, not its scores
                 parameter.copy_(spread * noise)
             else:
                 parameter.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise)
@@ -84,8 +90,10 @@ def _single_bytes() -> dict[str, str]:
 TOKENIZERS = {
     "bert": _single_letters(),
     "bloom": _single_bytes(),
+    "gpt2": _single_bytes(),
     "gptj": _single_bytes(),
     "opt": _single_bytes(),
+    "t5": demo.TOKENIZERS["sentencepiece"](190),
 }
 
 

@@ -39,6 +39,20 @@ def test_one_passes_in_every_stage_and_the_other_names_the_parameter(made, place
     assert told["kind"] == "transposed-weight" and told["before"] > 0.1 and told["after"] < 1e-6
 
 
+@pytest.mark.parametrize("place", ["made", "tracked"])
+def test_the_known_story_ends_at_the_number_of_heads(made, place):
+    """Weights equal bit by bit, norms and linears and the activation right: not gelu, not Conv1D, no pruned heads."""
+    found = stages((made if place == "made" else TRACKED) / example.STORY)
+    assert found["weights"]["verdict"] == "aligned" and found["forward"]["verdict"] == "diverged"
+    told = found["forward"]["diagnosis"]
+    assert told["kind"] == "head-count" and "heads are 12 instead of 8" in told["sentence"]
+    assert told["before"] > 0.1 and told["after"] < 1e-6
+    parts = {part["name"]: part["passed"] for part in found["forward"]["sublayers"]}
+    assert {name.partition(": ")[2] for name, passed in parts.items() if not passed} == {
+        "attention: scale, mask, softmax, before self_attn.out_proj"}
+    assert parts["gpt.decoder.layers.1: mlp activation, before linear2"]
+
+
 def test_what_is_tracked_has_the_figures_that_are_made(made):
     """Digests, and which tensors pass; times, versions and the last digits differ."""
     def figures(stage, found):
@@ -46,7 +60,7 @@ def test_what_is_tracked_has_the_figures_that_are_made(made):
             return found["source_digest"], found["target_digest"]
         return (found["inputs_digest"], found["candidate"]["weights_digest"], found["named"],
                 [(tensor["name"], tensor["passed"]) for tensor in [*found["tensors"], *found["sublayers"]]])
-    for run in (example.PASSING, example.FAILING):
+    for run in (example.PASSING, example.FAILING, example.STORY):
         for stage, found in stages(made / run).items():
             assert figures(stage, stages(TRACKED / run)[stage]) == figures(stage, found), (run, stage)
 

@@ -26,6 +26,7 @@ def test_the_loss_diverges_exactly_where_labels_are_ignored(paddlenlp):
     assert (loss.code, loss.report["verdict"]) == (1, "diverged")
     assert loss.failing == WRONG[head]
     assert loss.report["first_divergence"] == "loss.padded"
+    assert "divided by all positions" in loss.report["diagnosis"]["sentence"]
 
 
 def test_the_fault_is_the_division_by_all_labels(paddlenlp):

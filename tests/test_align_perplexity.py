@@ -13,6 +13,7 @@ from align.texts import Encoder, Example, sliding_windows
 
 HEAD = "GPTJForCausalLM"
 CONFIG = {"vocab_size": 257, "pad_token_id": 256}
+SIZES = {"positions": 96, "vocab": 257}
 TEXT = np.random.default_rng(3).integers(0, 256, 301).tolist()
 
 
@@ -24,7 +25,7 @@ class Tokens:
 
 
 def windows(text, max_length, stride):
-    encoder = Encoder(Tokens(), CONFIG, {"positions": 96, "vocab": 257}, max_length)
+    encoder = Encoder(Tokens(), CONFIG, SIZES, max_length)
     half = len(text) // 2
     rows = [{"text": " ".join(map(str, part))} for part in (text[:half], text[half:])]
     return sliding_windows(rows, encoder, stride)
@@ -53,7 +54,7 @@ def losses_of(model, text, max_length, stride):
 def evaluated(model, examples, batch_size):
     """Arrays and values as align.metric makes them of a model."""
     reduced = []
-    for number, inputs in enumerate(batches([example.inputs for example in examples], CONFIG, batch_size)):
+    for number, inputs in enumerate(batches([example.inputs for example in examples], CONFIG, SIZES, batch_size)):
         with torch.no_grad():
             logits = model(**{name: torch.tensor(array) for name, array in inputs.arrays.items()}).logits.numpy()
         chunk = examples[number * batch_size: (number + 1) * batch_size]

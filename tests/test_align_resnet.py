@@ -262,7 +262,7 @@ def test_a_size_that_cannot_be_is_refused(shop, flags, says):
 
 
 def test_feature_maps_of_one_place_are_recorded_before_the_shortcut_is_added_into_them(shop):
-    """torch adds the shortcut in place; at 32 x 32 the last maps are 1 x 1, and rows of them could be a view."""
+    """torch adds in place to what the last norm gave; at 32 x 32 the last maps are 1 x 1, and rows of them a view."""
     run = make(shop, "one-place", **VARIANTS["bottleneck"])
     outcome = shop.align("forward", run, "--pixels", "32x32")
     assert all_aligned({"forward": outcome})

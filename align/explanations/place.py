@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..inputs import Inputs
 from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
 from ..oracle import Float64, Reordered
+from ..parts import Parts, by_module, index_of, part_of_output, whole
 from ..reference import Reference, outputs_of
 from ..tolerance import REORDERED_RUNS
 from . import surgery
@@ -27,6 +29,35 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 class _Reached(Exception):
     """The module that was waited for has answered."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or a norm of torch's, or the part of a fused linear that Paddle has as a layer of its own.
+
+    ``path`` lies below the root of the place, ``name`` is Paddle's; ``keys`` are the paths of its parameters.
+    ``turned`` where torch keeps [in, out].
+    """
+
+    path: str
+    name: str
+    module: Any
+    keys: dict[str, str]
+    turned: bool = False
+
+    def __getitem__(self, kind: str) -> Any:
+        """``weight``, of a linear [out, in], or ``bias``."""
+        held = self.module._parameters[whole(self.keys[kind]).rpartition(".")[2]][index_of(self.keys[kind])]
+        return held.T if self.turned and kind == "weight" else held
+
+    def holding(self, **tensors: Any) -> dict[str, Any]:
+        """These as its parameters, as :func:`surgery.weights` takes them."""
+        return {self.keys[kind]: tensor.T if self.turned and kind == "weight" else tensor
+                for kind, tensor in tensors.items()}
+
+    def taking(self, other: Layer) -> dict[str, Any]:
+        """Every parameter from ``other``."""
+        return self.holding(**{kind: other[kind] for kind in self.keys if kind in other.keys})
 
 
 class Place:
@@ -53,6 +84,10 @@ class Place:
     def mask(self) -> np.ndarray:
         return self.inputs.mask
 
+    def mask_of(self, length: int) -> np.ndarray:
+        """The mask [batch, tokens] of rows that are ``length`` tokens long: the encoder's or the decoder's."""
+        return next((mask for mask in self.inputs.rows.masks if mask.shape[1] == length), self.mask)
+
     def run(self, dtype: Any = torch.float32) -> np.ndarray:
         """Valid rows of the output, as the reference records them, for the recorded arguments in ``dtype``."""
         root = self.root
@@ -64,8 +99,9 @@ class Place:
                 return self._until_start(root)
             with ExitStack() as stubs:
                 for path in self.listed:
+                    answers = iter(self._answers[path])
                     stubs.enter_context(surgery.forward(
-                        path, lambda module, run, path=path: lambda *_, **__: _as(self._answers[path], dtype))(root))
+                        path, lambda module, run, answers=answers: lambda *_, **__: _as(next(answers), dtype))(root))
                 return self._real(self.name, outputs_of(root, self.inputs.arrays)[self.name])
 
     def with_change(self, change: Change) -> np.ndarray:
@@ -101,23 +137,24 @@ class Place:
         """Rows of what arrives at each sublayer and of what it gives for ``entering``, which it is fed instead."""
         found: dict[str, np.ndarray] = {}
 
-        def before(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        def before(parts: Parts, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             value = arguments[0] if arguments else named["hidden_states"]
-            found[ARRIVING + name] = self._real(name, value.numpy())
-            given = self._entering(name, entering[name]).to(dtype)
+            for _, name in parts:
+                found[ARRIVING + name] = self._real(name, value.numpy())
+            given = self._entering(parts[-1][1], entering[parts[-1][1]]).to(dtype)
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
-        def after(name: str, output: Any) -> None:
+        def after(parts: Parts, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            found[name] = self._real(name, first.numpy())
+            for path, name in parts:
+                found[name] = self._real(name, first.numpy()[index_of(path)])
         with ExitStack() as hooks:
-            for path, name in self.sublayers:
-                if name in entering:
-                    module = self.root.get_submodule(path)
-                    hooks.callback(module.register_forward_pre_hook(
-                        lambda _, arguments, named, name=name: before(name, arguments, named), with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(
-                        lambda _, __, output, name=name: after(name, output)).remove)
+            for path, parts in by_module(pair for pair in self.sublayers if pair[1] in entering):
+                module = self.root.get_submodule(path)
+                hooks.callback(module.register_forward_pre_hook(
+                    lambda _, arguments, named, parts=parts: before(parts, arguments, named), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(
+                    lambda _, __, output, parts=parts: after(parts, output)).remove)
             found[self.name] = self.run(dtype)
         return found
 
@@ -151,6 +188,30 @@ class Place:
         """Modules of these classes in this place, by path below the root, in the order they are defined."""
         return [(path, module) for path, module in self.root.named_modules() if isinstance(module, kinds)
                 and self.holds(path)]
+
+    @cached_property
+    def linears(self) -> list[Layer]:
+        """The linears of this place, what is fused in torch by its parts, in the order they are defined."""
+        return [layer for path, module in self.root.named_modules() if self.holds(path) and _is_linear(module)
+                for layer in self._layers(path, module)]
+
+    @cached_property
+    def norms(self) -> list[Layer]:
+        return [layer for path, module in self.modules(torch.nn.LayerNorm) for layer in self._layers(path, module)]
+
+    def _layers(self, path: str, module: Any) -> list[Layer]:
+        known, above = self.reference.run.paddle_names, f"{self.path}." if self.path else ""
+        of = {name: key for key, name in known.items()}
+        turned = not isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm))
+        held = [kind for kind in ("weight", "bias") if module._parameters.get(kind) is not None]
+        parts = [key for key in known if whole(key) == f"{above}{path}.weight" != key]
+        if not parts:
+            prefix = f"{path}." if path else ""
+            return [Layer(path, self.paddle(path), module, {kind: prefix + kind for kind in held}, turned)]
+        names = {key: known[key].removesuffix(".weight") for key in parts}
+        return [Layer(part_of_output(key, path), name, module,
+                      {kind: of[f"{name}.{kind}"].removeprefix(above) for kind in held}, turned)
+                for key, name in names.items()]
 
     def dropped_terms(self, run: Callable[[], dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
         """For each tensor of ``run``: what goes through each dropout that is added to it as it is.
@@ -204,10 +265,11 @@ class Place:
             hook.remove()
         return found[0]
 
-    def _listen(self) -> tuple[dict[str, Call], dict[str, Any]]:
-        """One pass of the whole model: the arguments of this module, or for a head every module's answer."""
+    def _listen(self) -> tuple[dict[str, Call], dict[str, list[Any]]]:
+        """One pass of the whole model: the arguments of this module, or for a head every module's answer to each call.
+        """
         calls: dict[str, Call] = {}
-        answers: dict[str, Any] = {}
+        answers: dict[str, list[Any]] = {}
         if self.start is not None:
             return calls, answers
 
@@ -215,8 +277,8 @@ class Place:
             if path == self.path and path not in calls:
                 calls[path] = (tuple(_detached(value) for value in arguments),
                                {name: _detached(value) for name, value in named.items()})
-            if self.whole and path not in answers:
-                answers[path] = copy.deepcopy(output)
+            if self.whole:
+                answers.setdefault(path, []).append(copy.deepcopy(output))
         with ExitStack() as hooks:
             for path in self.listed if self.whole else [self.path]:
                 hooks.callback(self.model.get_submodule(path).register_forward_hook(
@@ -255,6 +317,13 @@ class Fed(Place):
     @property
     def sublayers(self) -> list[tuple[str, str]]:
         return []
+
+
+def _is_linear(module: Any) -> bool:
+    """Also transformers' ``Conv1D``, and one's own of that name: a linear whose weight is [in, out]."""
+    weight = getattr(module, "weight", None)
+    conv1d = type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2
+    return isinstance(module, torch.nn.Linear) or conv1d
 
 
 def _detached(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..oracle import MATMUL, SOFTMAX
+from ..oracle import ADDED_MATMUL, MATMUL, SOFTMAX
 from ..parts import index_of, whole
 
 Change = Callable[[Any], Any]
@@ -105,13 +105,20 @@ def forward(path: str, make: Callable[[Any, Callable[..., Any]], Callable[..., A
 
 
 def output(path: str, function: Callable[[Any], Any]) -> Change:
-    """``function`` of the first output of the module at ``path``."""
+    """``function`` of the first output of the module at ``path``, or of some of its channels."""
+    def on_part(found: Any) -> Any:
+        if whole(path) == path:
+            return function(found)
+        changed = found.clone()
+        changed[index_of(path)] = function(found[index_of(path)])
+        return changed
+
     def make(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*arguments: Any, **named: Any) -> Any:
             found = run(*arguments, **named)
-            return (function(found[0]), *found[1:]) if isinstance(found, tuple) else function(found)
+            return (on_part(found[0]), *found[1:]) if isinstance(found, tuple) else on_part(found)
         return changed
-    return forward(path, make)
+    return forward(whole(path), make)
 
 
 def first_input(path: str, function: Callable[[Any], Any]) -> Change:
@@ -155,7 +162,10 @@ def globals_of(module: Any) -> dict[str, Any]:
 
 
 class _Scores(TorchFunctionMode):
-    """Attention from outside: the matmul before a softmax is query and key, and the softmax is the attention's."""
+    """Attention from outside: the matmul before a softmax is query and key, and the softmax is the attention's.
+
+    BLOOM's query and key meet in a product of their own kind, which its bias is added to.
+    """
 
     def __init__(self, query: Callable[[Any], Any] | None, softmax: Callable[[Any, Any], Any] | None) -> None:
         super().__init__()
@@ -168,6 +178,11 @@ class _Scores(TorchFunctionMode):
             first, self.fresh = self.fresh, not self.fresh
             if first and self.query:
                 return func(self.query(args[0]), *args[1:], **kwargs)
+        if func in ADDED_MATMUL and self.query:
+            added, *factors = *args, *(kwargs.pop(name) for name in ("batch1", "batch2") if name in kwargs)
+            if len(factors) == 2 and factors[0].dim() == 3:
+                return torch.baddbmm(added, self.query(factors[0]), factors[1], **kwargs)
+            return func(*args, *factors[len(args) - 1:], **kwargs)
         if func in SOFTMAX and self.softmax:
             return self.softmax(lambda x, **other: func(x, *args[1:], **{**kwargs, **other}), args[0])
         return func(*args, **kwargs)

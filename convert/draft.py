@@ -1,0 +1,114 @@
+"""``python -m convert.draft --torch CHECKPOINT --paddle CHECKPOINT``: a rule file for an unknown pair, to be finished.
+
+The draft says of every rule whether it is sure, and if not, what else could be. A square weight is never sure by its
+shape; where both checkpoints hold the same values, these decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli import described
+from .errors import BadInput, guarded
+
+if TYPE_CHECKING:
+    from .drafting import Draft
+    from .matching import Side
+    from .rules import Config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of a draft."""
+    options = _parser().parse_args(arguments)
+    return guarded(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the draft to ``--output``, or to stdout, and tell on stderr what is left to do."""
+    from contextlib import ExitStack
+
+    from .drafting import draft
+    output = Path(options.output) if options.output else None
+    if output and output.suffix != ".py":
+        raise BadInput(f"--output {output} does not end in .py; a family file is a Python file.")
+    if output and output.exists():
+        raise BadInput(f"{output} exists; it is not touched. Give another --output.")
+    with ExitStack() as stack:
+        torch, paddle = (_side(Path(name), stack) for name in (options.torch, options.paddle))
+        drafted = draft(torch, paddle, _config(Path(options.torch)))
+    if output:
+        try:
+            output.write_text(drafted.text, "utf-8")
+        except OSError as error:
+            raise BadInput(f"--output {output} cannot be written: {error.strerror}.") from error
+    else:
+        print(drafted.text, end="")
+    _tell(drafted, options, output)
+    return 0
+
+
+def _side(path: Path, stack: Any) -> Side:
+    """A checkpoint, or the JSON of a header: ``{"name": [2, 3], …}``."""
+    from .checkpoint import open_checkpoint, read_json
+    from .dtypes import to_float32
+    from .matching import Side
+    if path.suffix == ".json" and path.is_file():
+        shapes = read_json(path)
+        for name, shape in shapes.items():
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise BadInput(f"{path.name}: {name} is {str(shape)[:40]}; its shape is needed, as whole numbers.")
+        return Side(_named({name: tuple(shape) for name, shape in shapes.items()}, path))
+    checkpoint = stack.enter_context(open_checkpoint(path))
+    tensors = checkpoint.tensors
+    return Side(_named({name: tuple(info.shape) for name, info in tensors.items()}, path),
+                lambda name: to_float32(checkpoint.read(name), tensors[name].dtype.name))
+
+
+def _named(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Mapping[str, tuple[int, ...]]:
+    """``shapes``, after making sure that the names can stand in a family file."""
+    for name in shapes:
+        if not name.isprintable() or set(name) & set("{},\"'\\#"):
+            raise BadInput(f"{path.name}: no rule can name the tensor {name!r}.")
+    if not shapes:
+        raise BadInput(f"{path.name} names no tensor.")
+    return shapes
+
+
+def _config(path: Path) -> Config:
+    """The config.json beside torch's checkpoint; empty where there is none."""
+    from .checkpoint import read_json
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _tell(drafted: Draft, options: argparse.Namespace, output: Path | None) -> None:
+    sure = sum(line.sure for line in drafted.lines)
+    name = output or "my_family.py"
+    many = len(drafted.lines)
+    print(f"{output or 'draft'}: {many} rules, {sure} of them sure, {many - sure} to check; "
+          f"{drafted.torch_left} torch and {drafted.paddle_left} Paddle tensors have no counterpart.\n"
+          f"{drafted.fault or 'As it is, every tensor of both checkpoints has its rule.'}\n"
+          f"next: read what is marked `check`, then\n"
+          f"      python -m convert --family {name} --source {options.torch} --dry-run", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = described("python -m convert.draft", (
+        "Draft a family file from a torch and a Paddle checkpoint of one architecture, by values where both hold the\n"
+        f"same, else by names, shapes and order. Nothing in a checkpoint is run.{os.linesep}"
+        "The draft marks each rule as sure or to be checked; a square weight is never sure by its shape."))
+    add = parser.add_argument
+    told = "a checkpoint directory, one file, or a .json that holds {name: shape}"
+    add("--torch", metavar="CHECKPOINT", required=True, help=f"{told}; config.json beside it is read")
+    add("--paddle", metavar="CHECKPOINT", required=True, help=told)
+    add("--output", metavar="FILE", help="the family file to write; without it the draft is printed")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
