@@ -292,7 +292,7 @@ def activations(place: Place) -> Iterator[Variant]:
                 kind = "gelu-variant" if gelu and name in GELUS else "activation"
                 told = f"is {_spoken(name)} instead of {_spoken(right)}"
                 yield Variant(kind, f"{place.paddle(path.rpartition('.')[0])} activation", told,
-                              surgery.forward(path, lambda module, run, name=name: ACT2FN[name]))
+                              surgery.forward(path, lambda module, run, name=name: lambda x: ACT2FN[name](x)))
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
