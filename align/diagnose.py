@@ -129,7 +129,8 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
     run = session.run
     moves = {move.target: move for move in run.plan.moves}
     paths = {target: path for path, target in session.run.paddle_names.items()}
-    model = dict(session.reference.model.named_parameters(remove_duplicate=False))
+    model = session.reference.model
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
 
     def inverted(move: Move, array: np.ndarray) -> np.ndarray:
         scalar = array.size == math.prod(move.source_shape or move.shape) == 1
@@ -156,7 +157,7 @@ def _wrong_weights(session: Session) -> Iterator[_Wrong]:
         kind = found.kind
         if move.filling:
             kind = "untied-weight" if move.filling.copies else "wrong-buffer"
-        yield _Wrong(name, path if path and whole(path) in model else None, array, kind, found.told, found.peer)
+        yield _Wrong(name, path if path and whole(path) in known else None, array, kind, found.told, found.peer)
 
 
 def _heads(session: Session) -> int | None:
@@ -368,7 +369,7 @@ _Found = tuple[Explanation, Any]
 
 def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> _Found | None:
     """The one variant in the catalogue that reproduces the candidate."""
-    from .explanations import surgery
+    from .explanations import pictures, surgery
     from .explanations.operations import CATALOGUE, Variant
     base = surgery.weights({case.below(weight): case.tensor(weight.held) for weight in wrong if weight.path})
     if wrong:
@@ -377,7 +378,7 @@ def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> _Found | None:
             return None
     beside = f" (and with {wrong[0].name} as the candidate holds it)" if wrong else ""
     fits: list[_Fit] = []
-    for idea in CATALOGUE:
+    for idea in (*CATALOGUE, *pictures.CATALOGUE):
         case.session.advance(f"explaining {case.name}: {idea.about}")
         for found in idea.variants(case.place):
             if isinstance(found, Variant):

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 import models.bert
 import models.gptj
-from convert import bert, bloom, gpt2, gptj, opt
+from convert import bert, bloom, gpt2, gptj, opt, resnet
 from models.activation import activation
 from models.attention import heads_first
 from models.pretrained import Pretrained
@@ -46,7 +46,7 @@ Place = Literal["checkpoint", "config", "net"]
 
 SEED = 20260707
 FAMILIES = {family.name: family for family in (
-    bert.FAMILY, bloom.FAMILY, gpt2.FAMILY, gptj.FAMILY, opt.FAMILY)}
+    bert.FAMILY, bloom.FAMILY, gpt2.FAMILY, gptj.FAMILY, opt.FAMILY, resnet.FAMILY)}
 
 
 class NotPlanted(Exception):
@@ -91,7 +91,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "swapped": ("swapped-weights", "qkv-order"),
     "layers": ("swapped-layers", "shifted-layers", "swapped-weights"),
     "activation": ("gelu-variant", "activation"),
-    "epsilon": ("layer-norm-epsilon",),
+    "epsilon": ("layer-norm-epsilon", "batch-norm-epsilon"),
     "bias missing": ("missing-bias",),
     "untied": ("untied-weight", "tied-weights"),
     "rotary style": ("rotary-style",),
@@ -130,6 +130,16 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "sign": ("sign",),
     "zeros": ("constant-weight",),
     "not finite": ("nonfinite-weight",),
+    "kernel": ("flipped-kernel",),
+    "channels": ("channel-order",),
+    "statistics": ("missing-statistics",),
+    "of the batch": ("batch-statistics",),
+    "batch norm missing": ("batch-norm-missing",),
+    "stride": ("stride-placement",),
+    "borders": ("padding-mode",),
+    "dilation": ("dilation",),
+    "pooling kind": ("pooling-kind",),
+    "late shortcut": ("residual-placement",),
 }
 """The words of this file, and the kinds of explanation that say the same."""
 
@@ -196,6 +206,8 @@ BERT = Names("bert", "bert.encoder.layers.{}", dict(
     "bert.embeddings", "prediction_logits", {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.decoder_bias"}, "activation")
+RESNET = Names("resnet", "layer2.{}", {part: part for part in ("conv1", "conv2", "conv3", "bn1", "bn2", "bn3")}, "",
+               "conv1", "logits", {}, "relu")
 GPT2 = Names("gpt2", "gpt.decoder.layers.{}", BERT.parts, "gpt.embeddings.word_embeddings.weight",
              "gpt.embeddings.dropout", "logits", {}, "activation")
 ALL = (GPTJ, BERT, GPT2)
@@ -343,6 +355,12 @@ def cut_per_head(names: Names) -> Edit:
             pieces = fused.reshape(*fused.shape[:-1], HEADS, 3, -1)
             for number, key in enumerate(keys):
                 tensors[key] = pieces[..., number, :].reshape(tensors[key].shape)
+    return edit
+
+
+def swap_tensors(one: str, other: str) -> Edit:
+    def edit(tensors: Tensors) -> None:
+        tensors[one], tensors[other] = tensors[other], tensors[one]
     return edit
 
 
@@ -885,6 +903,75 @@ def half_precision_block(net: Any) -> None:
     attention.forward = changed
 
 
+# Wrong nets of convolutions -------------------------------------------------------------------------------------------
+
+
+def block_of(net: Any) -> Any:
+    """layer2.1, a bottleneck without a shortcut of its own."""
+    return net.layer2[1]
+
+
+def bottleneck(first: bool = True, last: bool = True, residual: bool = True, late: bool = False,
+               rounded: bool = False) -> Break:
+    """layer2.1 without its first relu, its last, its shortcut; with the shortcut behind the last relu; in float16."""
+    def break_net(net: Any) -> None:
+        block = block_of(net)
+
+        def forward(x: Any) -> Any:
+            inner = block.bn1(block.conv1(x))
+            inner = block.bn2(block.conv2(block.relu(inner) if first else inner))
+            found = block.bn3(block.conv3(block.relu(inner)))
+            if late:
+                return block.relu(found) + x
+            found = found + x if residual else found
+            found = block.relu(found) if last else found
+            return found.astype("float16").astype("float32") if rounded else found
+        block.forward = forward
+    return break_net
+
+
+def normalised_by_the_batch(net: Any) -> None:
+    norm = block_of(net).bn2
+    norm.forward = lambda x: F.batch_norm(x, norm._mean.clone(), norm._variance.clone(), norm.weight, norm.bias,
+                                          training=True, epsilon=norm._epsilon)
+
+
+def setting(path: str, **values: Any) -> Break:
+    """Plain attributes of the layer at ``path``."""
+    def break_net(net: Any) -> None:
+        layer = dict(net.named_sublayers())[path]
+        for name, value in values.items():
+            if not hasattr(layer, name):
+                raise NotPlanted(f"{path} has no {name}")
+            setattr(layer, name, value)
+    return break_net
+
+
+def running(path: str, make: Callable[[Any], Callable[[Any], Any]]) -> Break:
+    """Another forward, made of the layer at ``path``."""
+    def break_net(net: Any) -> None:
+        layer = dict(net.named_sublayers())[path]
+        layer.forward = make(layer)
+    return break_net
+
+
+def mirrored(layer: Any) -> Callable[[Any], Any]:
+    """A 3 x 3 convolution with its input mirrored at the borders."""
+    return lambda x: F.conv2d(F.pad(x, [1, 1, 1, 1], mode="reflect"), layer.weight)
+
+
+def stride_first(net: Any) -> None:
+    """layer2.0 with the stride of its second convolution in its first."""
+    first, second = net.layer2[0].conv1, net.layer2[0].conv2
+    first._stride, second._stride = second._stride, first._stride
+
+
+def blocks_in_another_order(net: Any) -> None:
+    """layer2.2 runs before layer2.1."""
+    first, second, third = net.layer2._sub_layers.values()
+    net.layer2.forward = lambda x: second(third(first(x)))
+
+
 # The list -----------------------------------------------------------------------------------------------------------
 
 
@@ -1176,6 +1263,72 @@ def _gpt2() -> Iterator[list[Fault]]:
                  scale_attn_by_inverse_layer_idx=True)
 
 
+def _resnet() -> Iterator[list[Fault]]:
+    n = RESNET
+    middle, conv2, bn2, stem, head = n.at(1), n.weight("conv2", 1), n("bn2", 1), ("conv1*",), ("fc*", "logits*")
+    kernel, norm, named = n.named(1, "conv2"), n.named(1, "bn2"), n.named
+    yield weights(n, "missed transpose of the classifier", transpose("fc.weight"), "logits", head, "transposed")
+    for kind, function, explanation in (
+            ("kernel turned", lambda x: x[:, :, ::-1, ::-1], "kernel"),
+            ("kernel's height and width exchanged", lambda x: x.swapaxes(2, 3), "kernel"),
+            ("input and output channels exchanged", lambda x: x.swapaxes(0, 1), "transposed"),
+            ("kernel rounded to fp16", fp16, "rounded to fp16"),
+            ("kernel rounded to bf16", bf16, "rounded to bf16")):
+        yield weights(n, kind, change(conv2, function), middle, kernel, explanation)
+    yield weights(n, "pictures taken as BGR", change("conv1.weight", lambda x: x[:, ::-1]), "conv1", stem, "channels",
+                  also="permuted")
+    yield weights(n, "element of a kernel changed by 1 %", change(conv2, typical_element(lambda x: x * 1.01)), middle,
+                  kernel)
+    yield weights(n, "running statistics not loaded", several(
+        change(f"{bn2}._mean", np.zeros_like), change(f"{bn2}._variance", np.ones_like)), middle, norm, None,
+        also="statistics|zeros|bias missing")
+    yield weights(n, "running statistics of another norm", several(
+        swap_tensors(f"{bn2}._mean", f"{n('bn1', 1)}._mean"),
+        swap_tensors(f"{bn2}._variance", f"{n('bn1', 1)}._variance")), middle, named(1, "bn1", "bn2"), also="swapped")
+    yield weights(n, "standard deviation kept for the variance", change(f"{bn2}._variance", np.sqrt), middle, norm)
+    yield weights(n, "variance biased by one in a thousand", change(f"{bn2}._variance", lambda x: x * np.float32(
+        0.999)), middle, norm, also="scaled")
+    yield weights(n, "batch norm x 1.0005", change(f"{bn2}.weight", lambda x: x * np.float32(1.0005)), middle, norm,
+                  also="scaled")
+    yield weights(n, "batch norm bias dropped", change(f"{bn2}.bias", np.zeros_like), middle, norm, "bias missing",
+                  also="zeros")
+    yield weights(n, "blocks hold each other's weights", exchange((middle, n.at(2))), middle,
+                  (middle, n.at(2), "layer2.[12].*"), "layers")
+    yield weights(n, "NaN in one kernel", change(conv2, element(11, lambda value: math.nan)), middle, kernel,
+                  also="not finite", why="Paddle's relu makes zeros of it")
+    yield weights(n, "shortcut's kernel zeroed", change("layer2.0.downsample.0.weight", np.zeros_like), n.at(0),
+                  ("layer2.0.downsample.0*",), also="zeros|branch")
+    yield invisible(n, "one ulp in one kernel", change(conv2, element(5, lambda value: np.nextafter(
+        value, np.float32(np.inf)))), kernel, "below the rounding of the sums it enters")
+    yield code(n, "batch norm epsilon 1e-3", setting(bn2, _epsilon=1e-3), middle, norm, "epsilon")
+    yield code(n, "batch norm epsilon 1e-6", setting(bn2, _epsilon=1e-6), middle, norm, "epsilon")
+    yield code(n, "batch norm left in training", normalised_by_the_batch, middle, norm, "of the batch")
+    yield code(n, "batch norm missing", running(bn2, lambda layer: lambda x: x), middle, norm, "batch norm missing")
+    relu = (f"{middle}: relu*", f"{middle} activation*")
+    yield code(n, "first relu missing", bottleneck(first=False), middle, relu, "activation")
+    yield code(n, "last relu missing", bottleneck(last=False), middle, (*n.wiring(1), *relu), "activation")
+    yield code(n, "relu of the stem missing", running("relu", lambda layer: lambda x: x), "relu", ("relu*",),
+               "activation")
+    yield code(n, "shortcut missing", bottleneck(residual=False), middle, n.wiring(1), "residual")
+    yield code(n, "shortcut behind the relu", bottleneck(late=True), middle, n.wiring(1), "late shortcut")
+    yield code(n, "block rounded to fp16", bottleneck(rounded=True), middle, n.wiring(1))
+    yield code(n, "stride in the first convolution", stride_first, n.at(0), ("layer2.0*",), "stride")
+    yield code(n, "borders mirrored", running(n("conv2", 1), mirrored), middle, kernel, "borders")
+    yield code(n, "dilation 2", setting(n("conv2", 1), _dilation=[2, 2], _updated_padding=[2, 2], _padding=[2, 2]),
+               middle, kernel, "dilation")
+    yield code(n, "mean instead of the largest", running("maxpool", lambda layer: lambda x: F.avg_pool2d(x, 3, 2, 1)),
+               "maxpool", ("maxpool*",), "pooling kind")
+    yield code(n, "maps rounded up", setting("maxpool", ceil_mode=True), "maxpool", ("maxpool*",))
+    yield code(n, "largest instead of the mean", running(
+        "avgpool", lambda layer: lambda x: F.adaptive_max_pool2d(x, 1)), "avgpool", ("avgpool*",), "pooling kind")
+    yield code(n, "blocks of a stage run in the wrong order", blocks_in_another_order, middle,
+               (*n.wiring(1), *n.wiring(2)), why="each block by itself is right")
+    yield config(n, "stride of the config in the first convolution", n.at(0), ("layer[2-4].0*",), "stride",
+                 downsample_in_bottleneck=True)
+    yield config(n, "stride of the config in the first stage", "layer1.0", ("layer1.0*",), None,
+                 downsample_in_first_stage=True)
+
+
 def _paddlenlp() -> Iterator[list[Fault]]:
     """PaddleNLP's GPT-J takes its causal mask from the file."""
     def all_visible(tensors: Tensors) -> None:
@@ -1194,7 +1347,7 @@ def _parameters(names: Names) -> tuple[str, ...]:
 
 FAULTS: tuple[Fault, ...] = tuple(fault for group in (
     *(found for names in ALL for found in (_wrong_weights(names), _wrong_code(names))), _gptj(), _bert(), _gpt2(),
-    _paddlenlp())
+    _resnet(), _paddlenlp())
     for faults in group for fault in faults)
 KINDS = SimpleNamespace(all=frozenset(fault.kind for fault in FAULTS), unexplained=frozenset(
     fault.kind for fault in FAULTS if fault.explanation is None and not fault.also and fault.visible))

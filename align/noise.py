@@ -13,9 +13,10 @@ and of K reordered ones are pooled, and Paddle's error is judged against the poo
 
 with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that, nor, in a channel
 or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms. The last
-three speak of distributions, and are asked only where there are enough rows or channels to have one. Where torch
-makes no error at all (a lookup), equality is asked. A head of few elements (next-sentence scores, a small classifier)
-has no distribution at all, and luck decides how much its sums cancel; there it is
+three speak of distributions, and are asked only where there are enough rows or channels to have one; a channel of which
+a relu leaves fewer rows than that is judged by the others. Where torch makes no error at all (a lookup), equality is
+asked. A head of few elements (next-sentence scores, a small classifier) has no distribution at all, and luck decides
+how much its sums cancel; there it is
 
     few      rms(e)                                 against  max(T, max(eps, rho) S),   S = rms(|h| |W|^T + |b|)
 
@@ -102,8 +103,10 @@ class NoiseFloor:
             ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
             floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * rows[0] + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
-        if x.shape[0] >= ENOUGH:
-            ratios["channel"] = _largest_ratio(columns[2], np.maximum(columns[1], unit * columns[0] + least))
+        live = np.count_nonzero((x != 0) | (s != 0) | (e != 0), axis=0) >= ENOUGH
+        if live.any():
+            floor = np.maximum(columns[1], unit * columns[0] + least)
+            ratios["channel"] = _largest_ratio(columns[2][live], floor[live])
         asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
 

@@ -92,9 +92,15 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 def _files_of_one_format(repository: str, sizes: dict[str, Any]) -> list[str]:
     for patterns in FORMATS:
         if patterns[0] in sizes:
+            wanted = (*patterns, *COMPANIONS)
             return [name for name in sizes
-                    if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, *COMPANIONS))]
+                    if _is_code(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
     raise BadInput(f"{repository} has no safetensors and no pytorch_model.bin; its files are {', '.join(sizes)[:200]}.")
+
+
+def _is_code(name: str) -> bool:
+    """Code beside the weights: ChatGLM's torch side, for align to run if the user says so. Nothing here runs it."""
+    return name.endswith(".py") and "/" not in name
 
 
 def _require_space(cache: Path, needed: int, repository: str) -> None:

@@ -230,6 +230,7 @@ def batch_norm(name: str, size: Size, to: str | None = None, *, also: Sequence[s
              for rule in keep(f"{name}.{torch}", size, to=f"{to or name}.{paddle}",
                               also=[f"{other}.{torch}" for other in also], when=when)]
     tracked = drop(f"{name}.num_batches_tracked", also=[f"{other}.num_batches_tracked" for other in also], when=when,
+                   returns="int64",
                    why="how many batches training has seen: torch asks only where momentum is None; Paddle has none")
     return moved + tracked
 

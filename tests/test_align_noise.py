@@ -248,6 +248,20 @@ def test_one_bad_row_and_one_bad_channel_show_in_their_own_tests():
     assert ratios(floor, channel)["total"] < 4
 
 
+def test_a_channel_of_which_a_relu_leaves_few_rows_has_no_distribution_unless_the_candidate_gives_it_one():
+    oracle = np.ones((100, 64))
+    oracle[:, 5] = 0.0
+    oracle[:9, 5] = 1e-3
+    noisy = oracle + 1e-6 * (oracle != 0)
+    noisy[:9, 5] = oracle[:9, 5] + 1e-8
+    candidate = noisy.copy()
+    candidate[:9, 5] += 2e-6
+    assert ratios(floor_of(oracle, noisy), candidate)["channel"] == pytest.approx(1, rel=1e-3)
+    assert ratios(floor_of(oracle, noisy), candidate)["peak"] == pytest.approx(2, rel=0.1)
+    candidate[:30, 5] += 2e-6
+    assert ratios(floor_of(oracle, noisy), candidate)["channel"] > 9
+
+
 def test_nobody_is_asked_for_less_than_half_a_unit_in_the_last_place():
     oracle = np.full((32, 32), 3.0)
     floor = floor_of(oracle, oracle + 1e-12)

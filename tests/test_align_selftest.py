@@ -58,7 +58,7 @@ def test_there_are_at_least_40_kinds_and_8_of_them_have_no_explanation():
     assert len(faults.KINDS.unexplained) >= 8
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
     assert {(fault.family, fault.place) for fault in FAULTS} == {
-        (family, place) for family in ("gptj", "bert", "gpt2") for place in ("checkpoint", "config", "net")}
+        (family, place) for family in ("gptj", "bert", "gpt2", "resnet") for place in ("checkpoint", "config", "net")}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -9,6 +9,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from chatglm_fixtures import save_checkpoint
 from safetensors.torch import load_file
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -85,8 +86,8 @@ def environment(tmp_path, endpoint):
             "NO_PROXY": "*", "no_proxy": "*"}
 
 
-def convert_in_a_process(environment, *arguments):
-    command = [sys.executable, "-m", "convert.gptj", *arguments]
+def convert_in_a_process(environment, *arguments, family="gptj"):
+    command = [sys.executable, "-m", f"convert.{family}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -121,6 +122,19 @@ def test_a_repository_of_bins(shards, torch_model, tmp_path, serve, workdir):
     result = convert_in_a_process(hub, "--source", "someone/tiny")
     assert result.returncode == 0, result.stderr
     assert {name for _, name in asked} == {file.name for file in (tmp_path / "repo").iterdir()}
+
+
+def test_code_beside_the_weights_comes_along_and_is_not_run(tmp_path, serve, workdir):
+    repository, marker = save_checkpoint(tmp_path / "repo", binary=True), tmp_path / "ran"
+    for file in repository.glob("*.py"):
+        file.write_text(f"open({str(marker)!r}, 'w').close()\n" + file.read_text())
+    (repository / "README.md").write_text("")
+    hub, asked = serve(repository)
+    result = convert_in_a_process(hub, "--source", "someone/tiny", family="chatglm")
+    assert result.returncode == 0, result.stderr
+    assert {name for _, name in asked} == {"config.json", "configuration_chatglm.py", "modeling_chatglm.py",
+                                           "pytorch_model.bin"}
+    assert not marker.exists()
 
 
 REFUSALS = {

@@ -300,7 +300,7 @@ def test_defaults_are_those_of_the_published_config_class():
                                          ("ChatGLMForConditionalGeneration", "ChatGLMForCausalLM")])
 def test_keys_and_shapes_are_those_of_paddlenlp(head, theirs):
     from paddlenlp.transformers.chatglm import configuration, modeling
-    expected = getattr(modeling, theirs)(configuration.ChatGLMConfig.from_dict(TINY)).state_dict()
+    expected = getattr(modeling, theirs)(configuration.ChatGLMConfig.from_dict(dict(TINY))).state_dict()
     ours = model_class(TINY, head).from_config(TINY).state_dict()
     assert {name: tuple(value.shape) for name, value in ours.items()} == {
         name: tuple(value.shape) for name, value in expected.items()}

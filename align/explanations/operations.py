@@ -208,11 +208,13 @@ def other_head_weights(place: Place) -> Iterator[Variant]:
 # Layer norm and activation --------------------------------------------------------------------------------------------
 
 def epsilons(place: Place) -> Iterator[Variant | Dial]:
-    norms = {path: module for path, module in place.modules(nn.LayerNorm)}
+    kinds = {nn.LayerNorm: "layer norm", nn.BatchNorm2d: "batch norm"}
+    norms = {path: module for path, module in place.modules(*kinds)}
     groups = [(place.paddle(path), [path]) for path in norms]
     if len(norms) > 1:
-        groups.append((f"{place.name} layer norms", list(norms)))
+        groups.append((f"{place.name} {kinds[type(next(iter(norms.values())))]}s", list(norms)))
     for subject, paths in groups:
+        kind = f"{kinds[type(norms[paths[0]])].replace(' ', '-')}-epsilon"
         right = norms[paths[0]].eps
 
         def change(value: float, paths: list[str] = paths) -> Change:
@@ -222,8 +224,8 @@ def epsilons(place: Place) -> Iterator[Variant | Dial]:
             return f"has epsilon {value:.3g} instead of {right:g}"
         for value in EPSILONS:
             if value != right:
-                yield Variant("layer-norm-epsilon", subject, told(value), change(value), len(paths))
-        yield Dial("layer-norm-epsilon", subject, told, change, (right or 1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0),
+                yield Variant(kind, subject, told(value), change(value), len(paths))
+        yield Dial(kind, subject, told, change, (right or 1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0),
                    len(paths))
 
 
@@ -266,7 +268,7 @@ def activations(place: Place) -> Iterator[Variant]:
                 kind = "gelu-variant" if gelu and name in GELUS else "activation"
                 told = f"is {_spoken(name)} instead of {_spoken(right)}"
                 yield Variant(kind, f"{place.paddle(path.rpartition('.')[0])} activation", told,
-                              surgery.submodule(path, lambda old, name=name: ACT2FN[name]))
+                              surgery.forward(path, lambda module, run, name=name: ACT2FN[name]))
 
 
 # Attention ------------------------------------------------------------------------------------------------------------

@@ -29,23 +29,24 @@ def together(*changes: Change) -> Change:
 
 
 def weights(tensors: Mapping[str, Any]) -> Change:
-    """Other parameters, or parts of them, by path below the root. A tied one is changed where it is named, and only
-    there."""
+    """Other parameters, or parts of them, and other buffers, by path below the root. A tied one is changed where it is
+    named, and only there."""
     @contextmanager
     def change(root: Any) -> Iterator[None]:
         before = {}
         for path, tensor in tensors.items():
             module, _, attribute = whole(path).rpartition(".")
             owner = root.get_submodule(module)
-            held = owner._parameters[attribute]
-            before.setdefault(whole(path), (owner, attribute, held))
-            changed = _with_part(held, path, tensor) if whole(path) != path else tensor
-            owner._parameters[attribute] = torch.nn.Parameter(changed.to(held.dtype), requires_grad=False)
+            table = owner._parameters if attribute in owner._parameters else owner._buffers
+            held = table[attribute]
+            before.setdefault(whole(path), (table, attribute, held))
+            changed = (_with_part(held, path, tensor) if whole(path) != path else tensor).to(held.dtype)
+            table[attribute] = changed if table is owner._buffers else torch.nn.Parameter(changed, requires_grad=False)
         try:
             yield
         finally:
-            for owner, attribute, held in before.values():
-                owner._parameters[attribute] = held
+            for table, attribute, held in before.values():
+                table[attribute] = held
     return change
 
 

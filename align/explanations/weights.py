@@ -31,7 +31,7 @@ def difference(expected: np.ndarray, held: np.ndarray, peers: Peers, heads: int 
     if not np.isfinite(held).all():
         broken = held.size - int(np.isfinite(held).sum())
         return Difference("nonfinite-weight", f"holds {broken} elements that are NaN or inf")
-    for relation in (_transposed, _rounded, _constant, _few_elements, _few_rows, _scaled):
+    for relation in (_transposed, _kernel, _rounded, _constant, _few_elements, _few_rows, _scaled):
         found = relation(expected, held)
         if found:
             return found
@@ -61,6 +61,20 @@ def parts_of(pieces: list[np.ndarray], held: list[np.ndarray], heads: int) -> st
 def _transposed(expected: np.ndarray, held: np.ndarray) -> Difference | None:
     if expected.ndim == 2 and expected.T.shape == held.shape and np.array_equal(expected.T, held):
         return Difference("transposed-weight", "is transposed")
+    return None
+
+
+def _kernel(expected: np.ndarray, held: np.ndarray) -> Difference | None:
+    """A convolution's, [out, in, height, width]."""
+    if expected.ndim != 4:
+        return None
+    for kind, told, changed in (
+            ("flipped-kernel", "is turned by 180 degrees", expected[:, :, ::-1, ::-1]),
+            ("flipped-kernel", "has height and width exchanged", expected.swapaxes(2, 3)),
+            ("transposed-weight", "has input and output channels exchanged", expected.swapaxes(0, 1)),
+            ("channel-order", "has its input channels in reverse", expected[:, ::-1])):
+        if np.array_equal(changed, held):
+            return Difference(kind, told)
     return None
 
 
