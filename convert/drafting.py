@@ -412,7 +412,7 @@ class _Sizes:
                     return f'"{word}"'
         for more in (1, 2):
             for key in (*KEYS["positions"], *KEYS["vocab"]):
-                if self.known.get(key, 0) + more == size:
+                if key in self.known and self.known[key] + more == size:
                     word = f"{next(word for word, keys in KEYS.items() if key in keys)} and {more}"
                     self.used[word] = (f'size_of(config, "{key}") + {more}', f"{size} is {key} + {more}")
                     return f'"{word}"'

@@ -281,7 +281,7 @@ class _Matcher:
                 + WEIGHTS["values"] * (self.values is not None and self.values.same(pairs)))
 
     def _rank(self, module: Module, rivals: Sequence[Module]) -> float:
-        """Where ``module`` stands among ``rivals``, from 0 to 1; by name, unless both files have orders of their own."""
+        """Where ``module`` stands among ``rivals``, 0 to 1; by name, unless both files have orders of their own."""
         ranked = sorted(rivals, key=lambda rival: rival.place if self.ordered else rival.path)
         return ranked.index(module) / max(1, len(ranked) - 1)
 

@@ -264,7 +264,7 @@ class _Pouring:
         wanted = dtype if self.dtype == "keep" or not dtype.floating else BY_NAME[self.dtype]
         for number, target in enumerate(rule.targets):
             gather = rule.gather(self.sizes, number)
-            taken = rule.taken_shape(self.sizes, number) if gather else infos[0].shape
+            taken = rule.taken_shape(self.sizes, number) if gather or not rule.shape else infos[0].shape
             self.moves.append(Move(target, rule, present, None, taken, dtype, rule.turned_shape(taken), wanted, gather))
 
     def _make(self, rule: Rule) -> None:
@@ -301,7 +301,7 @@ class _Pouring:
     def _misfits(self, name: str, rule: Rule, number: int) -> list[str]:
         info, expected = self.header[name], rule.source_shape(self.sizes, number)
         faults = []
-        if info.shape != expected:
+        if info.shape != expected and (info.shape, expected) != ((1,), ()):  # a scalar, as a result for Paddle has it
             faults.append(f"{name} has shape {list(info.shape)}, the config asks for {list(expected)} "
                           f"({' x '.join(_worded(size, self.sizes) for size in rule.shape) or 'a scalar'}).")
         if not info.dtype.floating:
