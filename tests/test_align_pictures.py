@@ -4,11 +4,18 @@ import io
 import json
 
 import numpy as np
+import paddle
 import pytest
+import torch
+from align_fixtures import Workshop, all_aligned
+from datasets import Dataset
 from PIL import Image
+from resnet_fixtures import TINY, reference
 
 from align.inputs import DEVIATION, MEAN
+from align.paddle_net import probed as probed_in_paddle
 from align.pictures import IMAGENET, PROCESSOR, as_array, draw, drawn, load_processor, prepared
+from align.torch_side import probed as probed_in_torch
 from convert.errors import BadInput
 
 
@@ -84,3 +91,123 @@ def test_a_rows_image_may_be_an_array_a_picture_or_a_file(tmp_path):
 def test_what_is_no_picture_is_refused_by_its_row(value):
     with pytest.raises(BadInput, match="row 7 of the data set has an image that is no picture"):
         as_array(value, 7, 3)
+
+
+# Sets, and the stage that runs on them --------------------------------------------------------------------------------
+
+SMALL = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 40}, "crop_pct": 0.8}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """With a tiny basic ResNet that is converted as run ``tiny``."""
+    found = Workshop(tmp_path_factory.mktemp("pictures"))
+    source = found.root / "source"
+    reference(layer_type="basic", num_labels=12).save_pretrained(source)
+    (source / PROCESSOR).write_text(json.dumps(SMALL))
+    found.convert("resnet", source, "tiny")
+    return found
+
+
+@pytest.fixture(scope="module")
+def parquet(shop):
+    """Twelve pictures in two modes and many sizes, as the datasets library writes them."""
+    rows = [{"photo": {"bytes": encoded(draw(number), "L" if number % 3 == 0 else "RGB"), "path": None},
+             "thing": number % 12} for number in range(12)]
+    from datasets import Features, Value
+    from datasets import Image as Picture
+    Dataset.from_list(rows, features=Features({"photo": Picture(), "thing": Value("int64")})).to_parquet(
+        shop.root / "set.parquet")
+    return shop.root / "set.parquet"
+
+
+def metric(shop, *flags):
+    return shop.align("metric", "tiny", *flags)
+
+
+def test_a_set_with_an_image_column_is_measured_in_the_words_of_sklearn(shop, parquet):
+    outcome = metric(shop, "--dataset", str(parquet), "--columns", "image=photo,label=thing")
+    assert all_aligned({"metric": outcome})
+    assert any("12 of the" in note and "preprocessed as the source does: 3 x 40 x 40 each" in note
+               for note in outcome.report["notes"])
+    processor, _ = load_processor(shop.root / "source", 3)
+    pixels = np.stack([prepared(processor, as_array(Image.open(io.BytesIO(
+        encoded(draw(number), "L" if number % 3 == 0 else "RGB"))), 0, 3)) for number in range(12)])
+    with torch.no_grad():
+        logits = reference(layer_type="basic", num_labels=12)(torch.tensor(pixels)).logits.numpy()
+    from sklearn.metrics import top_k_accuracy_score
+    expected = {f"top{k}_accuracy": top_k_accuracy_score(np.arange(12), logits, k=k, labels=range(12)) for k in (1, 5)}
+    assert {name: value["reference"] for name, value in outcome.report["values"].items()} == expected
+
+
+def test_a_directory_of_pictures_by_class_is_a_set(shop):
+    for number in range(4):
+        file = shop.root / "folder" / "test" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(draw(number)))
+    outcome = metric(shop, "--dataset", str(shop.root / "folder"))
+    assert all_aligned({"metric": outcome})
+    assert any(note.startswith("Data: 4 of the") for note in outcome.report["notes"])
+
+
+def test_pictures_are_recorded_for_the_other_environment_and_give_the_same_report(shop, parquet):
+    flags = ("--dataset", str(parquet), "--columns", "image=photo,label=thing")
+    together = metric(shop, *flags)
+    assert metric(shop, *flags, "--only", "reference").code == 0
+    parquet.rename(parquet.with_suffix(".away"))  # the candidate is fed what was recorded
+    try:
+        assert metric(shop, "--only", "candidate").code == 0
+        apart = metric(shop, "--compare")
+    finally:
+        parquet.with_suffix(".away").rename(parquet)
+    assert apart.code == 0
+    assert [apart.report[key] for key in ("tensors", "values", "inputs_digest")] == [
+        together.report[key] for key in ("tensors", "values", "inputs_digest")]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--columns", "label=thing"), "needs the column image"),
+    (("--columns", "image=photo"), "needs the column label"),
+    (("--columns", "image=thing,label=thing"), "row 0 of the data set has an image that is no picture"),
+    (("--columns", "image=photo,label=photo"), "a whole number is needed")])
+def test_a_set_that_cannot_be_used_is_told_in_a_sentence(shop, parquet, flags, says):
+    outcome = metric(shop, "--dataset", str(parquet), *flags)
+    assert outcome.code == 2 and says in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+def test_a_preprocessor_that_leaves_pictures_of_several_shapes_is_told(shop, tmp_path):
+    source = tmp_path / "source"
+    reference(layer_type="basic").save_pretrained(source)
+    (source / PROCESSOR).write_text(json.dumps(SMALL | {"do_resize": False}))
+    shop.convert("resnet", source, "uncropped")
+    outcome = shop.align("metric", "uncropped", "--limit", "4")
+    assert outcome.code == 2 and "pictures of several shapes (3 x 96 x 128, 3 x 97 x 97" in outcome.stderr
+
+
+def test_a_model_of_five_channels_has_no_pictures_to_be_measured_on(shop, tmp_path):
+    reference(layer_type="basic", num_channels=5).save_pretrained(tmp_path / "source")
+    shop.convert("resnet", tmp_path / "source", "five")
+    outcome = shop.align("metric", "five")
+    assert outcome.code == 2 and "this model takes 5" in outcome.stderr
+
+
+# A batch norm's epsilon -----------------------------------------------------------------------------------------------
+
+def test_an_epsilon_that_a_large_running_variance_hides_shows_on_a_small_input():
+    x = np.random.default_rng(0).standard_normal((2, 8, 5, 5)).astype("float32") * 100
+    torchs, paddles = torch.nn.BatchNorm2d(8).eval(), paddle.nn.BatchNorm2D(8, epsilon=2e-5)
+    paddles.eval()
+    for statistic, array in (("mean", np.full(8, 3.0)), ("var", np.full(8, 1e4))):
+        getattr(torchs, f"running_{statistic}").copy_(torch.tensor(array))
+        {"mean": paddles._mean, "var": paddles._variance}[statistic].set_value(array.astype("float32"))
+    with torch.no_grad(), paddle.no_grad():
+        ordinary = torchs(torch.tensor(x)).numpy(), paddles(paddle.to_tensor(x)).numpy()
+        small = probed_in_torch(torchs, torch.tensor(x / 1e5)), probed_in_paddle(paddles, paddle.to_tensor(x / 1e5))
+        again = torchs(torch.tensor(x)).numpy(), paddles(paddle.to_tensor(x)).numpy()
+    np.testing.assert_allclose(*ordinary, rtol=1e-5, atol=1e-6)
+    assert np.abs(small[0] - small[1]).max() > 0.2 * np.abs(small[0]).max()
+    assert all((one == other).all() for one, other in zip(ordinary, again, strict=True))
+
+
+def test_the_drawn_set_asks_for_labels_that_the_model_has():
+    assert max(row["label"] for row in drawn(64, TINY["num_labels"])) < TINY["num_labels"]

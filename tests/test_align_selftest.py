@@ -17,6 +17,8 @@ SAMPLE = (*SUBTLE, *INVISIBLE, "missed transpose of q/gptj/checkpoint", "q and k
           "mask of -10 on one row/bert/net", "wrong constant in the rotary table/gptj/net",
           "heads of the config halved/bert/config", "NaN in one weight/gptj/net-weights",
           "blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net",
+          "batch norm epsilon 1e-6/resnet/net", "missed transpose of the classifier/resnet/net-weights",
+          "running statistics not loaded/resnet/checkpoint", "stride in the first convolution/resnet/net",
           "heads of the config halved/gpt2/config", "q, k and v cut per head from the fused matrix/gpt2/net-weights")
 
 

@@ -138,6 +138,14 @@ def test_unrounded_frequencies_are_explained(workshop, run, broken):
     assert "unrounded; in the reference they are rounded to float16" in told["sentence"]
 
 
+@pytest.mark.parametrize("layers", [1, 28])
+def test_another_residual_scale_is_explained(workshop, run, broken, layers):
+    broken("ChatGLMBlock.__init__", with_alpha((2 * layers) ** 0.5))
+    told = workshop.align("forward", run, TRUST).report["diagnosis"]
+    assert told["kind"] == "residual-scale"
+    assert f"as with {layers} layers instead of 3" in told["sentence"]
+
+
 def test_a_wrong_epsilon_shows_on_a_small_input(workshop, run, broken):
     broken("LayerNorm", lambda old: lambda width, epsilon: old(width, 1e-6))
     outcome = workshop.align("forward", run, TRUST)

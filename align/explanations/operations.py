@@ -292,7 +292,7 @@ def activations(place: Place) -> Iterator[Variant]:
                 kind = "gelu-variant" if gelu and name in GELUS else "activation"
                 told = f"is {_spoken(name)} instead of {_spoken(right)}"
                 yield Variant(kind, f"{place.paddle(path.rpartition('.')[0])} activation", told,
-                              surgery.forward(path, lambda module, run, name=name: ACT2FN[name]))
+                              surgery.forward(path, lambda module, run, name=name: lambda x: ACT2FN[name](x)))
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -718,6 +718,20 @@ def branches(place: Place) -> Iterator[Variant | Dial]:
                       surgery.forward("", lambda module, run: lambda x, *_, **__: (x,)))
 
 
+def residual_scales(place: Place) -> Iterator[Dial]:
+    """Another alpha for residuals that are multiplied by one: DeepNorm's root of twice the number of layers."""
+    alpha, layers = (getattr(place.root, name, None) for name in ("alpha", "num_layers"))
+    if place.whole or not isinstance(alpha if layers is None else layers, (int, float)):
+        return
+    right = float(alpha) if layers is None else math.sqrt(2 * layers)
+
+    def change(value: float) -> Change:
+        return surgery.attributes("", {"alpha": value} if layers is None else {"num_layers": value**2 / 2})
+    yield Dial("residual-scale", place.name, lambda value: (
+        f"multiplies its residuals by {value:.6g} instead of {right:.6g}, as with {value**2 / 2:.4g} layers instead of "
+        f"{right**2 / 2:.4g}"), change, (0.5, 1.0, 2.0, 4.0, 8.0, 16.0))
+
+
 # Families -------------------------------------------------------------------------------------------------------------
 
 def _gptj_sequential(block: Any) -> Callable[..., Any]:
@@ -922,6 +936,7 @@ CATALOGUE = (
     Idea("token types or positions not added", token_types),
     Idea("another token pooled", poolings),
     Idea("attention, MLP or logits scaled, a block skipped", branches),
+    Idea("residuals scaled otherwise", residual_scales),
 )
 
 
