@@ -201,11 +201,14 @@ def test_no_code_of_a_checkpoint_is_run(chatglm, tmp_path, monkeypatch):
 
 
 def test_every_parameter_comes_back_by_the_inverse_rules(chatglm, tmp_path):
-    """Paddle to torch, with the planner alone: every tensor but the frequencies and the tied copy."""
+    """Paddle to torch, with the planner alone: every tensor but the tied copy, and the frequencies, which are made."""
     run = chatglm(save_checkpoint(tmp_path / "source"))
     with open_checkpoint(run.output) as held:
         plan = make_plan(FAMILY.inverse(), run.config, held.tensors)
-        found = {move.target: torch.from_numpy(np.array(move.turn(move.take(held.read)))) for move in plan.moves}
+        found = {move.target: torch.from_numpy(np.array(move.turn(move.take(held.read)))) for move in plan.moves
+                 if move.sources}
+        made = {move.target for move in plan.moves if not move.sources}
+    assert made == {name for name in as_published(state_of(TINY)) if name.endswith("inv_freq")}
     wanted = {name: tensor for name, tensor in as_published(state_of(TINY)).items()
               if not name.endswith(("inv_freq", "lm_head.weight"))}
     assert_same_bits({name: found[name] for name in wanted}, wanted)
