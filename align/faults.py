@@ -1297,7 +1297,7 @@ def _gpt2() -> Iterator[list[Fault]]:
     positions = (f"{embeddings}.position_embeddings*", f"{n.embedding}", f"{n.embedding} positions")
     norm = ("gpt.decoder.norm*",)
     yield weights(n, "q, k and v cut per head from the fused matrix", cut_per_head(n), middle,
-                  n.named(MID, "q", "k", "v"), "swapped")
+                  (*n.named(MID, "q", "k", "v"), f"{n('attn', MID)} q, k and v"), "swapped")
     yield weights(n, "bias missing in v", change(n.bias("v", MID), np.zeros_like), middle, n.named(MID, "v"),
                   "bias missing", also="zeros")
     yield weights(n, "wrong layer norm placed", exchange((n("norm", MID), n("norm2", MID))), middle,
@@ -1320,7 +1320,8 @@ def _gpt2() -> Iterator[list[Fault]]:
     yield code(n, "final norm missing", without_final_norm, "gpt.decoder.norm", norm, "norm missing")
     yield code(n, "MLP beside the attention", side_by_side, middle, n.wiring(MID), "norm placed")
     yield config(n, "gelu of the config", first, n.acting(0), "activation", activation_function="gelu")
-    yield config(n, "epsilon of the config", first, n.named(0, "norm"), "epsilon", layer_norm_epsilon=1e-3)
+    yield config(n, "epsilon of the config", first, (*n.named(0, "norm", "norm2"), f"{first} layer norms"), "epsilon",
+                 layer_norm_epsilon=1e-3)
     yield config(n, "heads of the config halved", first, all_attention, "heads", n_head=HEADS // 2)
     yield config(n, "heads of the config doubled", first, all_attention, "heads", n_head=HEADS * 2)
     yield config(n, "scale of the config missing", first, all_attention, "scale", scale_attn_weights=False)

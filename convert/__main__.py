@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .cli import parser_of, run
@@ -61,7 +62,23 @@ def _family_of(file: str | None, source: str | None, revision: str | None) -> Fa
         return load_family(Path(file))
     from .checkpoint import read_config
     from .hub import resolve
-    return family_named(read_config(resolve(source, revision)[0]).get("model_type"))
+    path = resolve(source, revision)[0]
+    if not ((path if path.is_dir() else path.parent) / "config.json").is_file():
+        known = _known_by_its_header(path)
+        if known is not None:
+            return known
+    return family_named(read_config(path).get("model_type"))
+
+
+def _known_by_its_header(path: Path) -> Family | None:
+    """The one family that can tell from the tensors of a checkpoint what its config would say."""
+    from .checkpoint import opened
+    found = []
+    with opened(path) as checkpoint:
+        for family in map(family_named, families()):
+            with suppress(BadInput):
+                found += [family] if family.config_of and family.config_of(checkpoint.tensors) else []
+    return found[0] if len(found) == 1 else None
 
 
 if __name__ == "__main__":

@@ -123,6 +123,19 @@ def test_a_checkpoint_with_torchvisions_names_needs_no_config_and_gives_the_same
         assert all_aligned({"forward": shop.align("forward", run, "--paging", "on")})
 
 
+def test_python_m_convert_knows_a_checkpoint_with_torchvisions_names_by_its_header(shop):
+    from convert.__main__ import main
+    file = shop.root / "unnamed" / "resnet.pth"
+    file.parent.mkdir()
+    torch.save(torchvision_state(layer_type="basic"), file)
+    code, out, err = call(main, ["--source", str(file), "--dry-run"])
+    assert code == 0, err
+    assert f"resnet ({HEAD})" in out
+    torch.save({"some.weight": torch.ones(2)}, file)
+    code, _, err = call(main, ["--source", str(file), "--dry-run"])
+    assert code == 2 and "there is no config.json" in err
+
+
 @pytest.mark.parametrize("name, options", {
     "18": STANDARD[18], "50": dict(hidden_sizes=[256, 512, 1024, 2048], **STANDARD[50]),
     "tiny": VARIANTS["basic"], "wider stem": VARIANTS["basic with a wider stem"],

@@ -64,11 +64,15 @@ def conversion(source, workdir):
 
 @pytest.fixture
 def whole(conversion, workdir):
-    """The files of a conversion that nobody disturbed, and its seconds."""
+    """The files of a conversion that nobody disturbed, and its seconds, the least of three."""
     assert conversion() == 0
-    started = time.perf_counter()
-    assert conversion("--overwrite") == 0
-    return files_under(workdir / "out"), time.perf_counter() - started
+
+    def timed():
+        started = time.perf_counter()
+        assert conversion("--overwrite") == 0
+        return time.perf_counter() - started
+    seconds = min(timed() for _ in range(3))
+    return files_under(workdir / "out"), seconds
 
 
 def hidden(workdir):

@@ -1,5 +1,6 @@
 """models/resnet.py against the unmodified classes of transformers, and against paddle.vision.models itself."""
 
+import math
 import re
 
 import numpy as np
@@ -121,5 +122,6 @@ def test_fresh_weights_have_transformers_spread():
         layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[1, 1, 1, 1], num_labels=100))
     expected = in_paddle_layout(theirs)
     for name, tensor in ours.state_dict().items():
-        assert float(tensor.std()) == pytest.approx(float(expected[name].std()), rel=0.05, abs=1e-12), name
+        luck = 5 / math.sqrt(tensor.size)  # of a deviation that is estimated on both sides
+        assert float(tensor.std()) == pytest.approx(float(expected[name].std()), rel=luck, abs=1e-12), name
         assert float(tensor.max()) <= max(1.5 * float(expected[name].max()), 1e-12), name

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..parts import whole
+from ..parts import index_of, whole
 from ..torch_side import is_rms_norm
 from . import surgery
 from .place import Layer, Place
@@ -163,6 +163,9 @@ def fused_layouts(place: Place) -> Iterator[Variant]:
 def rounded(place: Place) -> Iterator[Variant]:
     held = {f"{path}.{kind}" if path else kind: parameter for path, module in place.modules(nn.Module)
             for kind, parameter in module._parameters.items() if parameter is not None}
+    for key in [key for linear in place.linears for key in linear.keys.values() if whole(key) != key]:
+        held[key] = held[whole(key)][index_of(key)]
+    held = {key: parameter for key, parameter in held.items() if not any(whole(part) == key != part for part in held)}
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         through = {path: parameter.to(dtype).float() for path, parameter in held.items()}
@@ -374,6 +377,8 @@ def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
             yield Variant("causal-mask-shifted", subject, told, hidden(shifted & real))
         yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden",
                       hidden(tril & ~real))
+        yield Variant("mask-polarity", subject, "is inverted: what may be seen is hidden, and the other way round",
+                      hidden(~seen))
         yield Variant("mask-polarity", subject, "is upside down: queries see only what is behind them",
                       hidden(tril.T & real))
     else:
@@ -390,6 +395,7 @@ def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
         rows = torch.arange(len(tokens))[:, None, None, None]
         padding = ~real & (tril if causal else True)
         groups += [(f"the padding of row {row}", ((rows == row) & padding).expand(seen.shape)) for row in padded]
+        groups += [(f"the hidden keys of row {row}", (rows == row) & ~seen) for row in padded if causal]
     for told, group in groups:
         def soft(value: float, group: Any = group) -> Change:
             return mask(lambda given: torch.where(group, torch.full_like(given, -value), given))
