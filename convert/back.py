@@ -115,6 +115,9 @@ def _number(value: int) -> Filling:
 def _conclude(plan: Plan, checkpoint: Checkpoint, source_digest: str, target_digest: str) -> Result:
     marker = _marker_of(checkpoint.path)
     config, notes = torch_config(plan, marker)
+    if plan.family.remote_code:
+        notes.append("The code of torch's classes, which config.json names under auto_map, is not in a Paddle "
+                     "checkpoint: copy it from the original.")
     origin = marker.get("source")
     if "target_digest" in marker:
         if marker["target_digest"] != source_digest:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "*.model", "preprocessor_config.json")
-REMOTE_CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _write(direction: Direction, task: Task, plan: Plan, layout: Layout, checkpo
         _write_json(staging.path / MARKER, {
             "family": conversion.family, "head": conversion.head, "source": conversion.source,
             "source_digest": source_digest, **result.marker})
-        _bring_along(task.path, staging.path, COMPANIONS + REMOTE_CODE * task.family.remote_code)
+        _bring_along(task.path, staging.path)
         staging.publish()
     reports = conversion.save(Path(options.reports))
     _tell(conversion, reports, direction.next_step(task, plan))
@@ -175,9 +174,9 @@ def last_component(source: str) -> str:
     return path.resolve().name if path.exists() else path.name
 
 
-def _bring_along(source: Path, target: Path, patterns: Sequence[str]) -> None:
+def _bring_along(source: Path, target: Path) -> None:
     directory = source if source.is_dir() else source.parent
-    for pattern in patterns:
+    for pattern in COMPANIONS:
         for file in sorted(directory.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

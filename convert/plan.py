@@ -287,7 +287,7 @@ class _Pouring:
         """What the file has beside what is made: it must be the same, or where only Paddle knows it is dropped."""
         filling = rule.otherwise
         why = rule.why or (f"made again as {filling.name}; the source's values agree" if rule.targets else
-                           f"{filling.name}, with the same values; the result has one tensor for both")
+                           f"{filling.name}, with the same values; Paddle has one parameter for both")
         for name in present:
             if not filling.checked:
                 self.dropped.append((name, f"Paddle's own {rule.targets[0]} is {filling.name}"))

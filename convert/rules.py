@@ -151,7 +151,7 @@ class Rule:
         whatever else the conversion made is left out.
         """
         if self.again:
-            return replace(self, sources=((self.again,),), again=self.sources[0][0])
+            return replace(self, sources=((self.again,),), again=self.sources[0][0], why=ONCE)
         if self.returns:
             return Rule("made", (), self.sources[0][:1], self.shape, otherwise=self.otherwise or zeros(),
                         returns=self.returns, when=self.when)
@@ -159,7 +159,7 @@ class Rule:
             return None
         back = tuple((target,) for target in self.targets)
         if self.otherwise and self.otherwise.copies:
-            return Rule("tied", back, shape=self.shape, otherwise=self.otherwise, when=self.when)
+            return Rule("tied", back, shape=self.shape, otherwise=self.otherwise, why=ONCE, when=self.when)
         if self.otherwise:
             return Rule("drop", back, shape=self.turned_shape(self.shape), when=self.when,
                         otherwise=self.otherwise if self.otherwise.checked else None,
@@ -180,6 +180,7 @@ class Rule:
         return tuple(size[number] if isinstance(size, tuple) else size for size in self.shape)
 
 
+ONCE = "a tied copy with the same values; torch's file has it once"
 INVERSE = {"split": "merge", "merge": "split"}
 
 

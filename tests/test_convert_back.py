@@ -239,12 +239,13 @@ def test_norms_without_weights_come_back_to_nothing(tmp_path, workdir):
     assert found == (tmp_path / "source/model.safetensors").read_bytes() and b"layer_norm" not in found
 
 
-def test_remote_code_and_tokenizer_files_come_along(tmp_path, workdir):
+def test_tokenizer_files_come_along_and_code_does_not(tmp_path, workdir):
     source = chatglm_fixtures.save_checkpoint(tmp_path / "glm")
     (source / "vocab.txt").write_text("a\nb\n")
-    back(converted(family_named("chatglm"), source))
-    for name in (*chatglm_fixtures.CODE, "vocab.txt"):
-        assert (workdir / "out/back" / name).read_bytes() == (source / name).read_bytes()
+    told = back(converted(family_named("chatglm"), source))
+    assert (workdir / "out/back/vocab.txt").read_bytes() == (source / "vocab.txt").read_bytes()
+    assert list(source.glob("*.py")) and not list((workdir / "out").rglob("*.py"))
+    assert "auto_map, is not in a Paddle checkpoint: copy it from the original" in told
 
 
 # --- checkpoints that others saved

@@ -198,6 +198,7 @@ def test_no_code_of_a_checkpoint_is_run(chatglm, tmp_path, monkeypatch):
         (source / name).write_text(f"open({str(marker)!r}, 'w').close()\n")
     run = chatglm(source)
     assert run.code == 0 and not marker.exists()
+    assert not list(run.output.glob("*.py"))
 
 
 def test_every_tensor_comes_back_to_the_bit(chatglm, tmp_path):
