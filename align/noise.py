@@ -13,10 +13,11 @@ and of K reordered ones are pooled, and Paddle's error is judged against the poo
 
 with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that, nor, in a channel
 or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms. The last
-three speak of distributions, and are asked only where there are enough rows or channels to have one; a channel of which
-a relu leaves fewer rows than that is judged by the others. Where torch makes no error at all (a lookup), equality is
-asked. A head of few elements (next-sentence scores, a small classifier) has no distribution at all, and luck decides
-how much its sums cancel; there it is
+three speak of distributions, and are asked only where there are enough rows or channels to have one. A channel of which
+a relu leaves fewer rows than that, k, has none: torch's error in it may be small by luck, so what torch's error is in
+all of the tensor that is not 0, t, is added: hypot(rms_r(s), t sqrt(k / r)). Where torch makes no error at all (a
+lookup), equality is asked. A head of few elements (next-sentence scores, a small classifier) has no distribution at all,
+and luck decides how much its sums cancel; there it is
 
     few      rms(e)                                 against  max(T, max(eps, rho) S),   S = rms(|h| |W|^T + |b|)
 
@@ -103,10 +104,9 @@ class NoiseFloor:
             ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
             floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * rows[0] + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
-        live = np.count_nonzero((x != 0) | (s != 0) | (e != 0), axis=0) >= ENOUGH
-        if live.any():
-            floor = np.maximum(columns[1], unit * columns[0] + least)
-            ratios["channel"] = _largest_ratio(columns[2][live], floor[live])
+        if x.shape[0] >= ENOUGH:
+            spread = _spread_of_channels(columns[1], s, (x != 0) | (s != 0) | (e != 0))
+            ratios["channel"] = _largest_ratio(columns[2], np.maximum(spread, unit * columns[0] + least))
         asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
 
@@ -145,6 +145,13 @@ class Pool:
 def _rows(array: np.ndarray) -> np.ndarray:
     """[rows, channels] in float64; a vector has one channel."""
     return array.astype(np.float64).reshape(len(array), -1) if array.ndim else array.astype(np.float64).reshape(1, 1)
+
+
+def _spread_of_channels(spread: np.ndarray, s: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """rms_r(s) of each channel; one with few ``live`` rows is given what s is in all of the tensor that lives, too."""
+    rows = live.sum(axis=0)
+    everywhere = np.sqrt(np.square(s).sum() / max(1, rows.sum()))
+    return np.where(rows >= ENOUGH, spread, np.hypot(spread, everywhere * np.sqrt(rows / len(s))))
 
 
 def _rms(array: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from transformers import (
 
 from align.compare import compare
 from align.forward import agreement, top_agreement
-from align.noise import EPS, Pool
+from align.noise import EPS, NoiseFloor, Pool
 from align.oracle import Float64, Reordered
 from align.tolerance import FORWARD
 
@@ -248,7 +248,7 @@ def test_one_bad_row_and_one_bad_channel_show_in_their_own_tests():
     assert ratios(floor, channel)["total"] < 4
 
 
-def test_a_channel_of_which_a_relu_leaves_few_rows_has_no_distribution_unless_the_candidate_gives_it_one():
+def test_a_channel_of_which_a_relu_leaves_few_rows_has_no_floor_of_its_own_unless_the_candidate_gives_it_more():
     oracle = np.ones((100, 64))
     oracle[:, 5] = 0.0
     oracle[:9, 5] = 1e-3
@@ -256,7 +256,7 @@ def test_a_channel_of_which_a_relu_leaves_few_rows_has_no_distribution_unless_th
     noisy[:9, 5] = oracle[:9, 5] + 1e-8
     candidate = noisy.copy()
     candidate[:9, 5] += 2e-6
-    assert ratios(floor_of(oracle, noisy), candidate)["channel"] == pytest.approx(1, rel=1e-3)
+    assert ratios(floor_of(oracle, noisy), candidate)["channel"] == pytest.approx(2, rel=0.1)
     assert ratios(floor_of(oracle, noisy), candidate)["peak"] == pytest.approx(2, rel=0.1)
     candidate[:30, 5] += 2e-6
     assert ratios(floor_of(oracle, noisy), candidate)["channel"] > 9
@@ -326,3 +326,20 @@ def test_kl_divergence_and_top_agreement_by_hand():
 def test_rows_whose_best_classes_tie_are_not_counted():
     scores = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
     assert top_agreement(scores, scores[:, [1, 0, 2]], 1) == (1, 0, 1)
+
+
+def test_a_channel_of_few_live_rows_is_judged_by_what_torchs_error_is_elsewhere():
+    """Behind a relu 12 of 300 rows of one channel live; torch's error there is small by luck."""
+    generator = np.random.default_rng(0)
+    oracle = np.maximum(generator.standard_normal((300, 512)), 0)
+    oracle[:, 7] = 0
+    oracle[:12, 7] = 0.02
+    error = 1e-7 * generator.standard_normal(oracle.shape) * (oracle > 0)
+    lucky = np.where(np.arange(512) == 7, 1e-3, 1.0)
+    floor = NoiseFloor(oracle, np.abs(error * lucky), float(np.abs(error).max()))
+    channel = lambda candidate: next(  # noqa: E731
+        found for found in floor.judge(candidate, "isolated") if found.test == "channel")
+    assert channel(oracle + error).passed
+    wrong = oracle.copy()
+    wrong[:12, 7] += 1e-4
+    assert channel(wrong).share > 10
