@@ -16,8 +16,8 @@ or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the wh
 three speak of distributions, and are asked only where there are enough rows or channels to have one. A channel of which
 a relu leaves fewer rows than that, k, has none: torch's error in it may be small by luck, so what torch's error is in
 all of the tensor that is not 0, t, is added: hypot(rms_r(s), t sqrt(k / r)). Where torch makes no error at all (a
-lookup), equality is asked. A head of few elements (next-sentence scores, a small classifier) has no distribution at all,
-and luck decides how much its sums cancel; there it is
+lookup), equality is asked. A head of few elements (next-sentence scores, a small classifier) has no distribution at
+all, and luck decides how much its sums cancel; there it is
 
     few      rms(e)                                 against  max(T, max(eps, rho) S),   S = rms(|h| |W|^T + |b|)
 
