@@ -145,8 +145,8 @@ def agreed(family: Family, config: Config) -> Config:
     for key, stated in family.states.items():
         said = next((name for name in (key, family.paddle_keys.get(key)) if config.get(name) is not None), key)
         if config.get(said, stated) not in (None, stated):
-            raise BadInput(f"config.json says {said} {config[said]}, the family file of {family.name} {stated}: correct "
-                           "the one that is wrong; the tensors do not show it. Nothing was written.")
+            raise BadInput(f"config.json says {said} {config[said]}, the family file of {family.name} {stated}: "
+                           "correct the one that is wrong; the tensors do not show it. Nothing was written.")
     return {**config, **family.states}
 
 
