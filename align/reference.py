@@ -28,6 +28,7 @@ from .inside import Places, small_input
 from .lockstep import heard_by, in_step, listener_here
 from .noise import ENOUGH, EPS, Pool, is_few
 from .paging import Pages, divide, gates_of
+from .parts import whole
 from .remote import class_of, is_remote
 from .runs import Run
 from .side import Modules
@@ -77,7 +78,7 @@ class Reference(TorchSide):
     def present(self) -> list[str]:
         """Paddle's paths of the recorded modules, and of sublayers, that torch's class has."""
         found = dict(self.model.named_modules())
-        return [name for path, name in Places.of(self.run).all if path in found]
+        return [name for path, name in Places.of(self.run).all if whole(path) in found]
 
     def steps(self, inputs: Inputs, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
         """One forward pass and its noise floor, a step for what lies between two gates, in the order of execution.

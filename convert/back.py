@@ -87,12 +87,13 @@ def torch_config(plan: Plan, marker: Mapping[str, Any]) -> tuple[Config, list[st
 
 def _plan(family: Family, path: Path, checkpoint: Checkpoint, dtype: str) -> Plan:
     from .checkpoint import framework_of
-    from .plan import make_plan
+    from .plan import agreed, make_plan
     torchs = next((file for file in checkpoint.files if framework_of(file) == "pt"), None)
     if torchs is not None:
         raise BadInput(f"{torchs} was written for torch. Give a Paddle checkpoint: what a conversion made, or what "
                        "PaddleNLP or paddle.save wrote.")
-    plan = make_plan(family.inverse(), paddle_config(family, path), checkpoint.tensors, dtype)
+    config = agreed(family, paddle_config(family, path))
+    plan = make_plan(family.inverse(), config, checkpoint.tensors, dtype)
     numbers = _marker_of(path).get("numbers")
     return _with_numbers(plan, numbers) if isinstance(numbers, dict) else plan
 

@@ -50,14 +50,16 @@ def home_made_gpt2(
     that gives the sum of the embeddings. ``conv1d_weights`` where the linears keep [in, out] as OpenAI's; ``biases``
     False where neither linears nor norms have any, and Paddle's are zeros. ``dropped`` says of buffers why they go.
 
-    ``n_head`` and ``config`` (keys of GPT-2's config.json) say what the tensors do not show. ``reference`` builds the
-    net with its weights: a ``torch.nn.Module`` that takes ``input_ids`` and ``attention_mask``, which it may ignore
-    unless ``knows_masks``, and ``labels``; it returns {"logits": …, "loss": …}.
+    ``n_head`` and ``config`` (keys of GPT-2's config.json) say what the tensors do not show; a config.json beside the
+    checkpoint that says otherwise is refused. ``reference`` builds the net with its weights: a ``torch.nn.Module`` that
+    takes ``input_ids`` and ``attention_mask``, which it may ignore unless ``knows_masks``, and ``labels``; it returns
+    {"logits": …, "loss": …}.
     """
     inside = _inside(norms, qkv, out, up, down)
     return Family(
         name=name, model_type="gpt2", paddlenlp="gpt", prefix="", sizes=gpt2.sizes, layers=counted("n_layer"),
-        unsupported=gpt2.unsupported, additions=gpt2.additions,
+        unsupported=gpt2.unsupported, additions=gpt2.additions, paddle_keys=gpt2.FAMILY.paddle_keys,
+        states={"n_head": n_head, **(config or {})},
         config_of=lambda header: {
             **_config(header, n_head, words, positions, block, up, conv1d_weights), **(config or {})},
         rules=rules(

@@ -137,7 +137,17 @@ def config_for(family: Family, source: Path, header: Header) -> Config:
     directory = source if source.is_dir() else source.parent
     if family.config_of is not None and not (directory / "config.json").is_file():
         return family.config_of(header)
-    return read_config(source)
+    return agreed(family, read_config(source))
+
+
+def agreed(family: Family, config: Config) -> Config:
+    """A ``config.json`` and what the family file states besides; :class:`BadInput` where the two are at odds."""
+    for key, stated in family.states.items():
+        said = next((name for name in (key, family.paddle_keys.get(key)) if config.get(name) is not None), key)
+        if config.get(said, stated) not in (None, stated):
+            raise BadInput(f"config.json says {said} {config[said]}, the family file of {family.name} {stated}: "
+                           "correct the one that is wrong; the tensors do not show it. Nothing was written.")
+    return {**config, **family.states}
 
 
 def _declared(config: Config) -> str | None:

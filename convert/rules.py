@@ -406,6 +406,8 @@ class Family:
     target_prefix: str | None = None
     config_of: Callable[[Mapping[str, Any]], Config] | None = None
     """The config of a checkpoint that comes without a config.json, read from its header."""
+    states: Config = field(default_factory=dict)
+    """What the family file itself says of the config; no config.json may say otherwise."""
     model_type: str = ""
     """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""

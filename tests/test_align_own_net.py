@@ -14,6 +14,7 @@ from align.forward import STAGE as FORWARD
 from align.stage import main as align
 from convert.bert import FAMILY as BERT
 from convert.cli import main as convert
+from convert.gpt2 import FAMILY as GPT2
 from convert.gptj import FAMILY
 
 NET = """
@@ -199,6 +200,32 @@ def test_an_epsilon_of_a_norm_without_a_module_shows_at_its_block_on_a_small_inp
         "transformer.h.2 (small input)"]
     assert report["named"] == "transformer.h.2: on a small input"
     assert "epsilon" in report["diagnosis"]["sentence"] and "transformer.h.2.ln_1" in report["diagnosis"]["sentence"]
+
+
+def test_parts_of_a_fused_linear_that_are_not_judged_are_told(tmp_path, monkeypatch, capsys):
+    """GPT-2's q, k and v are one module in torch; this net computes them without a module of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "functional_net.py").write_text("""
+import paddle
+from paddle.nn import functional as F
+from models.gpt2 import GPT2LMHeadModel
+
+class Held(paddle.nn.Linear):
+    def __call__(self, hidden):
+        return F.linear(hidden, self.weight, self.bias)
+
+def build(config, directory):
+    net = GPT2LMHeadModel.from_pretrained(directory)
+    for layer in net.gpt.decoder.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.__class__ = Held
+    return net
+""")
+    assert convert(GPT2, []) == 0
+    assert align(FORWARD, ["--target", "functional_net:build"]) == 0
+    notes = json.loads((tmp_path / "reports/demo-gpt2/functional_net.build/forward.json").read_text())["notes"]
+    told = next(note for note in notes if note.startswith("Not judged on their own"))
+    assert all(f"gpt.decoder.layers.0.self_attn.{letter}_proj" in told for letter in "qkv")
 
 
 def test_lint_tells_what_outputs_do_not_show(forward, tmp_path):

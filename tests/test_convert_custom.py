@@ -15,6 +15,7 @@ from conftest import call
 import models
 from convert.__main__ import load_family
 from convert.__main__ import main as convert_main
+from convert.back import main as back_main
 from convert.checkpoint import opened
 from convert.custom import fill
 from convert.errors import BadInput
@@ -94,6 +95,43 @@ def test_a_cast_conversion_rounds_the_users_net_too(home):
                  "--reports", str(home.reports), "--dtype", "bfloat16", "--format", "pdparams"]
     assert call(convert_main, arguments)[0] == 0
     assert all_aligned(home.stages(stages=("weights", "forward")))
+
+
+CONTRADICTIONS = [({"n_head": 8}, "n_head 8, the family file of my_gpt 12"),
+                  ({"num_attention_heads": 8}, "num_attention_heads 8, the family file of my_gpt 12"),
+                  ({"embd_pdrop": 0.0}, "embd_pdrop 0.0, the family file of my_gpt 0.1")]
+
+
+@pytest.mark.parametrize("says, told", CONTRADICTIONS)
+def test_a_config_beside_the_source_does_not_override_the_family_file(home, says, told):
+    """Their net would be built with the config's heads, and both sides be wrong together."""
+    home.take(my_net())
+    config = json.loads((home.output("my") / "config.json").read_text())
+    beside = home.root / "config.json"
+    beside.write_text(json.dumps({key: config[key] for key in config if key not in ("n_head", "embd_pdrop")} | says))
+    code, _, err = home.take(my_net(), run="again")
+    assert code == 2 and told in " ".join(err.split()) and not home.output("again").exists()
+    outcome = home.stages(stages=("forward",))["forward"]
+    assert outcome.code == 2 and told in " ".join(outcome.stderr.split())
+
+
+def test_a_config_beside_the_source_that_is_silent_leaves_it_to_the_family_file(home):
+    home.take(my_net())
+    config = json.loads((home.output("my") / "config.json").read_text())
+    (home.root / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "n_head"}))
+    assert home.take(my_net(), run="again")[0] == 0
+    assert json.loads((home.output("again") / "config.json").read_text())["n_head"] == 12
+    assert all_aligned(home.stages("again", stages=("weights", "forward")))
+
+
+@pytest.mark.parametrize("says, told", CONTRADICTIONS[:1])
+def test_a_paddle_checkpoint_that_contradicts_the_family_file_does_not_go_back_into_its_net(home, says, told):
+    home.take(my_net())
+    file = home.output("my") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | says))
+    code, _, err = call(back_main, ["--family", str(MY_GPT), "--source", str(home.output("my")), "--output",
+                                    str(home.root / "back"), "--reports", str(home.reports)])
+    assert code == 2 and told in " ".join(err.split()) and not (home.root / "back").exists()
 
 
 # The way back ---------------------------------------------------------------------------------------------------------
