@@ -35,7 +35,8 @@ def load_processor(directory: Path, channels: int) -> tuple[Any, str]:
     from transformers import AutoImageProcessor, ConvNextImageProcessor
     if (directory / PROCESSOR).is_file():
         try:
-            return AutoImageProcessor.from_pretrained(directory, use_fast=False), "preprocessed as the source does"
+            return (AutoImageProcessor.from_pretrained(directory, use_fast=False, trust_remote_code=False),
+                    "preprocessed as the source does")
         except Exception as error:
             raise BadInput(f"{PROCESSOR} in {directory} cannot be used ({type(error).__name__}: {error}).") from error
     mean, deviation = (MEAN, DEVIATION) if channels == 3 else (GREY_MEAN, GREY_DEVIATION)

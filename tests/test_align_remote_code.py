@@ -5,13 +5,14 @@ import json
 
 import pytest
 
+from align.pictures import load_processor
 from align.texts import load_tokenizer
 from convert.errors import BadInput
 
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """(directory, marker): a checkpoint whose tokenizer code leaves a marker; whoever asks the user is told yes."""
+    """(directory, marker): a checkpoint whose own code leaves a marker; whoever asks the user is told yes."""
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     marker = tmp_path / "the-code-ran"
     directory = tmp_path / "trap"
@@ -22,15 +23,17 @@ def trap(tmp_path, monkeypatch):
         {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Trap", "AutoModel": "trap.Trap"}}))
     (directory / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "Trap", "auto_map": {"AutoTokenizer": ["trap.Trap", None]}}))
+    (directory / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoImageProcessor": "trap.Trap"}}))
     return directory, marker
 
 
-def test_the_trap_works(trap):
+@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoImageProcessor"])
+def test_the_trap_works(trap, name):
     """transformers asks where it is told neither yes nor no, and runs the code on a y."""
-    from transformers import AutoTokenizer
+    import transformers
     directory, marker = trap
-    with pytest.raises(Exception):  # noqa: B017 (the trap is no tokenizer; it has run by then)
-        AutoTokenizer.from_pretrained(directory)
+    with pytest.raises(Exception):  # noqa: B017 (the trap is neither; it has run by then)
+        getattr(transformers, name).from_pretrained(directory)
     assert marker.exists()
 
 
@@ -38,4 +41,11 @@ def test_a_tokenizer_of_the_checkpoints_own_is_not_run(trap):
     directory, marker = trap
     with pytest.raises(BadInput, match="tokenizer"):
         load_tokenizer(directory)
+    assert not marker.exists()
+
+
+def test_an_image_processor_of_the_checkpoints_own_is_not_run(trap):
+    directory, marker = trap
+    with pytest.raises(BadInput, match=r"preprocessor_config\.json"):
+        load_processor(directory, 3)
     assert not marker.exists()
