@@ -110,6 +110,10 @@ def _number(value: int) -> Filling:
     import numpy as np
 
     from .rules import Filling
+    from .writer import MARKER
+    if not -(1 << 63) <= value < 1 << 63:
+        raise BadInput(f"{MARKER}: numbers has {str(value)[:40]}, which is no int64. Delete the entry; 0 is written "
+                       "then.")
     return Filling(f"{value}, as the source had it", lambda shape, rows: np.full((len(rows), 1), value, np.int64))
 
 

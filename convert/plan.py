@@ -218,7 +218,7 @@ def _attempt(family: Family, head: Head, config: Config, header: Header, dtype: 
         pour.add(rule)
     claimed = {name for rule in expanded for names in rule.sources for name in names}
     unclaimed = [name for name in header if name not in claimed]
-    faults = pour.faults + _unclaimed(family, rules, layers, unclaimed)
+    faults = pour.faults + pour.doubled + _unclaimed(family, rules, layers, unclaimed)
     if pour.unfilled:
         faults.append(f"{_count(pour.unfilled, 'target tensor')} that no source tensor fills: {_some(pour.unfilled)}.")
     if faults:
@@ -239,6 +239,15 @@ class _Pouring:
         self.dropped: list[tuple[str, str]] = []
         self.unfilled: list[str] = []
         self.faults: list[str] = []
+        self.movers: dict[str, list[Rule]] = {}
+        self.fillers: dict[str, list[Rule]] = {}
+
+    @property
+    def doubled(self) -> list[str]:
+        """Faults: source tensors that several rules move, and target tensors that several fill."""
+        return [f"{name} is {done} {len(rules)} times, and once is right: {'; '.join(map(_arrow, rules))}."
+                for done, by_name in (("moved", self.movers), ("filled", self.fillers))
+                for name, rules in by_name.items() if len(rules) > 1]
 
     def add(self, rule: Rule) -> None:
         """Claim what ``rule`` names, and fill its targets."""
@@ -270,12 +279,14 @@ class _Pouring:
         if len({info.dtype for info in infos}) > 1:
             faults.append(f"{' and '.join(present)} have different dtypes, and are one tensor in Paddle.")
         self.faults += faults
+        for name in present:
+            self.movers.setdefault(name, []).append(rule)
         dtype = infos[0].dtype
         wanted = dtype if self.dtype == "keep" or not dtype.floating else BY_NAME[self.dtype]
         for number, target in enumerate(rule.targets):
             gather = rule.gather(self.sizes, number)
             taken = rule.taken_shape(self.sizes, number) if gather or not rule.shape else infos[0].shape
-            self.moves.append(Move(target, rule, present, None, taken, dtype, rule.turned_shape(taken), wanted, gather))
+            self._fill(Move(target, rule, present, None, taken, dtype, rule.turned_shape(taken), wanted, gather))
 
     def _make(self, rule: Rule) -> None:
         (target,), filling = rule.targets, rule.otherwise
@@ -283,15 +294,19 @@ class _Pouring:
             shape = rule.turned_shape(rule.taken_shape(self.sizes))
             own = (BY_NAME[rule.returns] if rule.returns else
                    BY_NAME["float32"] if rule.kind == "buffer" else self.weight_dtype)
-            self.moves.append(Move(target, rule, (), filling, shape, BY_NAME["float32"], shape, own))
+            self._fill(Move(target, rule, (), filling, shape, BY_NAME["float32"], shape, own))
         elif filling.copies in self.keys:
             key = self.keys[filling.copies]
             info = self.header[key]
             wanted = info.dtype if self.dtype == "keep" else BY_NAME[self.dtype]
             self.faults += self._misfits(key, rule, 0)
-            self.moves.append(Move(target, rule, (key,), filling, info.shape, info.dtype, info.shape, wanted))
+            self._fill(Move(target, rule, (key,), filling, info.shape, info.dtype, info.shape, wanted))
         else:
             self.unfilled.append(target)
+
+    def _fill(self, move: Move) -> None:
+        self.moves.append(move)
+        self.fillers.setdefault(move.target, []).append(move.rule)
 
     def _check(self, present: Sequence[str], rule: Rule, in_shape: tuple[int, ...]) -> None:
         """What the file has beside what is made: it must be the same, or where only Paddle knows it is dropped."""
@@ -300,7 +315,8 @@ class _Pouring:
                            f"{filling.name}, with the same values; Paddle has one parameter for both")
         for name in present:
             if not filling.checked:
-                self.dropped.append((name, f"Paddle's own {rule.targets[0]} is {filling.name}"))
+                own = f"Paddle's own {rule.targets[0]} is {filling.name}" if rule.targets else rule.why
+                self.dropped.append((name, own))
             elif filling.copies is None:
                 self.checks.append(Check(name, filling, in_shape, why))
             elif filling.copies in self.keys:
@@ -320,6 +336,12 @@ class _Pouring:
         if groups and sum(groups.widths) * groups.groups != sum(in_numbers(rule.parts, self.sizes)):
             faults.append(f"{name}: {rule.groups} do not divide the parts that are fused in it.")
         return faults
+
+
+def _arrow(rule: Rule) -> str:
+    """What ``rule`` is called: its sources, or what it fills with, and its targets."""
+    sources = " + ".join(names[0] for names in rule.sources) or f"({rule.otherwise.name})"
+    return f"{sources} -> {' + '.join(rule.targets)}"
 
 
 def _worded(size: Size, sizes: Sizes) -> str:

@@ -181,8 +181,9 @@ class BloomForCausalLM(BloomPretrained):
         super().__init__(config)
         self.bloom = BloomModel(config)
         words = self.bloom.word_embeddings
-        untied = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
-        self.lm_head = LMHead((words if config.tie_word_embeddings else untied).weight)
+        if not config.tie_word_embeddings:
+            words = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
+        self.lm_head = LMHead(words.weight)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.

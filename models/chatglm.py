@@ -20,7 +20,7 @@ from convert.errors import BadInput
 
 from .activation import gelu_tanh
 from .config import Config
-from .layer import Embedding, LayerNorm, linear
+from .layer import Embedding, LayerNorm, LMHead, linear
 from .loss import causal_lm_loss
 from .pretrained import Pretrained
 
@@ -176,26 +176,16 @@ class ChatGLMModel(Pretrained):
         return [rotary_of(places.transpose([1, 0]), width) for places in kinds]
 
 
-class VocabularyScores(nn.Layer):
-    """``x @ decoder_weight.T``, with the embedding's weight or one of its own, [vocab_size, hidden_size]."""
-
-    def __init__(self, shared: Tensor | None, config: ChatGLMConfig):
-        super().__init__()
-        self.decoder_weight = shared if shared is not None else self.create_parameter(
-            [config.vocab_size, config.hidden_size], default_initializer=nn.initializer.Normal(0.0, SPREAD))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return paddle.matmul(hidden, self.decoder_weight, transpose_y=True)
-
-
 class ChatGLMForConditionalGeneration(Pretrained):
     config_class = ChatGLMConfig
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.chatglm = ChatGLMModel(config)
-        shared = self.chatglm.transformer.word_embeddings.weight if config.tie_word_embeddings else None
-        self.lm_head = VocabularyScores(shared, config)
+        words = self.chatglm.transformer.word_embeddings
+        if not config.tie_word_embeddings:
+            words = Embedding(config.vocab_size, config.hidden_size, SPREAD)
+        self.lm_head = LMHead(words.weight)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.

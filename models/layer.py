@@ -51,7 +51,7 @@ class VocabularyLinear(nn.Layer):
 class LMHead(nn.Layer):
     """``x @ decoder_weight.T`` with decoder_weight [vocabulary, width], which may be an embedding's own.
 
-    PaddleNLP's name for the ``lm_head.weight`` of OPT and BLOOM.
+    PaddleNLP's name for the ``lm_head.weight`` of OPT, BLOOM and ChatGLM.
     """
 
     def __init__(self, decoder_weight: Tensor):

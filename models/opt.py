@@ -229,8 +229,9 @@ class OPTForCausalLM(OPTPretrained):
         super().__init__(config)
         self.opt = OPTModel(config)
         words = self.opt.embeddings.word_embeddings
-        untied = Embedding(config.vocab_size, config.embedding_width, config.init_std)
-        self.lm_head = LMHead((words if config.tie_word_embeddings else untied).weight)
+        if not config.tie_word_embeddings:
+            words = Embedding(config.vocab_size, config.embedding_width, config.init_std)
+        self.lm_head = LMHead(words.weight)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.

@@ -340,3 +340,56 @@ def test_what_paddle_makes_by_itself_is_checked_there_and_made_again_back(tmp_pa
     with pytest.raises(BadInput, match=r"rotary.freq in the source is not the halves"):
         carried(TO_PADDLE, family_of(rules), tmp_path / "wrong", tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+TWICE = {
+    "one source, two targets": (
+        [*norm("ln_1", 3, to="norm1"), *norm("ln_1", 3, to="norm2"), *drop("ln_2.{weight,bias}", why="a test")],
+        r"ln_1.weight is moved 2 times, and once is right: ln_1.weight -> norm1.weight; ln_1.weight -> norm2.weight."),
+    "two sources, one target": (
+        [*keep("ln_{1,2}.weight", 3, to="norm{1,1}.weight"), *drop("ln_{1,2}.bias", why="a test")],
+        r"norm1.weight is filled 2 times, and once is right: ln_1.weight -> norm1.weight; ln_2.weight -> norm1.weight"),
+    "moved and made": (
+        [*norm("ln_{1,2}", 3, to="norm{1,2}"), *buffer("ones", 3, filling=constant(1.0), to="norm2.bias")],
+        r"norm2.bias is filled 2 times, and once is right: ln_2.bias -> norm2.bias; ones -> norm2.bias."),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_every_source_is_moved_once_and_every_target_filled_once(case, tmp_path):
+    rules, says = TWICE[case]
+    state = {f"ln_{number}.{word}": torch.full((3,), float(number)) for number in (1, 2) for word in ("weight", "bias")}
+    write(tmp_path / "source", state, "safetensors", "")
+    with pytest.raises(BadInput, match=says):
+        carried(TO_PADDLE, family_of(rules), tmp_path / "source", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_copy_of_what_is_moved_is_no_second_move(tmp_path):
+    """As are the parts that one rule splits a fused tensor into, which are each filled once."""
+    rules = [*split("c", ((2, 2), 3), "{q,k}"), *buffer("d", (2, 2), 3, filling=copy_of("c"), to="twin")]
+    write(tmp_path / "source", {"c": torch.ones(4, 3)}, "safetensors", "")
+    carried(TO_PADDLE, family_of(rules), tmp_path / "source", tmp_path / "there")
+    assert held(tmp_path / "there").keys() == {"q", "k", "twin"}
+
+
+def test_what_is_dropped_may_be_told_by_a_filling_that_nobody_checks(tmp_path):
+    rules = [*drop("gone", 3, why="a test", holding=constant(0.0)), *keep("x", 3)]
+    write(tmp_path / "source", {"gone": torch.ones(3), "x": torch.ones(3)}, "safetensors", "")
+    carried(TO_PADDLE, family_of(rules), tmp_path / "source", tmp_path / "there")
+    assert held(tmp_path / "there").keys() == {"x"}
+    report = json.loads((tmp_path / "reports/there/convert.json").read_text())
+    assert "a test" in json.dumps(report)
+
+
+@pytest.mark.parametrize("number", [10**30, -(2**63) - 1])
+def test_a_count_that_no_int64_holds_is_refused(number, tmp_path):
+    rules = [*drop("count", why="a test", returns="int64"), *keep("x", 3)]
+    write(tmp_path / "source", {"count": torch.tensor(2**63 - 1), "x": torch.ones(3)}, "safetensors", "")
+    carried(TO_PADDLE, family_of(rules), tmp_path / "source", tmp_path / "there")
+    marker = json.loads((tmp_path / "there/paddle_parity.json").read_text())
+    marker["numbers"]["count"] = number
+    (tmp_path / "there/paddle_parity.json").write_text(json.dumps(marker))
+    with pytest.raises(BadInput, match=rf"numbers has {number}, which is no int64"):
+        carried(TO_TORCH, family_of(rules), tmp_path / "there", tmp_path / "back")
+    assert not (tmp_path / "back").exists()

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import paddle
 import pytest
 
+from convert.__main__ import family_named
 from convert.errors import BadInput
 from models import UnknownModel, model_class
 from models.bert import BertConfig, BertForMaskedLM, BertForPreTraining
 from models.gptj import GPTJConfig, GPTJForCausalLM, GPTJModel
+from models.layer import Embedding
 
 GPTJ = dict(model_type="gptj", vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2, rotary_dim=4)
 BERT = dict(
@@ -211,3 +214,13 @@ def test_a_tied_head_may_be_stored_as_a_linear():
     net.load({name: array for name, array in state.items() if name != "lm_head.weight"})
     with pytest.raises(BadInput, match=r"lm_head\.weight differs from transformer\.wte.weight"):
         net.load(state | {"lm_head.weight": -state["transformer.wte.weight"].T})
+
+
+@pytest.mark.parametrize("family", ["bloom", "chatglm", "gpt2", "opt"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_of_its_own_is_made_only_for_an_untied_head(family, tied, monkeypatch):
+    module, demo, made = import_module(f"models.{family}"), family_named(family).demo, []
+    monkeypatch.setattr(module, "Embedding", lambda rows, *rest, **named: made.append(rows) or Embedding(
+        rows, *rest, **named))
+    model_class(demo).from_config({**demo, "tie_word_embeddings": tied})
+    assert made.count(demo["vocab_size"]) == (1 if tied else 2)
