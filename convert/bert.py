@@ -7,10 +7,12 @@ from convert.rules import (
     Family,
     Head,
     Sizes,
+    activation_fault,
     buffer,
     copy_of,
     counted,
     drop,
+    heads_fault,
     keep,
     labels_of,
     linear,
@@ -38,7 +40,8 @@ def unsupported(config: Config) -> str | None:
         return f"position_embedding_type is {kind!r}; PaddleNLP's BERT and models/ know absolute positions only"
     if config.get("is_decoder") or config.get("add_cross_attention"):
         return "is_decoder or add_cross_attention is set; PaddleNLP's BERT and models/ are encoders only"
-    return None
+    return (heads_fault(config, ("hidden_size",), ("num_attention_heads",), default=12)
+            or activation_fault(config, "hidden_act"))
 
 
 def tied(config: Config) -> bool:

@@ -2,7 +2,21 @@
 
 import sys
 
-from convert.rules import Config, Family, Head, Sizes, counted, keep, labels_of, linear, norm, rules, size_of, tied
+from convert.rules import (
+    Config,
+    Family,
+    Head,
+    Sizes,
+    counted,
+    heads_fault,
+    keep,
+    labels_of,
+    linear,
+    norm,
+    rules,
+    size_of,
+    tied,
+)
 
 
 def sizes(config: Config) -> Sizes:
@@ -17,6 +31,10 @@ def sizes(config: Config) -> Sizes:
     }
 
 
+def unsupported(config: Config) -> str | None:
+    return heads_fault(config, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), default=8)
+
+
 def is_tied(config: Config) -> bool:
     return config.get("tie_word_embeddings", True)
 
@@ -26,7 +44,7 @@ WORDS = "transformer.word_embeddings.weight"
 
 FAMILY = Family(
     name="bloom", prefix="transformer.", target_prefix="bloom.", layers=counted("n_layer", "num_hidden_layers"),
-    sizes=sizes,
+    sizes=sizes, unsupported=unsupported,
     rules=rules(
         keep(WORDS, "vocab", "hidden", to="bloom.word_embeddings.weight"),
         norm("transformer.word_embeddings_layernorm", "hidden", to="bloom.word_embeddings_layernorm"),

@@ -7,10 +7,12 @@ from convert.rules import (
     Family,
     Head,
     Sizes,
+    activation_fault,
     causal_mask,
     conv1d,
     counted,
     drop,
+    heads_fault,
     keep,
     labels_of,
     linear,
@@ -38,7 +40,8 @@ def unsupported(config: Config) -> str | None:
         return "add_cross_attention is set; PaddleNLP's GPT and models/ read one sequence only"
     if config.get("pruned_heads"):
         return "pruned_heads is set; PaddleNLP's GPT and models/ have as many heads in every layer"
-    return None
+    return (heads_fault(config, ("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), default=12)
+            or activation_fault(config, "activation_function"))
 
 
 def one_table(config: Config) -> bool:

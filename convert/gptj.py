@@ -7,10 +7,12 @@ from convert.rules import (
     Family,
     Head,
     Sizes,
+    activation_fault,
     buffer,
     causal_mask,
     constant,
     counted,
+    heads_fault,
     keep,
     labels_of,
     linear,
@@ -34,7 +36,8 @@ def sizes(config: Config) -> Sizes:
 def unsupported(config: Config) -> str | None:
     if config.get("tie_word_embeddings"):
         return "tie_word_embeddings is true; Paddle's lm_head holds [in, out] and cannot share the embedding's storage"
-    return None
+    return (heads_fault(config, ("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), default=16)
+            or activation_fault(config, "activation_function"))
 
 
 FAMILY = Family(

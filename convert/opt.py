@@ -9,10 +9,12 @@ from convert.rules import (
     Inside,
     Rule,
     Sizes,
+    activation_fault,
     buffer,
     constant,
     copy_of,
     counted,
+    heads_fault,
     keep,
     labels_of,
     linear,
@@ -33,6 +35,11 @@ def sizes(config: Config) -> Sizes:
         "positions and two": positions + 2,
         "labels": labels_of(config),
     }
+
+
+def unsupported(config: Config) -> str | None:
+    return (heads_fault(config, ("hidden_size",), ("num_attention_heads",), default=12)
+            or activation_fault(config, "activation_function"))
 
 
 def projects(config: Config) -> bool:
@@ -102,6 +109,7 @@ def inside(config: Config) -> Inside:
 
 FAMILY = Family(
     name="opt", prefix="model.", target_prefix="opt.", layers=counted("num_hidden_layers"), sizes=sizes,
+    unsupported=unsupported,
     rules=rules(
         keep(WORDS, "vocab", "words", to="opt.embeddings.word_embeddings.weight"),
         keep("model.decoder.embed_positions.weight", "positions and two", "hidden",

@@ -521,6 +521,20 @@ def size_of(config: Config, *names: str, default: int | None = None) -> int:
     return value
 
 
+def heads_fault(config: Config, width: Names, heads: Names, default: int | None = None) -> str | None:
+    """Why the heads do not divide the width, if so; each by the first of its keys that the config has."""
+    hidden, number = size_of(config, *width), size_of(config, *heads, default=default)
+    if number and hidden % number == 0:
+        return None
+    return f"{heads[0]} is {number}; a number of heads that divides {width[0]} {hidden} is needed"
+
+
+def activation_fault(config: Config, key: str) -> str | None:
+    """Why the config's activation is none, if so; one that it does not name is the class's own."""
+    named = config.get(key, "")
+    return None if isinstance(named, str) else f"{key} is {str(named)[:40]}; the name of an activation is needed"
+
+
 def labels_of(config: Config) -> int:
     """How many classes a classification head has: as transformers, from ``id2label`` before ``num_labels``, else 2."""
     from .errors import BadInput

@@ -11,6 +11,7 @@ from convert.rules import (
     Layers,
     Rule,
     Sizes,
+    activation_fault,
     depth_of,
     drop,
     keep,
@@ -49,6 +50,10 @@ def unsupported(config: Config) -> str | None:
     for key in ("tie_encoder_decoder", "is_decoder"):
         if config.get(key):
             return f"{key} is set; PaddleNLP's T5 and models/ have an encoder and a decoder with weights of their own"
+    if config.get("dense_act_fn") is not None and activation_fault(config, "dense_act_fn"):
+        return activation_fault(config, "dense_act_fn")
+    if not sizes(config)["attention"]:
+        return "num_heads or d_kv is 0; heads of some width are needed"
     return None
 
 

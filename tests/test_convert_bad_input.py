@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.__main__ import family_named
+from convert.demo import build_demo
+
 Q_PROJ = "transformer.h.1.attn.q_proj.weight"
 EMBEDDING = "transformer.wte.weight"
 
@@ -431,6 +434,22 @@ def test_a_bert_that_paddlenlp_has_not(changes, checkpoint, refused):
     config = json.loads((source / "config.json").read_text()) | changes
     (source / "config.json").write_text(json.dumps(config))
     refused(source, says=next(iter(changes)))
+
+
+@pytest.mark.parametrize("family,changes,says", [
+    ("gpt2", {"n_head": 0, "scale_attn_weights": False}, "n_head is 0"), ("gpt2", {"n_head": 5}, "n_head is 5"),
+    ("opt", {"num_attention_heads": 0}, "num_attention_heads is 0"), ("bloom", {"n_head": 5}, "n_head is 5"),
+    ("bloom", {"n_head": 0}, "n_head is 0"), ("gptj", {"n_head": 5}, "n_head is 5"),
+    ("bert", {"num_attention_heads": 0}, "num_attention_heads is 0"), ("t5", {"num_heads": 0}, "num_heads"),
+    ("gpt2", {"n_head": None, "num_attention_heads": 5}, "is 5"),
+    ("gpt2", {"activation_function": ["gelu"]}, "activation_function is ['gelu']"),
+    ("opt", {"activation_function": 3}, "activation_function is 3"), ("bert", {"hidden_act": {}}, "hidden_act is {}"),
+    ("t5", {"dense_act_fn": ["x"]}, "dense_act_fn is ['x']")], ids=str)
+def test_heads_that_do_not_divide_the_width_and_activations_without_a_name(family, changes, says, tmp_path, refused):
+    demo = family_named(family)
+    source = build_demo(demo, tmp_path / "made")
+    (source / "config.json").write_text(json.dumps({**demo.demo, **changes}))
+    refused(source, says=says, family=family)
 
 
 # --- outputs
