@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
@@ -188,8 +188,9 @@ class Candidate(Side):
 
 
 def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,
-                   allow_same_framework: bool = False) -> Candidate:
-    """The candidate that ``--target`` names."""
+                   allow_same_framework: bool = False,
+                   beside: Callable[[], Collection[type] | None] = lambda: None) -> Candidate:
+    """The candidate that ``--target`` names. ``beside`` gives the classes of the reference in this process, if any."""
     from .paddle_net import OwnNet, PaddleNLPNet
     if target == "models":
         return OwnNet(run, device, paged)
@@ -197,7 +198,7 @@ def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,
         return PaddleNLPNet(run, device, paged)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
         from .own_net import open_own
-        return open_own(run, target, device, paged, allow_same_framework)
+        return open_own(run, target, device, paged, allow_same_framework, beside())
     raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
 
 

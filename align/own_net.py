@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -151,11 +151,12 @@ class OwnTorchNet(TorchSide, _OwnNet):
         return pair[0]
 
 
-def open_own(run: Run, name: str, device: str, paged: bool, allow_same_framework: bool) -> Candidate:
+def open_own(run: Run, name: str, device: str, paged: bool, allow_same_framework: bool,
+             beside: Collection[type] | None) -> Candidate:
     """The net that ``name`` builds; :class:`BadInput` for a torch net unless two of one framework are allowed."""
     if find_spec("paddle"):
         use_device(device)
-    target = Target(name, Unmodified(run.head.architecture))
+    target = Target(name, Unmodified(beside))
     built = target.build(run)
     if _is_of("torch", "Module", built):
         if not allow_same_framework:

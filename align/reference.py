@@ -432,6 +432,11 @@ def _class_and_config(run: Run, trust_remote_code: bool) -> tuple[Any, Any]:
     return cls, config
 
 
+def empty_of(run: Run) -> Any:
+    """The reference without its weights, of a class of transformers'."""
+    return _load_empty(run, *_class_and_config(run, trust_remote_code=False))
+
+
 def _random_weights(run: Run, name: str) -> BadInput:
     return BadInput(f"transformers does not find {name} in {run.source}; a reference with random weights proves "
                     "nothing.")

@@ -61,10 +61,12 @@ class Session:
     @cached_property
     def candidate(self) -> Candidate:
         from .candidate import open_candidate
+        from .unmodified import classes_beside
         self.advance("loading the candidate")
         return open_candidate(self.run, self.options.target, self.options.device,
                               self.paged and (":" not in self.options.target or self.options.paging == "on"),
-                              allow_same_framework=self.options.allow_same_framework)
+                              allow_same_framework=self.options.allow_same_framework,
+                              beside=lambda: classes_beside(self))
 
     @cached_property
     def paged(self) -> bool:

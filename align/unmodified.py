@@ -1,4 +1,4 @@
-"""That the reference is transformers' class as it was installed, and not as a target's code left it.
+"""That the reference is made of classes as they were installed, and not as a target's code left them.
 
 A target and the reference share a process. Kernel libraries patch transformers' classes and torch's functions when they
 are imported; both sides would then be wrong together, and agree.
@@ -7,54 +7,90 @@ are imported; both sides would then be wrong together, and agree.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import BadInput
+
+if TYPE_CHECKING:
+    from .stage import Session
 
 TORCH = ("functional", "modules.activation", "modules.dropout", "modules.linear", "modules.module",
          "modules.normalization", "modules.sparse")
 
 
-class Unmodified:
-    """What the reference of ``architecture`` runs, as it is now; nothing where torch or transformers is missing."""
+def classes_beside(session: Session) -> set[type] | None:
+    """The classes of the reference's modules; None where no reference can run in this process.
 
-    def __init__(self, architecture: str) -> None:
+    Code that a checkpoint brings along is not run for this: where nobody trusts it, its classes are not among them.
+    """
+    run, options = session.run, session.options
+    if options.only == "candidate" or not (find_spec("torch") and find_spec("transformers")):
+        return None
+    if run.family.remote_code and not options.trust_remote_code:
+        return set()
+    from .reference import empty_of
+    built = "reference" in vars(session) or run.family.remote_code or run.head.reference
+    model = session.reference.model if built else empty_of(run)
+    return {type(module) for module in model.modules()}
+
+
+class Unmodified:
+    """What a reference of these ``classes`` runs, as it is now; nothing where they are None."""
+
+    def __init__(self, classes: Collection[type] | None) -> None:
+        self._classes = sorted(classes or (), key=_named)
         self._modules: list[ModuleType] = []
-        if find_spec("torch") and find_spec("transformers"):
-            import torch
-            import transformers
-            import transformers.activations
-            cls = getattr(transformers, architecture)
-            self._modules = [sys.modules[cls.__module__], transformers.activations, torch,
-                             *(sys.modules[f"torch.nn.{name}"] for name in TORCH)]
+        if classes is not None:
+            import_module("transformers.activations")
+            names = dict.fromkeys([*(cls.__module__ for cls in self._classes), "transformers.activations", "torch",
+                                   *(f"torch.nn.{name}" for name in TORCH)])
+            self._modules = [sys.modules[name] for name in names if name in sys.modules]
         self._before = dict(self._functions())
 
     def require(self, target: str) -> None:
         """:class:`BadInput` when ``target`` has changed any of it."""
         now = dict(self._functions())
-        changed = [name for name, function in self._before.items() if now.get(name) != function]
+        changed = [name for name, parts in self._before.items() if not _are_same(parts, now.get(name, ()))]
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise BadInput(f"{target} replaces {changed[0]}{more}, which the reference runs too: both sides would be "
                            "wrong together. Record them apart: --only reference, then --only candidate, then "
                            "--compare.")
 
-    def _functions(self) -> Iterator[tuple[str, Any]]:
-        """(name, function and its code) of every function of the modules, of their classes and of their tables."""
+    def _functions(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """(name, function and its parts) of every function of the modules, of their classes and of their tables, and of
+        the reference's classes with what they inherit.
+        """
         for module in self._modules:
             for name, value in vars(module).items():
                 told = f"{module.__name__}.{name}"
                 if isinstance(value, type) and value.__module__ == module.__name__:
-                    yield from ((f"{told}.{key}", _identity(held)) for key, held in vars(value).items()
-                                if callable(held))
+                    yield from _methods(told, vars(value))
                 elif isinstance(value, dict) and name.startswith("ACT2"):
-                    yield from ((f"{told}[{key!r}]", _identity(held)) for key, held in value.items())
+                    yield from ((f"{told}[{key!r}]", _parts(held)) for key, held in value.items())
                 elif callable(value) and not name.startswith("__"):
-                    yield told, _identity(value)
+                    yield told, _parts(value)
+        for cls in self._classes:
+            yield from _methods(_named(cls), {
+                name: held for base in reversed(cls.__mro__) for name, held in vars(base).items()})
 
 
-def _identity(function: Any) -> tuple[int, int]:
-    return id(function), id(function.__code__) if isinstance(function, FunctionType) else 0
+def _methods(told: str, held: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    return ((f"{told}.{name}", _parts(value)) for name, value in held.items()
+            if callable(value) or isinstance(value, (classmethod, property)))
+
+
+def _named(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _parts(function: Any) -> tuple[Any, ...]:
+    return (function, function.__code__, function.__defaults__) if isinstance(function, FunctionType) else (function,)
+
+
+def _are_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))

@@ -356,3 +356,24 @@ def test_a_damaged_sentencepiece_model_is_told(workshop, run_of):
     (workshop.root / "source-damaged-pieces" / "ice_text.model").write_bytes(b"no model")
     outcome = workshop.align("metric", run, TRUST)
     assert outcome.code == 2 and "the tokenizer in" in outcome.stderr and "cannot be read" in outcome.stderr
+
+
+def test_a_target_of_the_users_own_is_held_against_it(workshop, plain, monkeypatch):
+    """Its classes are fingerprinted where they are trusted; transformers has none."""
+    monkeypatch.syspath_prepend(str(workshop.root))
+    (workshop.root / "own_chatglm.py").write_text("""
+import sys, models
+
+def build(config, directory):
+    return models.from_pretrained(directory)
+
+def patching(config, directory):
+    code = next(module for name, module in sys.modules.items() if name.endswith(".modeling_chatglm"))
+    code.Attention.forward = lambda self, hidden_states: hidden_states
+    return build(config, directory)
+""")
+    target = ("--target", "own_chatglm:build")
+    assert workshop.align("weights", plain, *target).code == 0
+    assert workshop.align("forward", plain, *target, TRUST).code == 0
+    patching = workshop.align("forward", plain, "--target", "own_chatglm:patching", TRUST)
+    assert patching.code == 2 and "modeling_chatglm.Attention.forward" in patching.stderr

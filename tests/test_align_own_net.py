@@ -1,5 +1,6 @@
 """``--target package.module:build``: a net of the user's own against the reference."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -339,6 +340,39 @@ class TestTorchNet:
             modeling_gptj.GPTJMLP.forward = forward
         assert code == 2 and report is None
         assert "replaces transformers.models.gptj.modeling_gptj.GPTJMLP.forward" in said.err
+
+
+@pytest.mark.parametrize("family,patch,named", [
+    ("resnet", "functools.partialmethod(torch.nn.BatchNorm2d.__init__, eps=1e-3)",
+     "torch.nn.modules.batchnorm.BatchNorm2d.__init__"),
+    ("resnet", "lambda self, x: x", "torch.nn.modules.batchnorm.BatchNorm2d.forward"),
+    ("gpt2", "lambda self, x: x @ self.weight", "transformers.pytorch_utils.Conv1D.forward")])
+def test_a_target_that_changes_a_class_the_reference_is_made_of_is_refused(tmp_path, monkeypatch, capsys, family, patch,
+                                                                           named):
+    """Also by a method that the class inherits; recorded apart from the reference it may."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module, cls, method = named.rsplit(".", 2)
+    name = f"patching_{family}_{method.strip('_')}"
+    (tmp_path / f"{name}.py").write_text(f"""
+import functools, importlib, torch, models
+def build(config, directory):
+    importlib.import_module("{module}").{cls}.{method} = {patch}
+    return models.from_pretrained(directory)
+""")
+    assert convert(importlib.import_module(f"convert.{family}").FAMILY, []) == 0
+    held = getattr(importlib.import_module(module), cls)
+    whole = dict(vars(held))
+    assert align(FORWARD, ["--only", "reference"]) == 0
+    try:
+        assert align(FORWARD, ["--target", f"{name}:build"]) == 2
+        assert f"replaces {named}" in capsys.readouterr().err
+        assert align(FORWARD, ["--target", f"{name}:build", "--only", "candidate"]) == 0
+    finally:
+        if method in whole:
+            setattr(held, method, whole[method])
+        else:
+            delattr(held, method)
 
 
 def test_two_weights_under_one_name_are_refused(tmp_path, monkeypatch, capsys):
