@@ -201,6 +201,14 @@ FAMILY = Family(
         "embedding_size": 16, "hidden_sizes": [32, 32, 48, 64], "depths": [2, 3, 2, 2], "layer_type": "bottleneck",
         "hidden_act": "relu", "downsample_in_first_stage": False, "downsample_in_bottleneck": False, "num_labels": 64,
     },
+    variants={
+        "basic": {"layer_type": "basic"},
+        "basic, stride in the first stage": {
+            "layer_type": "basic", "embedding_size": 32, "downsample_in_first_stage": True},
+        "strides in front": {"downsample_in_bottleneck": True},
+        "both": {"downsample_in_bottleneck": True, "downsample_in_first_stage": True},
+        "no shortcut in the first stage": {"embedding_size": 32},
+    },
 )
 
 if __name__ == "__main__":
