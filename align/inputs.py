@@ -132,6 +132,9 @@ def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) 
     """Rows of ids with their mask, as long as is asked for and the model has positions."""
     length, notes = _length(sizes, tokens)
     mask = _padding(rows, length, padded)
+    if rows == length and not mask.all():
+        raise BadInput(f"{rows} rows of {length} tokens: a table of positions, tokens by tokens, could not be told "
+                       "from what has a row for each text. Ask for another number of rows or tokens.")
     ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + padded))
     return Inputs({"input_ids": ids, "attention_mask": mask} | token_types(sizes, mask), notes)
 
@@ -139,11 +142,13 @@ def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) 
 def _tokens_to_tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
     """For the encoder what a model of tokens gets; for the decoder a quarter less, its rows padded in another order.
 
-    The two lengths are never the same, so that a shape says which of the two an array belongs to.
+    The two lengths are never the same, so that a shape says which of the two an array belongs to; nor is the decoder's
+    the number of rows, so that a table of positions, tokens by tokens, is told from what has a row for each text.
     """
     encoder = _tokens(config, sizes, padded, rows, tokens)
     length = encoder.mask.shape[1]
-    mask = _padding(rows, length - max(length // 4, 1) or 2, padded)
+    shorter = length - max(length // 4, 1) or 2
+    mask = _padding(rows, shorter - (shorter == rows > 1), padded)
     mask[1:] = mask[:0:-1].copy()
     ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + 2 + padded))
     given = {"decoder_input_ids": ids, "decoder_attention_mask": mask}

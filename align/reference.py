@@ -181,6 +181,8 @@ class _Plain(_Listener):
         super().__init__(inputs, places)
         self.step = Step()
         self.heads: dict[str, _Head] = {}
+        self.lengths: dict[str, int] = {}
+        """The first axis of the whole array that each module gives, and each output."""
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> None:
         array = self.step.view("entering")[name] = read().copy()
@@ -189,6 +191,7 @@ class _Plain(_Listener):
 
     def answered(self, name: str, array: np.ndarray) -> None:
         rows = self.rows(name, array)
+        self.lengths[name] = array.shape[0] if array.ndim else 0
         if name not in self.places.sublayers:
             self.step.recorded[name] = rows
         if name in self.places.inside:
@@ -255,7 +258,7 @@ class _Pooled(_Listener):
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         array, given = read(), self.plain.step.view("entering")[name]
-        if not self._is_copied(array):
+        if not self._is_copied(array, given.shape[0] if given.ndim else 0):
             return given
         own, alone, inside, row = self._parts(array)
         if name in self.places.sublayers:
@@ -265,7 +268,8 @@ class _Pooled(_Listener):
         return np.concatenate([own, given, given, row if small is None else small])
 
     def answered(self, name: str, array: np.ndarray) -> None:
-        own, alone, inside, row = self._parts(array) if self._is_copied(array) else [array] * 4
+        own, alone, inside, row = (
+            self._parts(array) if self._is_copied(array, self.plain.lengths.get(name, 0)) else [array] * 4)
         if name not in self.places.sublayers:
             self._add("propagated", name, own)
             self._add("isolated", name, alone)
@@ -293,9 +297,11 @@ class _Pooled(_Listener):
         for view, part in (("propagated", own), ("isolated", alone)):
             _put(self.entering_heads, (view, name), self.rows(name, part))
 
-    def _is_copied(self, array: np.ndarray) -> bool:
-        """Whether the copies lie one below the other; a table of positions, [1, tokens, width], is one for all."""
-        return array.ndim > 0 and array.shape[0] % (3 * self.rows.batch + 1) == 0
+    def _is_copied(self, array: np.ndarray, length: int) -> bool:
+        """Whether the copies lie one below the other, where the plain pass's array has ``length`` rows; a table of
+        positions, [1, tokens, width] or [tokens, tokens, heads], is one for all.
+        """
+        return array.ndim > 0 and length > 0 and array.shape[0] * self.rows.batch == length * (3 * self.rows.batch + 1)
 
     def _parts(self, array: np.ndarray) -> list[np.ndarray]:
         """The three copies, and the row that is made small. A row may be several of the array's: [batch * tokens, …]"""

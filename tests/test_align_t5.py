@@ -99,6 +99,20 @@ def test_paged_gives_the_same_figures(workshop, plain):
         assert whole.report["values"] == paged.report["values"]
 
 
+@pytest.mark.parametrize("flags", [("--rows", "1"), ("--rows", "5"), ("--tokens", "104")], ids=" ".join)
+def test_a_table_of_positions_is_not_taken_for_copies_of_rows(workshop, plain, flags):
+    """Tables are [tokens, tokens, heads]; 4, 16 and 13 of the noise floor's rows divide 96, 72, 96, 104 and 78."""
+    outcome = workshop.align("forward", plain, *flags)
+    assert outcome.code == 0, outcome.stderr
+
+
+def test_as_many_rows_as_tokens_are_refused_or_avoided(workshop, plain):
+    outcome = workshop.align("forward", plain, "--rows", "16", "--tokens", "16")
+    assert outcome.code == 2 and "16 rows of 16 tokens" in " ".join(outcome.stderr.split())
+    inputs = seeded({"pad_token_id": 0}, {"vocab": 50, "positions": 99}, kind="tokens to tokens", rows=6, tokens=8)
+    assert inputs.arrays["decoder_attention_mask"].shape == (6, 5)
+
+
 def test_two_environments_find_the_same(workshop, plain):
     for stage, flags in (("forward", ()), ("metric", FEW)):
         together = workshop.align(stage, plain, *flags)
