@@ -145,8 +145,11 @@ class Candidate(Side):
             found.arriving)
 
     def _shown(self, names: Sequence[str]) -> Sequence[str]:
-        """Under which of its names a weight is shown: all that the plan knows, of which T5's table has one."""
-        return [name for name in names if name in self._planned] or names[:1]
+        """Under which of its names a weight is shown: all that the plan knows, of which T5's table has one, and those
+        that are tied to a weight which this is not.
+        """
+        ties = dict(self.run.tied.values())
+        return [name for name in names if name in self._planned or ties.get(name, names[0]) not in names] or names[:1]
 
     @cached_property
     def _planned(self) -> set[str]:

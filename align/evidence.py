@@ -35,8 +35,7 @@ class Comparison:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._moves = {move.target: move for move in run.plan.moves}
-        self._again = {rule.again: replace(self._moves[run.paddle_names[rule.otherwise.copies]], target=rule.again)
-                       for rule in run.rules if rule.again}
+        self._again = {name: replace(self._moves[equal], target=name) for name, equal in run.tied.values()}
         self._found: dict[str, TensorResult] = {}
 
     def add(self, name: str, array: np.ndarray) -> None:

@@ -114,7 +114,10 @@ class OwnTorchNet(TorchSide, _OwnNet):
         super().__init__(run, paged)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """What a rule drops is left out, and told by :meth:`described`; a mask of bools is one of 0 and 1."""
+        """What a rule drops is left out, and told by :meth:`described`; a mask of bools is one of 0 and 1.
+
+        What is tied is told under a name of its own, so that it shows where it no longer is.
+        """
         held = {path: tensor for path, tensor in self.model.state_dict().items() if path not in self.run.dropped}
         made = {move.target for move in self.run.plan.moves if move.filling}
         moved = set()
@@ -124,7 +127,11 @@ class OwnTorchNet(TorchSide, _OwnNet):
                 moved |= set(paths)
                 arrays = [self._array(path, held[path]) for path in paths]
                 yield move.target, move.turn(move.gather(arrays) if move.gather else arrays[0])
-        for path in held.keys() - moved:
+        moves = {move.target: move for move in self.run.plan.moves}
+        for path in held.keys() & self.run.tied.keys():
+            name, equal = self.run.tied[path]
+            yield name, moves[equal].turn(self._array(path, held[path]))
+        for path in held.keys() - moved - self.run.tied.keys():
             name, array = self.run.paddle_names.get(path, path), self._array(path, held[path])
             yield name, array.astype(np.float32) if name in made and array.dtype == bool else array
 

@@ -108,8 +108,16 @@ class Run:
 
     @cached_property
     def dropped(self) -> set[str]:
-        """Torch's names of what the Paddle side has no place for."""
-        return {name for rule in self.rules if not rule.targets for names in rule.sources for name in names}
+        """Torch's names of what the Paddle side has no place for, and has not under another name either."""
+        return {name for rule in self.rules if not rule.targets for names in rule.sources for name in names
+                } - self.tied.keys()
+
+    @cached_property
+    def tied(self) -> dict[str, tuple[str, str]]:
+        """By torch's name of a tensor that is tied: its name where a net holds it, Paddle's of what it must equal."""
+        return {path: (rule.again or rule.sources[0][0], self.paddle_names[rule.otherwise.copies])
+                for rule in self.rules if rule.kind == "tied" and rule.otherwise.copies in self.paddle_names
+                for path in rule.sources[0]}
 
     @cached_property
     def modules(self) -> list[tuple[str, str]]:

@@ -13,10 +13,12 @@ from align_fixtures import save_checkpoint
 from align import lint
 from align.forward import STAGE as FORWARD
 from align.stage import main as align
+from align.weights import STAGE as WEIGHTS
 from convert.bert import FAMILY as BERT
 from convert.cli import main as convert
 from convert.gpt2 import FAMILY as GPT2
 from convert.gptj import FAMILY
+from convert.t5 import FAMILY as T5
 
 NET = """
 import paddle
@@ -373,6 +375,48 @@ def build(config, directory):
             setattr(held, method, whole[method])
         else:
             delattr(held, method)
+
+
+class TestTied:
+    """A weight that torch ties is compared with what it must be tied to, whatever else it is."""
+
+    @pytest.fixture
+    def weights(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+
+        def run(family, build, *flags, head):
+            name = f"net_of_{tmp_path.name}"
+            (tmp_path / f"{name}.py").write_text(
+                f"import copy, transformers, models\n\ndef build(config, directory):\n{build}    return net\n")
+            save_checkpoint(tmp_path / "source", head, tie_word_embeddings=True)
+            assert convert(family, ["--source", "source", "--output", "out/tied"]) == 0
+            code = align(WEIGHTS, ["--target", f"{name}:build", *flags])
+            return code, json.loads((tmp_path / f"reports/tied/{name}.build/weights.json").read_text())
+        return run
+
+    @pytest.mark.parametrize("family,head,place,name", [
+        (GPT2, "GPT2LMHeadModel", "lm_head", "lm_head.weight"),
+        (T5, "T5ForConditionalGeneration", "lm_head", "lm_head.weight"),
+        (T5, "T5ForConditionalGeneration", "decoder.embed_tokens", "t5.decoder.embed_tokens.weight")])
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_of_a_torch_net(self, weights, family, head, place, name, changed):
+        """One row of the copy differs, which an input need not use."""
+        build = (f"    net = transformers.{head}.from_pretrained('source')\n"
+                 f"    net.{place} = copy.deepcopy(net.{place})\n"
+                 f"    net.{place}.weight.data[7] += {int(changed)}\n")
+        code, report = weights(family, build, "--allow-same-framework", head=head)
+        assert [tensor["name"] for tensor in report["tensors"] if not tensor["passed"]] == [name] * changed
+        assert code == changed
+
+    @pytest.mark.parametrize("place,failing", [("wpe", ["lm_head.weight"]), ("wte", [])])
+    def test_of_a_paddle_net_that_ties_it_to_another(self, weights, place, failing):
+        """GPT-2's head is the table of positions, which the plan knows too."""
+        table = {"wpe": "position", "wte": "word"}[place]
+        build = ("    net = models.from_pretrained(directory)\n"
+                 f"    net.lm_head.weight = net.gpt.embeddings.{table}_embeddings.weight\n")
+        code, report = weights(GPT2, build, head="GPT2LMHeadModel")
+        assert [tensor["name"] for tensor in report["tensors"] if not tensor["passed"]] == failing
+        assert code == bool(failing)
 
 
 def test_two_weights_under_one_name_are_refused(tmp_path, monkeypatch, capsys):
