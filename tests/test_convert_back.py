@@ -208,7 +208,6 @@ def test_the_config_of_a_half_checkpoint_is_the_originals(tmp_path, workdir):
     assert "note: config.json: pad_token_id = 7 is kept" in told
 
 
-@pytest.mark.skipif("resnet" not in families(), reason="no family has batch norms yet")
 def test_what_batch_norms_counted_comes_back(tmp_path, workdir):
     family = family_named("resnet")
     source, expected = original(family, family.heads[0], tmp_path)
