@@ -60,4 +60,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf out reports/demo-* reports/minilm reports/selftest .pytest_cache .ruff_cache .hypothesis
+	rm -rf out/demo-* out/minilm reports/demo-* reports/minilm reports/selftest .pytest_cache .ruff_cache .hypothesis

@@ -61,7 +61,12 @@ class Run:
 
     @cached_property
     def sizes(self) -> Sizes:
-        return self.family.sizes(self.config)
+        sizes = self.family.sizes(self.config)
+        absent = [word for word in ("vocab", "positions") if word not in sizes]
+        if absent and self.head.inputs == "tokens":
+            raise BadInput(f"family {self.family.name}: its sizes do not say {' nor '.join(absent)}, which the inputs "
+                           "need. Add it to the family file's sizes.")
+        return sizes
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -161,7 +166,13 @@ def load_run(name: str | None, reports: Path, family: Path | None = None) -> Run
         there = f"The runs there: {', '.join(runs)}." if runs else "Convert a model first: python -m convert.gptj"
         raise BadInput(f"there is no run {name} in {reports}. {there}")
     conversion = load_conversion(reports / name)
-    run = Run(conversion, load_family(family) if family else family_named(conversion.family), reports / name)
+    try:
+        found = load_family(family) if family else family_named(conversion.family)
+    except BadInput as error:
+        hint = "" if family else (f" Run {name} was converted with a family file: give it again, python -m align --run "
+                                  f"{name} --family FILE")
+        raise BadInput(f"{error}{hint}") from error
+    run = Run(conversion, found, reports / name)
     if conversion.head not in {head.architecture for head in run.family.heads}:
         raise BadInput(f"run {name} has head {conversion.head}, which family {run.family.name} does not have.")
     for told, path in (("source", run.source), ("output", run.output)):

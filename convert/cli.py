@@ -88,7 +88,8 @@ def convert(direction: Direction, task: Task) -> None:
     from .checkpoint import opened
     from .writer import make_layout, refuse_overlap
     options = task.options
-    refuse_overlap(task.path, task.output)
+    if not options.dry_run:
+        refuse_overlap(task.path, task.output)
     with opened(task.path) as checkpoint:
         plan = direction.plan(task.family, task.path, checkpoint, options.dtype)
         layout = make_layout(plan.moves, options.format, task.shard_size, direction.framework)

@@ -14,7 +14,7 @@ my_gpt = module_beside(__file__, "my_gpt")
 
 def build(config, source):
     """``MyGPT`` as they build it."""
-    return my_gpt.build({**config, "n_head": THEIR_HEADS}, source)
+    return my_gpt.build(config, source, n_heads=THEIR_HEADS)
 
 
 FAMILY = replace(my_gpt.FAMILY, name="eight_heads", heads=tuple(

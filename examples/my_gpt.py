@@ -14,8 +14,12 @@ OpenAI's weights into this net:
 from convert.custom import fill, home_made_gpt2, module_beside
 
 
-def build(config, source):
-    """This net with the weights of ``source``, called as transformers' nets are."""
+def build(config, source, **own):
+    """This net with the weights of ``source``, called as transformers' nets are.
+
+    Sizes are the checkpoint's. The number of heads is the class's own, never the config's, which is this file's: a
+    wrong ``n_head`` below would else be wrong on both sides, and could not be seen.
+    """
     import torch
     net = module_beside(__file__, "my_gpt_net")
 
@@ -27,7 +31,7 @@ def build(config, source):
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             return {"logits": logits, "loss": loss}
 
-    built = Called(config["vocab_size"], config["n_positions"], config["n_embd"], config["n_layer"], config["n_head"])
+    built = Called(config["vocab_size"], config["n_positions"], config["n_embd"], config["n_layer"], **own)
     return fill(built, source)
 
 

@@ -13,6 +13,7 @@ from align_fixtures import STAGES, Workshop
 
 from align import forward
 from align.paddle_net import PaddleNet
+from align.runs import load_run
 from align.stage import Findings, main
 from align.trace import Provenance, require_comparable
 from convert.errors import BadInput
@@ -199,3 +200,19 @@ def test_traces_that_prove_nothing_are_refused(changed, told):
 
 def test_traces_of_two_frameworks_are_compared():
     require_comparable(trace(), trace(framework="paddle", version="3", model="N", weights_digest="v"))
+
+
+def test_a_family_whose_sizes_do_not_say_the_positions_is_told_so(workshop):
+    """As a draft of an OPT, whose table has two rows more than there are positions."""
+    run = load_run(workshop.make("GPTJForCausalLM", "no-positions"), workshop.reports)
+    family = dataclasses.replace(run.family, sizes=lambda config: {"hidden": 32, "vocab": 257})
+    with pytest.raises(BadInput, match="its sizes do not say positions"):
+        assert dataclasses.replace(run, family=family).sizes
+
+
+def test_a_run_of_a_family_file_asks_for_the_file_again(workshop):
+    run = workshop.make("GPTJForCausalLM", "of-a-file")
+    file = workshop.reports / run / "convert.json"
+    file.write_text(file.read_text().replace('"family": "gptj"', '"family": "mine"'))
+    outcome = workshop.align("forward", run)
+    assert outcome.code == 2 and f"python -m align --run {run} --family FILE" in outcome.stderr

@@ -260,7 +260,7 @@ from convert.__main__ import load_family
 my = load_family(Path({file!r}))
 head = my.heads[0]
 FAMILY = replace(my, config_of=lambda header: {{**my.config_of(header), **{config}}}, heads=(
-    replace(head, reference=lambda config, source: head.reference({{**config, **{theirs}}}, source)),))
+    replace(head, reference=lambda config, source: head.reference(config, source, **{theirs})),))
 """
 
 
@@ -276,7 +276,7 @@ def diverged(home, net, config, theirs):
 
 @pytest.mark.parametrize("right, theirs", [(12, 6), (4, 12), (12, 1)])
 def test_any_other_number_of_heads_is_found(home, right, theirs):
-    report = diverged(home, my_net(), {"n_head": right}, {"n_head": theirs})
+    report = diverged(home, my_net(), {"n_head": right}, {"n_heads": theirs})
     assert f"heads are {right} instead of {theirs}" in report["diagnosis"]["sentence"]
 
 
