@@ -27,7 +27,7 @@ from .stage import main as align
 PASSING, FAILING = "gptj-aligned", "gptj-diverged"
 LEFT_ALONE = "transformer.h.1.attn.q_proj.weight"
 STORY = "gpt2-eight-heads"
-STORY_SHAPE = {"n_embd": 48, "n_head": 12, "n_layer": 2}
+STORY_SHAPE = {"n_embd": 48, "n_head": 12, "n_layer": 2, "embd_pdrop": 0.1}
 """As 768 is, 48 is a multiple of 12 and of 8."""
 THEIR_FAMILY = Path(__file__).resolve().parents[1] / "examples" / "eight_heads.py"
 HERE = Path("reports/example")
