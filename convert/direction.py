@@ -75,11 +75,12 @@ def dropped_numbers(plan: Plan, checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def main_dtype(plan: Plan, of_source: bool = False) -> str | None:
-    """The dtype of most of a plan's weights; None where it moves none."""
+    """The dtype of most of a plan's weights; None where it moves none. Counts are no weights."""
     sizes: dict[str, int] = {}
     for move in plan.moves:
         dtype = move.source_dtype if of_source else move.dtype
-        sizes[dtype.name] = sizes.get(dtype.name, 0) + (move.nbytes if move.sources else 0)
+        if dtype.floating:
+            sizes[dtype.name] = sizes.get(dtype.name, 0) + (move.nbytes if move.sources else 0)
     return max(sizes, key=sizes.__getitem__, default=None)
 
 

@@ -21,7 +21,7 @@ from convert import gptj
 
 KILLS, INTERRUPTIONS = 50, 12
 FORKING = """
-import os, sys, time
+import os, signal, sys, time
 import convert.stream, convert.verify, convert.report
 from convert.cli import main
 from convert.gptj import FAMILY
@@ -29,6 +29,7 @@ for line in sys.stdin:
     number, delay, *arguments = line.split()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
         sys.stdout = open(os.devnull, "w")
         os._exit(main(FAMILY, arguments))
     if int(number):
