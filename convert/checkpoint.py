@@ -325,10 +325,15 @@ def opened(path: str | Path) -> Iterator[Checkpoint]:
 
 
 def _rows_and_columns(info: TensorInfo) -> tuple[int, int, int, int] | None:
-    """Rows, columns, pitch and step of a tensor; None where its leading axes do not fold into one."""
+    """Rows, columns, pitch and step of a tensor; None where its leading axes do not fold into one.
+
+    A matrix keeps both axes, also one of length 1: a rule may cut it along either.
+    """
     if info.strides is None:
         columns = info.shape[-1] if info.shape else 1
         return prod(info.shape[:-1]), columns, columns, 1
+    if len(info.shape) == 2:
+        return (*info.shape, *info.strides)
     *leading, (columns, step) = [axis for axis in zip(info.shape, info.strides, strict=True) if axis[0] != 1]
     rows, pitch = leading.pop() if leading else (1, columns * step)
     while leading:
