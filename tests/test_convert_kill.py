@@ -22,6 +22,7 @@ from convert import gptj
 KILLS, INTERRUPTIONS = 50, 12
 FORKING = """
 import os, signal, sys, time
+from contextlib import suppress
 import convert.stream, convert.verify, convert.report
 from convert.cli import main
 from convert.gptj import FAMILY
@@ -29,9 +30,12 @@ for line in sys.stdin:
     number, delay, *arguments = line.split()
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
-        sys.stdout = open(os.devnull, "w")
-        os._exit(main(FAMILY, arguments))
+        code = 130  # of an interruption before the conversion has begun
+        with suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+            sys.stdout = open(os.devnull, "w")
+            code = main(FAMILY, arguments)
+        os._exit(code)
     if int(number):
         time.sleep(float(delay))
         os.kill(child, int(number))
