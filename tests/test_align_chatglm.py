@@ -367,13 +367,7 @@ import sys, models
 def build(config, directory):
     return models.from_pretrained(directory)
 
-def patching(config, directory):
-    code = next(module for name, module in sys.modules.items() if name.endswith(".modeling_chatglm"))
-    code.Attention.forward = lambda self, hidden_states: hidden_states
-    return build(config, directory)
 """)
     target = ("--target", "own_chatglm:build")
     assert workshop.align("weights", plain, *target).code == 0
     assert workshop.align("forward", plain, *target, TRUST).code == 0
-    patching = workshop.align("forward", plain, "--target", "own_chatglm:patching", TRUST)
-    assert patching.code == 2 and "modeling_chatglm.Attention.forward" in patching.stderr
