@@ -77,7 +77,7 @@ class Inspection:
         session.advance("weights")
         self._session = session
         source, self._verified = _verified(session.reports / "weights.json") or (None, None)
-        self._comparison = None if source == session.run.source_digest else Comparison(session.run)
+        self._comparison = None if source == session.run.conversion.source_digest else Comparison(session.run)
         session.candidate.show(*[self._comparison.add] if self._comparison else [])
 
     def told(self) -> tuple[str | None, list[str]]:

@@ -49,7 +49,7 @@ class Reference(TorchSide):
         import torch
         self.run = run
         self.version = torch.__version__
-        self.weights_digest = run.source_digest
+        _ = run.hashing if paged else run.source_digest
         cls, config = (None, None) if run.head.reference else _class_and_config(run, trust_remote_code)
         with blamed("the checkpoint's own code") if run.family.remote_code else nullcontext():
             empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None

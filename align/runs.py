@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
 from convert.__main__ import family_named, load_family
-from convert.checkpoint import Checkpoint, open_checkpoint, read_config
+from convert.checkpoint import Checkpoint, open_checkpoint, opened, read_config
 from convert.direction import target_config
 from convert.errors import BadInput
 from convert.plan import Plan, config_for, expand, make_plan, spelled
@@ -141,21 +143,39 @@ class Run:
         return list(spelled([(*paths, template) for paths, template in
                              zip(self.family.modules_of(self.head), templates, strict=True)], self.layers))
 
-    @cached_property
+    @property
     def source_digest(self) -> str:
         """Digest of the source as it is now; :class:`BadInput` when it is not what was converted."""
-        import xxhash
-        digests = {}
-        for name in self.checkpoint.tensors:
-            hasher = xxhash.xxh3_128()
-            for chunk in chunks_of(self.checkpoint, name):
-                hasher.update(chunk.view("u1"))
-            digests[name] = hasher.hexdigest()
-        digest = digest_of(self.checkpoint.tensors, digests)
+        digest = self.hashing.result()
         if digest != self.conversion.source_digest:
             raise BadInput(f"{self.source} is not what run {self.name} converted: its digest is {digest}, it was "
                            f"{self.conversion.source_digest}. Convert again.")
         return digest
+
+    @cached_property
+    def hashing(self) -> Future[str]:
+        """The source's digest, which a thread works out from now on: twelve gigabytes take as long as a pass."""
+        future: Future[str] = Future()
+
+        def hash_source() -> None:
+            try:
+                future.set_result(_digest_of(self.source))
+            except BaseException as error:
+                future.set_exception(error)
+        Thread(target=hash_source, daemon=True).start()
+        return future
+
+
+def _digest_of(source: Path) -> str:
+    import xxhash
+    digests = {}
+    with opened(source) as checkpoint:
+        for name in checkpoint.tensors:
+            hasher = xxhash.xxh3_128()
+            for chunk in chunks_of(checkpoint, name):
+                hasher.update(chunk.view("u1"))
+            digests[name] = hasher.hexdigest()
+        return digest_of(checkpoint.tensors, digests)
 
 
 def load_run(name: str | None, reports: Path, family: Path | None = None) -> Run:
