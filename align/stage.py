@@ -54,9 +54,12 @@ class Session:
     @cached_property
     def reference(self) -> Reference:
         from .reference import Reference
+        from .unmodified import Unmodified, classes_of
         self.advance("loading torch")
-        return Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"),
-                         trust_remote_code=self.options.trust_remote_code)
+        found = Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"),
+                          trust_remote_code=self.options.trust_remote_code)
+        Unmodified(classes_of(found.model))
+        return found
 
     @cached_property
     def candidate(self) -> Candidate:

@@ -358,16 +358,57 @@ def test_a_damaged_sentencepiece_model_is_told(workshop, run_of):
     assert outcome.code == 2 and "the tokenizer in" in outcome.stderr and "cannot be read" in outcome.stderr
 
 
-def test_a_target_of_the_users_own_is_held_against_it(workshop, plain, monkeypatch):
-    """Its classes are fingerprinted where they are trusted; transformers has none."""
+@pytest.fixture
+def own(workshop, monkeypatch):
+    """``own(name, body)``: a target in whose ``build`` the ``body`` is, which finds the code that was loaded last as
+    ``code``; returns the flags that choose it.
+    """
     monkeypatch.syspath_prepend(str(workshop.root))
-    (workshop.root / "own_chatglm.py").write_text("""
+
+    def make(name, body=""):
+        (workshop.root / f"{name}.py").write_text(f"""
 import sys, models
 
 def build(config, directory):
+    code = [module for name, module in sys.modules.items() if name.endswith(".modeling_chatglm")][-1]
+    {body}
     return models.from_pretrained(directory)
-
 """)
-    target = ("--target", "own_chatglm:build")
-    assert workshop.align("weights", plain, *target).code == 0
-    assert workshop.align("forward", plain, *target, TRUST).code == 0
+        return "--target", f"{name}:build", TRUST
+    return make
+
+
+def test_a_target_of_the_users_own_is_held_against_it(workshop, plain, own):
+    """Its classes are fingerprinted where they are trusted; transformers has none."""
+    target = own("own_chatglm")
+    assert workshop.align("weights", plain, *target[:2]).code == 0
+    assert workshop.align("forward", plain, *target).code == 0
+
+
+@pytest.mark.parametrize("part,changed", [
+    ("Attention.forward", "lambda self, hidden_states: hidden_states"), ("MLP.forward", "None"),
+    ("turned", "lambda x, matrices: x"), ("half_linear", "None")])
+def test_a_target_that_changes_it_is_refused(workshop, plain, own, part, changed):
+    """Whatever other code of that name has been loaded before, as by another checkpoint."""
+    target = own(f"changing_{part.replace('.', '_')}", f"code.{part} = {changed}")
+    outcome = workshop.align("forward", plain, *target)
+    assert outcome.code == 2 and f"modeling_chatglm.{part}" in outcome.stderr, outcome.stderr
+
+
+def test_what_an_earlier_target_did_to_it_is_gone_from_the_next_reference(workshop, plain, own):
+    changing = own("forgetting", "code.Attention.forward = lambda self, *_, **__: (0 * _[0], None)")
+    assert workshop.align("forward", plain, *changing).code == 2
+    assert workshop.align("forward", plain, *own("forgotten")).code == 0
+    assert workshop.align("forward", plain, TRUST).code == 0
+
+
+def test_code_that_is_not_the_references_may_be_changed(workshop, plain, run_of, own):
+    """That of another checkpoint under the same name: the reference does not run it."""
+    other = workshop.root / "source-another" / "modeling_chatglm.py"
+    run = run_of("another")
+    other.write_text(f"{other.read_text()}\nANOTHER = True\n")
+    assert workshop.align("forward", run, TRUST).code == 0
+    target = own("changing_another", "next(module for module in list(sys.modules.values()) if hasattr(module, "
+                                     "'ANOTHER')).Attention.forward = None")
+    outcome = workshop.align("forward", plain, *target)
+    assert outcome.code == 0, outcome.stderr

@@ -348,7 +348,8 @@ class TestTorchNet:
     ("resnet", "functools.partialmethod(torch.nn.BatchNorm2d.__init__, eps=1e-3)",
      "torch.nn.modules.batchnorm.BatchNorm2d.__init__"),
     ("resnet", "lambda self, x: x", "torch.nn.modules.batchnorm.BatchNorm2d.forward"),
-    ("gpt2", "lambda self, x: x @ self.weight", "transformers.pytorch_utils.Conv1D.forward")])
+    ("gpt2", "lambda self, x: x @ self.weight", "transformers.pytorch_utils.Conv1D.forward"),
+    ("gpt2", "lambda self, *sizes: self", "torch.Tensor.permute")])
 def test_a_target_that_changes_a_class_the_reference_is_made_of_is_refused(tmp_path, monkeypatch, capsys, family, patch,
                                                                            named):
     """Also by a method that the class inherits; recorded apart from the reference it may."""
@@ -375,6 +376,30 @@ def build(config, directory):
             setattr(held, method, whole[method])
         else:
             delattr(held, method)
+
+
+def test_what_an_earlier_target_left_changed_is_told_to_every_later_one(tmp_path, monkeypatch, capsys):
+    """In one process, as from Python: what was looked at first counts, not what the last target came upon."""
+    from transformers.pytorch_utils import Conv1D
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "left_changed.py").write_text("""
+import models
+from transformers.pytorch_utils import Conv1D
+def build(config, directory):
+    Conv1D.forward = lambda self, x: x @ self.weight
+    return models.from_pretrained(directory)
+""")
+    (tmp_path / "innocent.py").write_text(
+        "import models\ndef build(config, directory):\n    return models.from_pretrained(directory)\n")
+    assert convert(importlib.import_module("convert.gpt2").FAMILY, []) == 0
+    monkeypatch.setattr(Conv1D, "forward", Conv1D.forward)
+    assert align(FORWARD, ["--target", "left_changed:build"]) == 2
+    capsys.readouterr()
+    for flags in (["--target", "innocent:build"], []):
+        assert align(FORWARD, flags) == 2
+        assert "Conv1D.forward has been replaced in this process" in capsys.readouterr().err
+    monkeypatch.undo()
 
 
 class TestTied:
