@@ -90,5 +90,5 @@ def _module_of(run: Run) -> str:
     found = REFERENCE.fullmatch(named) if isinstance(named, str) else None
     if found is None:
         raise BadInput(f"config.json: auto_map names {str(named)[:80]!r}; only code beside the weights is run, named "
-                       "as modeling_chatglm.ChatGLMForConditionalGeneration is.")
+                       f"as modeling_{run.family.name}.{run.head.architecture} is.")
     return found.group(1)

@@ -18,7 +18,7 @@ from align.oracle import Float64
 from align.reference import Reference
 from align.runs import load_run
 from align.texts import load_rows
-from convert.chatglm import FAMILY
+from convert.chatglm import FAMILY, PROMPTS
 
 TRUST = "--trust-remote-code"
 CODE_TOLD = "The reference is code that the checkpoint brings along: modeling_chatglm.py (xxh3-128 "
@@ -299,7 +299,7 @@ def test_the_oracle_is_the_code_in_double(workshop, plain):
 def test_rows_are_arranged_as_the_tokenizer_does(positions):
     ids = prompts([(7, 9), (3, 6), (12, 2), (9, 1)])
     rows = [[word for word in row if word != SPECIAL["pad_token_id"]] for row in ids.tolist()]
-    found = made.arranged(rows, config_of(position_encoding_2d=positions), FAMILY.sizes(TINY))
+    found = made.arranged(rows, PROMPTS, config_of(position_encoding_2d=positions), FAMILY.sizes(TINY))
     expected = as_the_tokenizer_pads(ids)
     assert np.array_equal(found["input_ids"], ids)
     assert np.array_equal(found["attention_mask"], expected["attention_mask"])
@@ -311,7 +311,7 @@ def test_rows_are_arranged_as_the_tokenizer_does(positions):
 
 
 def test_seeded_inputs_are_prompts_of_all_kinds():
-    inputs = seeded(TINY, {**FAMILY.sizes(TINY), "positions": 96}, kind="prompts")
+    inputs = seeded(TINY, {**FAMILY.sizes(TINY), "positions": 96}, kind=PROMPTS)
     ids, real = inputs.arrays["input_ids"], inputs.mask
     assert ids.shape == (4, 96) and real[0].all() and real[1:, 0].sum() == 0 and real[:, -1].all()
     assert np.array_equal(real, ids != SPECIAL["pad_token_id"])
@@ -338,8 +338,8 @@ def test_marks_that_are_no_words_are_refused(workshop, run_of, changes, says):
 def test_words_are_those_of_the_sentencepiece_model(tmp_path):
     import sentencepiece
     directory = sentencepieces(tmp_path)
-    marks = made.marks_of(TINY, FAMILY.sizes(TINY))
-    tokenizer = made.Tokenizer(directory, marks)
+    marks = made.marks_of(PROMPTS, TINY, FAMILY.sizes(TINY))
+    tokenizer = made.Tokenizer(directory, PROMPTS, marks)
     model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "ice_text.model"))
     assert tokenizer.words("the river") == model.encode("the river")
     pieces = model.id_to_piece(tokenizer.words("a\tb\n\nc    d e"))
@@ -348,7 +348,8 @@ def test_words_are_those_of_the_sentencepiece_model(tmp_path):
     words = model.encode("the river")[:4]
     assert row == [*words[:2], SPECIAL["gmask_token_id"], SPECIAL["bos_token_id"], *words[2:], SPECIAL["eos_token_id"]]
     (directory / "tokenizer_config.json").write_text('{"num_image_tokens": 20000}')
-    assert made.Tokenizer(directory, marks).words("the river") == [20000 + word for word in model.encode("the river")]
+    shifted = made.Tokenizer(directory, PROMPTS, marks)
+    assert shifted.words("the river") == [20000 + word for word in model.encode("the river")]
 
 
 def test_a_damaged_sentencepiece_model_is_told(workshop, run_of):

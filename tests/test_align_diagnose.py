@@ -1,6 +1,7 @@
 """Diagnoses: planted faults get the right explanation, faults that are not in stock get none."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -398,5 +399,9 @@ def test_the_catalogue_is_data_and_shares_nothing_with_the_nets():
     from align.explanations import operations, place, surgery
     assert len(operations.CATALOGUE) >= 20
     assert all(idea.about for idea in operations.CATALOGUE)
-    for module in (operations, place, surgery, explanations):
+    assert len(set(operations.CATALOGUE)) == len(operations.CATALOGUE)
+    files = {file.stem for file in Path(operations.__file__).parent.glob("*.py")}
+    assert files == {module.__name__.rpartition(".")[2] for module in operations.MODULES} | {
+        "__init__", "attention", "variant"}
+    for module in (*operations.MODULES, operations, place, surgery, explanations):
         assert "import paddle" not in inspect.getsource(module) and "models." not in inspect.getsource(module)

@@ -485,7 +485,7 @@ def positions(config, directory):
     "type('Odd', (), {'n_head': property(lambda self: 1 / 0)})()", "{'n_head': object()}"])
 def test_a_config_of_any_kind_is_no_trouble(config):
     held = eval(config)
-    assert all(isinstance(value, (str, int, float, type(None))) for _, value in lint._settings(held).values())
+    assert all(isinstance(value, (str, int, float, type(None))) for _, value in lint._settings(held, GPT2).values())
 
 
 def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same(tmp_path):
@@ -498,7 +498,7 @@ def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same
     class Rounded:
         _epsilon = float(np.float32(1e-5))
     Rounded.__name__ = "LayerNorm"
-    run = SimpleNamespace(modules=[])
+    run = SimpleNamespace(modules=[], family=GPT2)
     left = lint.describe(None, {"a": RMSNorm(), "b": LayerNorm()}, {}, run, str)
     right = lint.describe(None, {"a": RMSNorm(), "b": Rounded()}, {}, run, str)
     assert left["epsilon"] == {"b": 1e-5}
@@ -507,7 +507,7 @@ def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same
 
 
 def test_batch_norms_of_the_two_frameworks_agree_but_for_the_variance_that_they_keep_in_training():
-    run = SimpleNamespace(modules=[])
+    run = SimpleNamespace(modules=[], family=GPT2)
     torchs = lint.describe(None, {"bn1": torch.nn.BatchNorm2d(3, momentum=0.1)}, {}, run, str)
     paddles, hasty = (lint.describe(None, {"bn1": paddle.nn.BatchNorm2D(3, momentum=momentum)}, {}, run, str)
                       for momentum in (0.9, 0.1))
