@@ -68,14 +68,14 @@ def attentions(place: Place) -> list[Attention]:
         for number, spellings in enumerate((QUERY, KEY, VALUE)):
             if word in spellings:
                 found.setdefault(name, {})[number] = linear
-    attentions = []
+    parted, fused = [], place.traits.fused
     for name, parts in found.items():
         path = ".".join(_common([whole(part.path).split(".")[:-1] for part in parts.values()]))
         if len(parts) == 3:
-            attentions.append(Attention(path, name, place.root.get_submodule(path), (parts[0], parts[1], parts[2])))
-    return attentions + [
+            parted.append(Attention(path, name, place.root.get_submodule(path), (parts[0], parts[1], parts[2])))
+    return parted + [
         Attention(path, linear.name.rpartition(".")[0], place.root.get_submodule(path), (linear,))
-        for linear in place.linears for path, _, word in [linear.path.rpartition(".")] if word == place.traits.fused]
+        for linear in place.linears for path, _, word in [linear.path.rpartition(".")] if fused and word == fused]
 
 
 def is_attention_output(place: Place, linear: Layer) -> bool:
