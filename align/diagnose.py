@@ -31,7 +31,7 @@ from .tolerance import FORWARD
 if TYPE_CHECKING:
     from convert.plan import Move
 
-    from .explanations.operations import Dial, Variant
+    from .explanations.operations.variant import Dial, Variant
     from .explanations.place import Place
     from .inputs import Inputs
     from .noise import Judgement
@@ -180,7 +180,7 @@ def _place_of(session: Session, inputs: Inputs, parameter: str) -> str:
 
 def _by_buffers(case: _Case, wrong: Sequence[_Wrong], parameter: _Wrong | None) -> Explanation | None:
     """A buffer that torch does not have: what it does to the mask, or that it does nothing here."""
-    from .explanations.operations import buffers
+    from .explanations.operations.masks import buffers
     for weight in wrong:
         for variant in buffers(case.place, weight.name, weight.held):
             after = case.error_of(variant)
@@ -238,7 +238,7 @@ def _by_weights(case: _Case, wrong: Sequence[_Wrong], everywhere: Sequence[_Wron
                 parameter: _Wrong | None) -> Explanation | None:
     """The wrong weights put into the reference: all of them, and then the one that does most on its own."""
     from .explanations import surgery
-    from .explanations.operations import Variant
+    from .explanations.operations.variant import Variant
     known = [weight for weight in wrong if weight.path]
     if not known:
         return None
@@ -310,7 +310,7 @@ def _together(case: _Case, wrong: Sequence[_Wrong], everywhere: Sequence[_Wrong]
 
 
 def _is_projection(wrong: Sequence[_Wrong]) -> bool:
-    from .explanations.operations import KEY, QUERY, VALUE
+    from .explanations.operations.attention import KEY, QUERY, VALUE
     return all(weight.name.split(".")[-2] in QUERY | KEY | VALUE for weight in wrong)
 
 
@@ -369,8 +369,9 @@ _Found = tuple[Explanation, Any]
 
 def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> _Found | None:
     """The one variant in the catalogue that reproduces the candidate."""
-    from .explanations import pictures, surgery
-    from .explanations.operations import CATALOGUE, Variant
+    from .explanations import surgery
+    from .explanations.operations import CATALOGUE
+    from .explanations.operations.variant import Variant
     base = surgery.weights({case.below(weight): case.tensor(weight.held) for weight in wrong if weight.path})
     if wrong:
         case = replace(case, plain=case.run(base), unchanged=base)
@@ -378,7 +379,7 @@ def _by_operation(case: _Case, wrong: Sequence[_Wrong]) -> _Found | None:
             return None
     beside = f" (and with {wrong[0].name} as the candidate holds it)" if wrong else ""
     fits: list[_Fit] = []
-    for idea in (*CATALOGUE, *pictures.CATALOGUE):
+    for idea in CATALOGUE:
         case.session.advance(f"explaining {case.name}: {idea.about}")
         for found in idea.variants(case.place):
             if isinstance(found, Variant):

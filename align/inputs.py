@@ -12,6 +12,7 @@ import xxhash
 
 from convert.errors import BadInput
 from convert.rules import Config, Sizes
+from convert.traits import Prompts
 
 from . import prompts
 
@@ -33,8 +34,8 @@ class Rows:
     """Which rows of a model's arrays are real, called with an array's name and the array.
 
     Padded queries are meaningless on both sides: of an array [batch, tokens, ...] the rows of real tokens are taken,
-    [rows, ...], by that one of ``masks`` that has its batch and tokens; of an array [batch * tokens, width], as OPT's
-    MLP has them, the same. Without masks there are pictures: a feature map [batch, channels, height, width] has a row
+    [rows, ...], by that one of ``masks`` that has its batch and tokens; of an array [batch * tokens, width], as some
+    MLPs have them, the same. Without masks there are pictures: a feature map [batch, channels, height, width] has a row
     for each place. Any other array comes back as it is.
     """
 
@@ -120,11 +121,13 @@ class Inputs:
         np.savez(file, **self.arrays)
 
 
-def seeded(config: Config, sizes: Sizes, *, kind: str = "tokens", padded: bool = True, rows: int = ROWS,
-           tokens: int | tuple[int, int] = LENGTH) -> Inputs:
+def seeded(config: Config, sizes: Sizes, *, kind: str | Prompts = "tokens", padded: bool = True,
+           rows: int = ROWS, tokens: int | tuple[int, int] = LENGTH) -> Inputs:
     """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding; of
     pictures it chooses between two sizes. ``tokens`` is how long a row is at most, or a picture's (height, width).
     """
+    if isinstance(kind, Prompts):
+        return _prompts(kind, config, sizes, padded, rows, tokens)
     return KINDS[kind](config, sizes, padded, rows, tokens)
 
 
@@ -216,21 +219,21 @@ def pad_token(config: Config) -> int:
 
 
 def decoder_start(config: Config) -> int:
-    """The id that a decoder's texts begin with; T5's is padding where the config does not say."""
+    """The id that a decoder's texts begin with; padding where the config does not say."""
     start = config.get("decoder_start_token_id")
     return start if isinstance(start, int) and start >= 0 else pad_token(config)
 
 
-def batches(rows: list[dict[str, list[int]]], config: Config, sizes: Sizes, size: int, kind: str = "tokens",
-            ) -> list[Inputs]:
+def batches(rows: list[dict[str, list[int]]], config: Config, sizes: Sizes, size: int,
+            kind: str | Prompts = "tokens") -> list[Inputs]:
     """Rows of token ids as right-padded batches, in order, none dropped; prompts are padded on the left."""
     if not rows:
         raise BadInput("the data set has no row to evaluate on.")
     found = []
     for start in range(0, len(rows), size):
         chunk = rows[start: start + size]
-        if kind == "prompts":
-            found.append(Inputs(prompts.arranged([row["input_ids"] for row in chunk], config, sizes)))
+        if isinstance(kind, Prompts):
+            found.append(Inputs(prompts.arranged([row["input_ids"] for row in chunk], kind, config, sizes)))
             continue
         fill = {"input_ids": pad_token(config), "decoder_input_ids": pad_token(config), "labels": -100}
         found.append(Inputs({name: _right_padded([row[name] for row in chunk], fill.get(name, 0))
@@ -243,11 +246,11 @@ def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
-def _prompts(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
-    """GLM's prompts, most of them shorter and padded on the left if ``padded``."""
+def _prompts(kind: Prompts, config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+    """Most of them shorter and padded on the left if ``padded``."""
     length, notes = _length(sizes, tokens)
-    drawn = prompts.drawn(config, sizes, padded, rows, length, np.random.default_rng(SEED + padded))
-    return Inputs(prompts.arranged(drawn, config, sizes), notes)
+    drawn = prompts.drawn(kind, config, sizes, padded, rows, length, np.random.default_rng(SEED + padded))
+    return Inputs(prompts.arranged(drawn, kind, config, sizes), notes)
 
 
 def _real(mask: np.ndarray) -> np.ndarray:
@@ -262,7 +265,6 @@ def _whole_rows(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: i
 
 KINDS = {
     "pixels": _pixels,
-    "prompts": _prompts,
     "tokens": _tokens,
     "tokens to tokens": _tokens_to_tokens,
     "whole rows": _whole_rows,

@@ -11,23 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convert.rules import Family
+
     from .runs import Run
 
 Description = dict[str, Any]
 
-SETTINGS = {
-    "epsilon": (("layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon"),),
-    "activation": (("activation_function", "hidden_act", "dense_act_fn"),),
-    "heads": (("n_head", "num_attention_heads", "num_heads"),),
-    "head width": (("d_kv",),),
-    "relative positions": (("relative_attention_num_buckets",), ("relative_attention_max_distance",)),
-    "rotary dimension": (("rotary_dim",),),
-    "dropout": (("resid_pdrop",), ("embd_pdrop",), ("attn_pdrop",), ("hidden_dropout_prob",),
-                ("attention_probs_dropout_prob",), ("classifier_dropout",), ("dropout_rate",)),
-    "norms before": (("do_layer_norm_before", "normalize_before"),),
-    "normed residual": (("apply_residual_connection_post_layernorm",),),
-    "tied weights": (("tie_word_embeddings",),),
+USUAL = {
+    "epsilon": ("layer_norm_epsilon", "layer_norm_eps"),
+    "activation": ("activation_function", "hidden_act"),
+    "heads": ("n_head", "num_attention_heads"),
+    "tied weights": ("tie_word_embeddings",),
 }
+"""What every config has, under one of these keys; a family may call it otherwise, and has settings of its own."""
 EPSILONS = ("eps", "_epsilon", "epsilon", "variance_epsilon")
 LOWEST = -3.4028234663852886e38
 SHOWN = 3
@@ -40,8 +36,8 @@ def describe(model: Any, modules: Mapping[str, Any], weights: Mapping[str, Any],
 
     Dropouts are told by the recorded module that holds them.
     """
-    found: Description = {"settings": _settings(getattr(model, "config", None)), "epsilon": {}, "dropout": {},
-                          "momentum": {}, "running variance": {}, "mask value": {}}
+    found: Description = {"settings": _settings(getattr(model, "config", None), run.family), "epsilon": {},
+                          "dropout": {}, "momentum": {}, "running variance": {}, "mask value": {}}
     for path, module in modules.items():
         kind, name = type(module).__name__, named(path)
         epsilon = next((number for key in EPSILONS if isinstance(number := _held(module, key), (int, float))), None)
@@ -56,15 +52,15 @@ def describe(model: Any, modules: Mapping[str, Any], weights: Mapping[str, Any],
     shared: dict[int, list[str]] = {}
     for path, weight in weights.items():
         shared.setdefault(id(weight), []).append(named(path))
-        if is_mask(path) and math.prod(weight.shape) == 1:
+        if is_mask(path, run.family) and math.prod(weight.shape) == 1:
             found["mask value"][named(path)] = float(weight)
     return found | {"tied": sorted(sorted(names) for names in shared.values() if len(names) > 1),
                     "weights": sorted(named(path) for path in weights)}
 
 
-def is_mask(name: str) -> bool:
+def is_mask(name: str, family: Family) -> bool:
     """Whether a buffer is the number that a mask adds to the scores."""
-    return name.endswith("masked_bias")
+    return bool(family.traits.mask_value) and name.endswith(family.traits.mask_value)
 
 
 def differences(reference: Description, candidate: Description) -> list[str]:
@@ -110,14 +106,16 @@ def differences(reference: Description, candidate: Description) -> list[str]:
             f"{'; '.join(compared)}." if compared else "Lint: this net says nothing of itself that could be compared."]
 
 
-def _settings(config: Any) -> dict[str, tuple[str, Any]]:
+def _settings(config: Any, family: Family) -> dict[str, tuple[str, Any]]:
     """(what it is, value) of every known setting of a config, a mapping or an object, by its first key's name."""
+    groups = [(about, (*keys, *family.settings.get(about, ()))) for about, keys in USUAL.items()]
+    groups += [(about, tuple(dict.fromkeys((key, family.paddle_keys.get(key, key)))))
+               for about, keys in family.settings.items() if about not in USUAL for key in keys]
     found = {}
-    for concept, groups in SETTINGS.items():
-        for keys in groups:
-            values = [value for key in keys if isinstance(value := _held(config, key), (str, int, float, type(None)))]
-            if values:
-                found[keys[0]] = (concept, values[0])
+    for about, keys in groups:
+        values = [value for key in keys if isinstance(value := _held(config, key), (str, int, float, type(None)))]
+        if values:
+            found[keys[0]] = (about, values[0])
     return found
 
 

@@ -22,7 +22,6 @@ from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
 from .stage import Findings, RecordedStage, Session, main
 from .texts import (
     ENCODE,
-    PREFIX,
     Encoder,
     Example,
     Row,
@@ -48,7 +47,7 @@ def reference(session: Session) -> Iterator[Step]:
         return
     name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
     tokenizer = tokenizer_of(run)
-    prefix = (PREFIX if options.dataset is None else "") if options.prefix is None else options.prefix
+    prefix = (run.head.prefix if options.dataset is None else "") if options.prefix is None else options.prefix
     encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix, run.head.inputs)
     encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
@@ -241,8 +240,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=positive, default=128, help="tokens a row at most; default 128")
     add("--stride", type=positive, metavar="TOKENS", help="language models: take all rows as one text, in windows of "
         "--max-length tokens that move on by so many; default: every row alone, cut at --max-length")
-    add("--prefix", metavar="TEXT", help="for translation: what stands before every source; default: "
-        f"'{PREFIX}' before those that ship, else nothing")
+    add("--prefix", metavar="TEXT", help="for translation: what stands before every source; default: what "
+        "the family was taught to be told of its task before those that ship, else nothing")
     add("--batch-size", type=positive, default=8, help="rows a batch; default 8")
 
 

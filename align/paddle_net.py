@@ -108,7 +108,8 @@ class PaddleNet(Candidate):
         weights = dict(self.model.state_dict())
         if self._pages is not None:
             file = open_checkpoint(self.run.output)
-            weights |= {name: file.read(name).reshape(()) for name in weights if is_mask(name) and name in file.tensors}
+            weights |= {name: file.read(name).reshape(()) for name in weights
+                        if is_mask(name, self.run.family) and name in file.tensors}
         return describe(self.model, self._layers(), weights, self.run, str)
 
     def _paged(self) -> Pages:

@@ -1,6 +1,6 @@
-"""Parts of a fused tensor by name: ``h.0.attn.c_attn.weight[64:128]`` is what Paddle has as ``k_proj.weight``.
+"""Parts of a fused tensor by name: ``h.0.attn.fused.weight[64:128]`` is what Paddle has as ``k_proj.weight``.
 
-The brackets hold columns, ``[64:128, :]`` rows; of the module ``h.0.attn.c_attn[64:128]`` they are channels of what it
+The brackets hold columns, ``[64:128, :]`` rows; of the module ``h.0.attn.fused[64:128]`` they are channels of what it
 gives. A name without them is a whole tensor or module.
 """
 

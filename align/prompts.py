@@ -15,18 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.chatglm import MARKS, in_two_dimensions
 from convert.errors import BadInput, require
 from convert.rules import Config, Sizes
+from convert.traits import Prompts
 
-WORDS = "ice_text.model"
-LONGEST_BLANK = 80
 PATTERNS = ("whole", "a short context and a long answer", "[MASK] instead of [gMASK]", "a prompt without an answer")
 
 
-def marks_of(config: Config, sizes: Sizes) -> dict[str, int]:
+def marks_of(kind: Prompts, config: Config, sizes: Sizes) -> dict[str, int]:
     """The ids of bos, eos, both masks and padding, each of them a word of the vocabulary, no two the same."""
-    found = {name: mark(config, name) for name in MARKS}
+    found = {name: config.get(name, usual) for name, usual in kind.marks.items()}
     for name, number in found.items():
         if type(number) is not int or not 0 <= number < sizes["vocab"]:
             raise BadInput(f"config.json: {name} is {str(number)[:40]}, no word of a vocabulary of "
@@ -37,24 +35,20 @@ def marks_of(config: Config, sizes: Sizes) -> dict[str, int]:
     return found
 
 
-def mark(config: Config, name: str) -> int:
-    return config.get(name, MARKS[name])
-
-
-def drawn(config: Config, sizes: Sizes, padded: bool, rows: int, length: int, generator: np.random.Generator,
-          ) -> list[list[int]]:
+def drawn(kind: Prompts, config: Config, sizes: Sizes, padded: bool, rows: int, length: int,
+          generator: np.random.Generator) -> list[list[int]]:
     """Seeded prompts of ``length`` tokens, or most of them shorter if ``padded``: ``PATTERNS`` take turns."""
-    marks = marks_of(config, sizes)
+    marks = marks_of(kind, config, sizes)
     words, found = words_of(sizes, marks), []
     if len(words) == 0 or length < 4:
         raise BadInput(f"{length} tokens a row and a vocabulary of {sizes['vocab']} are too few for a prompt with its "
                        "marks.")
     for row in range(rows):
-        kind = row % len(PATTERNS) if padded else 0
-        whole = length - kind * (length // 6)
-        context = max(2, (whole // 2, whole // 4, whole // 2, whole - 1)[kind])
+        pattern = row % len(PATTERNS) if padded else 0
+        whole = length - pattern * (length // 6)
+        context = max(2, (whole // 2, whole // 4, whole // 2, whole - 1)[pattern])
         ids = generator.choice(words, whole)
-        ids[context - 1] = marks["mask_token_id" if kind == 2 else "gmask_token_id"]
+        ids[context - 1] = marks["mask_token_id" if pattern == 2 else "gmask_token_id"]
         ids[context] = marks["bos_token_id"]
         found.append(ids.tolist())
     return found
@@ -71,26 +65,26 @@ def prompt(words: Sequence[int], marks: dict[str, int]) -> list[int]:
     return [*words[:half], marks["gmask_token_id"], marks["bos_token_id"], *words[half:], marks["eos_token_id"]]
 
 
-def arranged(rows: Sequence[Sequence[int]], config: Config, sizes: Sizes) -> dict[str, np.ndarray]:
+def arranged(rows: Sequence[Sequence[int]], kind: Prompts, config: Config, sizes: Sizes) -> dict[str, np.ndarray]:
     """``input_ids``, ``attention_mask`` and ``position_ids`` of rows that hold their marks, padded on the left.
 
     The mask is bool [batch, 1, tokens, tokens], True where a query may not look: nobody looks at padding, which looks
     at nothing. Positions are int64 [batch, 2, tokens], in the context and in the answer, or [batch, tokens].
     """
-    marks, width = marks_of(config, sizes), max(map(len, rows))
+    marks, width = marks_of(kind, config, sizes), max(map(len, rows))
     ids = np.full((len(rows), width), marks["pad_token_id"], np.int64)
     masked = np.ones((len(rows), 1, width, width), bool)
     places = np.zeros((len(rows), 2, width), np.int64)
     for row, words in enumerate(rows):
         real, context, length = slice(width - len(words), width), words.index(marks["bos_token_id"]), len(words)
         mask = next(words.index(marks[name]) for name in ("gmask_token_id", "mask_token_id") if marks[name] in words)
-        goes_on = marks["gmask_token_id"] in words and not in_two_dimensions(config)
+        goes_on = marks["gmask_token_id"] in words and not kind.two_dimensions(config)
         ids[row, real] = words
         masked[row, 0, real, real] = np.triu(np.ones((length, length), bool), 1) & (np.arange(length) >= context)
         places[row, 0, real] = np.where((np.arange(length) >= context) & (not goes_on), mask, np.arange(length))
         places[row, 1, real] = np.maximum(np.arange(length) - context + 1, 0)
     return {"input_ids": ids, "attention_mask": masked,
-            "position_ids": places if in_two_dimensions(config) else places[:, 0]}
+            "position_ids": places if kind.two_dimensions(config) else places[:, 0]}
 
 
 def answers(masked: np.ndarray) -> np.ndarray:
@@ -106,15 +100,15 @@ def answers(masked: np.ndarray) -> np.ndarray:
 class Tokenizer:
     """Texts to prompts, with the words that the checkpoint's own tokenizer finds."""
 
-    def __init__(self, directory: Path, marks: dict[str, int]) -> None:
+    def __init__(self, directory: Path, kind: Prompts, marks: dict[str, int]) -> None:
         require("sentencepiece")
         import sentencepiece
-        self.marks = marks
-        file, settings = directory / WORDS, directory / "tokenizer_config.json"
+        self.kind, self.marks = kind, marks
+        file, settings = directory / kind.words, directory / "tokenizer_config.json"
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
             told: Any = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-            self.offset = int(told.get("num_image_tokens", 20000))
+            self.offset = int(told.get(*kind.images))
         except Exception as error:
             raise BadInput(f"the tokenizer in {directory} cannot be read ({type(error).__name__}: "
                            f"{next(iter(str(error).splitlines()), '')}).") from error
@@ -128,6 +122,8 @@ class Tokenizer:
 
     def words(self, text: str) -> list[int]:
         """Lines, tabs and runs of blanks are words of their own; images have the first ids, where there are any."""
-        blanks = re.sub(f" {{2,{LONGEST_BLANK}}}", lambda found: f"<|blank_{len(found[0])}|>",
-                        text.replace("\n", "<n>").replace("\t", "<|tab|>"))
-        return [self.offset + piece for piece in self.model.encode(blanks)]
+        for character, word in self.kind.spelled.items():
+            text = text.replace(character, word)
+        template, longest = self.kind.blanks
+        text = re.sub(f" {{2,{longest}}}", lambda found: template.format(len(found[0])), text)
+        return [self.offset + piece for piece in self.model.encode(text)]

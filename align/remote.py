@@ -18,6 +18,8 @@ from .candidate import blamed
 from .runs import Run
 
 ENTRIES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+LOADED = "transformers_modules"
+"""The package in which transformers keeps such code."""
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*")
 
 
@@ -51,14 +53,15 @@ def described(files: list[Path]) -> str:
 
 def is_remote(model: Any) -> bool:
     """Whether a model's class is code that a checkpoint brought along."""
-    return type(model).__module__.startswith("transformers_modules.")
+    return type(model).__module__.startswith(f"{LOADED}.")
 
 
 def _load(reference: str, files: list[Path]) -> Any:
     """The class ``module.Class`` through transformers, from copies in a directory that is named after their digests.
 
     transformers takes a dot in the directory's name (chatglm-6b-v1.1) for that of a package, and the code of two
-    directories of one name for the same.
+    directories of one name for the same. What it has loaded before it keeps, with whatever has been done to it since;
+    here the files are executed anew for every reference.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
     name = xxhash.xxh3_128("".join(f"{file.name} {_digest(file)}\n" for file in files).encode()).hexdigest()
@@ -67,6 +70,8 @@ def _load(reference: str, files: list[Path]) -> Any:
         directory.mkdir()
         for file in files:
             shutil.copyfile(file, directory / file.name)
+        for module in [module for module in sys.modules if module.startswith(f"{LOADED}.{directory.name}.")]:
+            del sys.modules[module]
         return get_class_from_dynamic_module(reference, str(directory))
 
 
@@ -85,5 +90,5 @@ def _module_of(run: Run) -> str:
     found = REFERENCE.fullmatch(named) if isinstance(named, str) else None
     if found is None:
         raise BadInput(f"config.json: auto_map names {str(named)[:80]!r}; only code beside the weights is run, named "
-                       "as modeling_chatglm.ChatGLMForConditionalGeneration is.")
+                       f"as modeling_{run.family.name}.{run.head.architecture} is.")
     return found.group(1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,9 +20,11 @@ from convert.plan import Plan, config_for, expand, make_plan, spelled
 from convert.report import Conversion, latest_run, load_conversion
 from convert.rules import Config, Family, Head, Layers, Rule, Sizes
 from convert.stream import chunks_of, digest_of
+from convert.traits import Wiring
 
 from .parts import part_name
 
+Told = TypeVar("Told")
 
 @dataclass(frozen=True)
 class Run:
@@ -134,8 +138,15 @@ class Run:
     @cached_property
     def inside(self) -> dict[str, tuple[tuple[str, str, str], ...]]:
         """What the family says is inside of each recorded module, by its Paddle path."""
-        found = self.family.inside_of(self.config)
-        return {paddle: found[template] for _, paddle, template in self._modules if template in found}
+        return self._by_path(self.family.inside_of(self.config))
+
+    @cached_property
+    def wiring(self) -> dict[str, Wiring]:
+        """How each recorded module joins its parts, by its Paddle path, where the family says it."""
+        return self._by_path(self.family.traits.wiring)
+
+    def _by_path(self, told: Mapping[str, Told]) -> dict[str, Told]:
+        return {paddle: told[template] for _, paddle, template in self._modules if template in told}
 
     @cached_property
     def _modules(self) -> list[tuple[str, str, str]]:

@@ -54,9 +54,12 @@ class Session:
     @cached_property
     def reference(self) -> Reference:
         from .reference import Reference
+        from .unmodified import Unmodified, classes_of
         self.advance("loading torch")
-        return Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"),
-                         trust_remote_code=self.options.trust_remote_code)
+        found = Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"),
+                          trust_remote_code=self.options.trust_remote_code)
+        Unmodified(classes_of(found.model))
+        return found
 
     @cached_property
     def candidate(self) -> Candidate:
@@ -234,6 +237,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--compare", action="store_true", help="judge what --only has recorded; needs neither framework")
     add("--allow-same-framework", action="store_true", help="let both sides be of one framework; the report says so")
     add("--trust-remote-code", action="store_true", help="run the code that a checkpoint brings along, where "
-        "that is the torch side (ChatGLM); it can do whatever you can, so read it first")
+        "that is the torch side; it can do whatever you can, so read it first")
     add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own")
     add("--reports", metavar="DIR", default="reports", help="where the runs are; default reports")

@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.errors import BadInput, require
 from convert.rules import Config, Sizes
+from convert.traits import Prompts
 
 from . import prompts
 from .inputs import SEED, decoder_start, pad_token
@@ -20,7 +21,6 @@ from .runs import Run
 DATA = Path(__file__).with_name("data")
 PASSAGES = ("passages.jsonl", "the passages that ship with paddle-parity")
 SHIPPED = {"translation": ("translations.jsonl", "the sentence pairs that ship with paddle-parity")}
-PREFIX = "translate English to German: "
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 BUILDERS = {".jsonl": ("json", {}), ".json": ("json", {}), ".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}),
             ".parquet": ("parquet", {}), ".txt": ("text", {})}
@@ -41,7 +41,7 @@ class Example:
 class Encoder:
     """Rows to examples, with the source's tokenizer, or with seeded ids where it has none.
 
-    ``prefix`` stands before every source that is to be translated: T5 is told its task in words.
+    ``prefix`` stands before every source that is to be translated: some models are told their task in words.
     """
 
     tokenizer: Any | None
@@ -49,7 +49,7 @@ class Encoder:
     sizes: Sizes
     max_length: int
     prefix: str = ""
-    kind: str = "tokens"
+    kind: str | Prompts = "tokens"
 
     def __post_init__(self) -> None:
         self.generator = np.random.default_rng(SEED)
@@ -74,8 +74,8 @@ class Encoder:
     def seeded(self) -> dict[str, list[int]]:
         """An encoding of seeded ids, of a seeded length."""
         length = int(self.generator.integers(max(2, self.max_length // 2), self.max_length + 1))
-        if self.kind == "prompts":
-            marks = prompts.marks_of(self.config, self.sizes)
+        if isinstance(self.kind, Prompts):
+            marks = prompts.marks_of(self.kind, self.config, self.sizes)
             words = self.generator.choice(prompts.words_of(self.sizes, marks), max(0, length - 3))
             return {"input_ids": prompts.prompt(words.tolist(), marks)}
         ids = self.generator.integers(0, self.sizes["vocab"] - 1, length)
@@ -98,10 +98,11 @@ class Encoder:
 def tokenizer_of(run: Run) -> Any | None:
     """What makes the inputs of the run's head from texts, None where the source has no tokenizer."""
     directory = run.source if run.source.is_dir() else run.source.parent
-    if run.head.inputs != "prompts":
+    kind = run.head.inputs
+    if not isinstance(kind, Prompts):
         return load_tokenizer(directory)
-    marks = prompts.marks_of(run.config, run.sizes)
-    return prompts.Tokenizer(directory, marks) if (directory / prompts.WORDS).is_file() else None
+    marks = prompts.marks_of(kind, run.config, run.sizes)
+    return prompts.Tokenizer(directory, kind, marks) if (directory / kind.words).is_file() else None
 
 
 def load_tokenizer(directory: Path) -> Any | None:

@@ -1,13 +1,14 @@
 """That the reference is made of classes as they were installed, and not as a target's code left them.
 
 A target and the reference share a process. Kernel libraries patch transformers' classes and torch's functions when they
-are imported; both sides would then be wrong together, and agree.
+are imported; both sides would then be wrong together, and agree. What a target has changed stays changed for the rest
+of the process, so everything is held against what it was when it was first looked at, not only when this target came.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
@@ -18,8 +19,13 @@ from convert.errors import BadInput
 if TYPE_CHECKING:
     from .stage import Session
 
+Parts = tuple[Any, ...]
+"""A function, and what of it can be exchanged within it."""
 TORCH = ("functional", "modules.activation", "modules.dropout", "modules.linear", "modules.module",
          "modules.normalization", "modules.sparse")
+INSTALLED = ("torch.", "transformers.")
+_first_seen: dict[str, Parts] = {}
+"""Of what is installed, by name. Code of a checkpoint or of a family file is not: each reference executes it anew."""
 
 
 def classes_beside(session: Session) -> set[type] | None:
@@ -35,33 +41,46 @@ def classes_beside(session: Session) -> set[type] | None:
     from .reference import empty_of
     built = "reference" in vars(session) or run.family.remote_code or run.head.reference
     model = session.reference.model if built else empty_of(run)
+    return classes_of(model)
+
+
+def classes_of(model: Any) -> set[type]:
+    """Of every module of a torch model."""
     return {type(module) for module in model.modules()}
 
 
 class Unmodified:
-    """What a reference of these ``classes`` runs, as it is now; nothing where they are None."""
+    """What a reference of these ``classes`` runs, as it is now; nothing where they are None.
+
+    :class:`BadInput` where something in this process has changed it already.
+    """
 
     def __init__(self, classes: Collection[type] | None) -> None:
         self._classes = sorted(classes or (), key=_named)
         self._modules: list[ModuleType] = []
         if classes is not None:
             import_module("transformers.activations")
+            import torch
             names = dict.fromkeys([*(cls.__module__ for cls in self._classes), "transformers.activations", "torch",
                                    *(f"torch.nn.{name}" for name in TORCH)])
             self._modules = [sys.modules[name] for name in names if name in sys.modules]
+            self._classes.append(torch.Tensor)
         self._before = dict(self._functions())
+        changed = _changed({name: _first_seen.setdefault(name, parts) for name, parts in self._before.items()
+                            if name.startswith(INSTALLED)}, self._before)
+        if changed:
+            raise BadInput(f"{_some(changed)} has been replaced in this process, and the reference runs it: it would "
+                           "no longer be the class as it was installed. Start a new process.")
 
     def require(self, target: str) -> None:
         """:class:`BadInput` when ``target`` has changed any of it."""
-        now = dict(self._functions())
-        changed = [name for name, parts in self._before.items() if not _are_same(parts, now.get(name, ()))]
+        changed = _changed(self._before, dict(self._functions()))
         if changed:
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise BadInput(f"{target} replaces {changed[0]}{more}, which the reference runs too: both sides would be "
+            raise BadInput(f"{target} replaces {_some(changed)}, which the reference runs too: both sides would be "
                            "wrong together. Record them apart: --only reference, then --only candidate, then "
                            "--compare.")
 
-    def _functions(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    def _functions(self) -> Iterator[tuple[str, Parts]]:
         """(name, function and its parts) of every function of the modules, of their classes and of their tables, and of
         the reference's classes with what they inherit.
         """
@@ -79,7 +98,7 @@ class Unmodified:
                 name: held for base in reversed(cls.__mro__) for name, held in vars(base).items()})
 
 
-def _methods(told: str, held: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _methods(told: str, held: Any) -> Iterator[tuple[str, Parts]]:
     return ((f"{told}.{name}", _parts(value)) for name, value in held.items()
             if callable(value) or isinstance(value, (classmethod, property)))
 
@@ -88,9 +107,18 @@ def _named(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _parts(function: Any) -> tuple[Any, ...]:
+def _parts(function: Any) -> Parts:
     return (function, function.__code__, function.__defaults__) if isinstance(function, FunctionType) else (function,)
 
 
-def _are_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+def _changed(before: Mapping[str, Parts], now: Mapping[str, Parts]) -> list[str]:
+    """The names that no longer hold the same objects."""
+    return [name for name, parts in before.items() if not _are_same(parts, now.get(name, ()))]
+
+
+def _are_same(before: Parts, now: Parts) -> bool:
     return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

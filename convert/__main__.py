@@ -46,10 +46,13 @@ def families() -> list[str]:
 
 
 def family_named(name: object) -> Family:
-    """The family that ``convert/<name>.py`` describes; :class:`BadInput` when there is none."""
-    if isinstance(name, str) and name.isidentifier():
-        file = Path(__file__).with_name(f"{name}.py")
-        module = importlib.import_module(f"convert.{name}") if file.is_file() else None
+    """The family that ``convert/<name>.py`` describes, a dash being an underscore there; :class:`BadInput` when there
+    is none.
+    """
+    stem = str(name).replace("-", "_")
+    if stem.isidentifier():
+        file = Path(__file__).with_name(f"{stem}.py")
+        module = importlib.import_module(f"convert.{stem}") if file.is_file() else None
         if isinstance(getattr(module, "FAMILY", None), Family):
             return module.FAMILY
     raise BadInput(f"there is no family {name!r}. Write one as a file and give it with --family FILE.")

@@ -21,6 +21,7 @@ from convert.rules import (
     size_of,
     zeros,
 )
+from convert.traits import Traits, Wiring
 
 
 def sizes(config: Config) -> Sizes:
@@ -135,6 +136,15 @@ FAMILY = Family(
         "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0,
         "position_embedding_type": "absolute", "tie_word_embeddings": True,
     },
+    variants={
+        "relu": {"hidden_act": "relu"}, "silu": {"hidden_act": "silu"}, "gelu_new": {"hidden_act": "gelu_new"},
+        "one token type": {"type_vocab_size": 1}, "epsilon 1e-3": {"layer_norm_eps": 1e-3},
+        "untied": {"tie_word_embeddings": False},
+    },
+    settings={"dropout": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")},
+    traits=Traits(wiring={TO: Wiring(
+        "norms behind", norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        attention=("attention.self", "attention.output.dense"), feed=("intermediate", "output.dense"))}),
 )
 
 if __name__ == "__main__":

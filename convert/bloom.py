@@ -17,6 +17,7 @@ from convert.rules import (
     size_of,
     tied,
 )
+from convert.traits import Traits
 
 
 def sizes(config: Config) -> Sizes:
@@ -97,6 +98,12 @@ FAMILY = Family(
         "sliced": {"pretraining_tp": 4, "slow_but_exact": True},
         "untied": {"tie_word_embeddings": False},
     },
+    settings={"normed residual": ("apply_residual_connection_post_layernorm",)},
+    traits=Traits(
+        fused="query_key_value", alibi="build_alibi_tensor", activations={"BloomGelu": "gelu_new"},
+        switches={"apply_residual_connection_post_layernorm": (
+            "adds the layer norm's output as residual, not its input",
+            "adds the layer norm's input as residual, not its output")}),
 )
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from convert.rules import (
     size_of,
     tied,
 )
+from convert.traits import Prompts, Traits
 
 MARKS = {"bos_token_id": 150004, "eos_token_id": 150005, "mask_token_id": 150000, "gmask_token_id": 150001,
          "pad_token_id": 0}
@@ -84,6 +85,8 @@ def time_first(name: str) -> bool:
     return ".layers." in f".{name}" or name.endswith("final_layernorm") or name == "last_hidden_state"
 
 
+PROMPTS = Prompts(MARKS, in_two_dimensions, words="ice_text.model", spelled={"\n": "<n>", "\t": "<|tab|>"},
+                  blanks=("<|blank_{}|>", 80), images=("num_image_tokens", 20000))
 LAYER, TO = "transformer.layers.{i}", "chatglm.transformer.layers.{i}"
 FAMILY = Family(
     name="chatglm", prefix="transformer.", target_prefix="chatglm.", layers=counted("num_layers", "num_hidden_layers"),
@@ -106,8 +109,8 @@ FAMILY = Family(
                  again="lm_head.decoder_weight", when=is_tied),
             keep("lm_head.weight", "vocab", "hidden", to="lm_head.decoder_weight",
                  when=lambda config: not is_tied(config)),
-        ), inputs="prompts"),
-        Head("ChatGLMModel", "ChatGLMModel", "encoder", base=True, inputs="prompts"),
+        ), inputs=PROMPTS),
+        Head("ChatGLMModel", "ChatGLMModel", "encoder", base=True, inputs=PROMPTS),
     ),
     modules=(
         ("transformer.word_embeddings", "chatglm.transformer.word_embeddings"),
@@ -133,6 +136,8 @@ FAMILY = Family(
     variants={"positions of one dimension": {"position_encoding_2d": False}, "untied": {"tie_word_embeddings": False}},
     additions=lambda config: {key: value for key, value in MARKS.items() if config.get(key) is None},
     paddle_keys={"num_layers": "num_hidden_layers"},
+    settings={"epsilon": ("layernorm_epsilon",)},
+    traits=Traits(fused="query_key_value", residual_scale="alpha", residual_depth="num_layers"),
 )
 
 if __name__ == "__main__":

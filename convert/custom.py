@@ -31,6 +31,7 @@ from .rules import (
     split,
     tied,
 )
+from .traits import Traits
 
 PADDLE = gpt2.PADDLE
 FUSED = 3
@@ -59,6 +60,7 @@ def home_made_gpt2(
     return Family(
         name=name, model_type="gpt2", paddlenlp="gpt", prefix="", sizes=gpt2.sizes, layers=counted("n_layer"),
         unsupported=gpt2.unsupported, additions=gpt2.additions, paddle_keys=gpt2.FAMILY.paddle_keys,
+        settings=gpt2.FAMILY.settings, traits=Traits(mask_value=gpt2.FAMILY.traits.mask_value),
         states={"n_head": n_head, **(config or {})},
         config_of=lambda header: {
             **_config(header, n_head, words, positions, block, up, conv1d_weights), **(config or {})},

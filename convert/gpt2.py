@@ -22,6 +22,7 @@ from convert.rules import (
     split,
     tied,
 )
+from convert.traits import Traits, Wiring
 
 
 def sizes(config: Config) -> Sizes:
@@ -146,6 +147,10 @@ FAMILY = Family(
         "attention reordered and upcast": {"reorder_and_upcast_attn": True},
         "untied head": {"tie_word_embeddings": False},
     },
+    settings={"dropout": ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+    traits=Traits(
+        wiring={PADDLE: Wiring("norms before", norms=("ln_1", "ln_2"), attention=("attn",), feed=("mlp",))},
+        mask_value="masked_bias"),
 )
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from convert.rules import (
     rules,
     size_of,
 )
+from convert.traits import Rotary, Traits, Wiring
 
 
 def sizes(config: Config) -> Sizes:
@@ -84,7 +85,17 @@ FAMILY = Family(
         "initializer_range": 0.02, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256,
         "tie_word_embeddings": False,
     },
+    variants={
+        "every channel turned": {"rotary_dim": 16}, "gelu": {"activation_function": "gelu"},
+        "relu": {"activation_function": "relu"}, "epsilon 1e-3": {"layer_norm_epsilon": 1e-3},
+        "inner 96": {"n_inner": 96},
+    },
     additions=lambda config: {"pad_token_id": config.get("eos_token_id")},
+    settings={"rotary dimension": ("rotary_dim",), "dropout": ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+    traits=Traits(
+        wiring={"transformer.h.{i}": Wiring("side by side", norms=("ln_1",), attention=("attn",), feed=("mlp",))},
+        rotary=Rotary(turn="apply_rotary_pos_emb", width="rotary_dim", table="embed_positions"),
+        mask_value="masked_bias"),
 )
 
 if __name__ == "__main__":

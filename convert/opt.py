@@ -22,6 +22,7 @@ from convert.rules import (
     rules,
     size_of,
 )
+from convert.traits import Traits
 
 
 def sizes(config: Config) -> Sizes:
@@ -173,6 +174,10 @@ FAMILY = Family(
         "attention_dropout": "attention_probs_dropout_prob", "do_layer_norm_before": "normalize_before",
         "init_std": "initializer_range",
     },
+    settings={"norms before": ("do_layer_norm_before",)},
+    traits=Traits(switches={"do_layer_norm_before": (
+        "has its layer norms before attention and MLP instead of behind them",
+        "has its layer norms behind attention and MLP instead of before them")}),
 )
 
 if __name__ == "__main__":

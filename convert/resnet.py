@@ -28,6 +28,7 @@ from convert.rules import (
     rules,
     size_of,
 )
+from convert.traits import Shortcut, Traits
 
 STAGES = (1, 2, 3, 4)
 LETTERS = "abcd"
@@ -209,6 +210,7 @@ FAMILY = Family(
         "both": {"downsample_in_bottleneck": True, "downsample_in_first_stage": True},
         "no shortcut in the first stage": {"embedding_size": 32},
     },
+    traits=Traits(shortcut=Shortcut(branch="layer", shortcut="shortcut", activation="activation")),
 )
 
 if __name__ == "__main__":

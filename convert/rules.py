@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from .traits import Prompts, Traits
+
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
 Size = str | int | tuple["Size", ...]
@@ -362,7 +364,8 @@ class Head:
     """What sits on a family's backbone: one of torch's classes, and everything that depends on it.
 
     ``architecture`` is the class in transformers and in ``models/``, ``paddlenlp`` the one in PaddleNLP, if there is
-    one; ``inputs`` is their kind (``align/inputs.py``), ``task`` names natural metric and loss (``align/tasks.py``).
+    one; ``inputs`` is their kind (``align/inputs.py``), ``task`` names natural metric and loss (``align/tasks.py``),
+    ``prefix`` says in words, before a text that ships, what is to be done with it.
     Where the torch side is not transformers' class, ``reference(config, source)`` builds a ``torch.nn.Module`` that has
     its weights, takes transformers' arguments, and returns a mapping with its output names.
     """
@@ -372,7 +375,8 @@ class Head:
     task: str
     rules: tuple[Rule, ...] = ()
     base: bool = False
-    inputs: str = "tokens"
+    inputs: str | Prompts = "tokens"
+    prefix: str = ""
     reference: Callable[[Config, Any], Any] | None = None
 
 
@@ -418,6 +422,9 @@ class Family:
     """Whether a module's or output's arrays, by Paddle's name, are [tokens, batch, width]."""
     paddlenlp_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """The arguments that PaddleNLP's class takes, of those that torch's takes."""
+    settings: Mapping[str, Names] = field(default_factory=dict)
+    """Keys of torch's config for what a net's outputs may not show, by what they are about."""
+    traits: Traits = field(default_factory=Traits)
 
     @property
     def paddle_prefix(self) -> str:

@@ -21,6 +21,7 @@ from convert.rules import (
     size_of,
     tied,
 )
+from convert.traits import RelativePositions, Traits
 
 UNLIMITED = 1 << 20
 Parts = tuple[tuple[str, str, str], ...]
@@ -173,7 +174,7 @@ FAMILY = Family(
             DECODER_RULES,
             tied("lm_head.weight", "vocab", "hidden", of="shared.weight", when=one_table),
             linear("lm_head", "vocab", "hidden", bias=False, when=two_tables),
-        ), inputs="tokens to tokens"),
+        ), inputs="tokens to tokens", prefix="translate English to German: "),
         Head("T5Model", "T5Model", "encoder-decoder", DECODER_RULES, base=True, inputs="tokens to tokens"),
         Head("T5EncoderModel", "T5EncoderModel", "encoder", base=True),
     ),
@@ -203,6 +204,16 @@ FAMILY = Family(
         "as deep as the encoder": {"num_decoder_layers": None},
     },
     additions=lambda config: {"bos_token_id": config.get("decoder_start_token_id")},
+    settings={
+        "activation": ("dense_act_fn",), "heads": ("num_heads",), "head width": ("d_kv",), "dropout": ("dropout_rate",),
+        "relative positions": ("relative_attention_num_buckets", "relative_attention_max_distance"),
+    },
+    traits=Traits(
+        branches=("DenseReluDense", "SelfAttention", "EncDecAttention"), scaled=False,
+        relative=RelativePositions(
+            held="has_relative_attention_bias", table="relative_attention_bias",
+            buckets="relative_attention_num_buckets", farthest="relative_attention_max_distance",
+            one_way="is_decoder")),
 )
 
 if __name__ == "__main__":

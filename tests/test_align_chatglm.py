@@ -18,7 +18,7 @@ from align.oracle import Float64
 from align.reference import Reference
 from align.runs import load_run
 from align.texts import load_rows
-from convert.chatglm import FAMILY
+from convert.chatglm import FAMILY, PROMPTS
 
 TRUST = "--trust-remote-code"
 CODE_TOLD = "The reference is code that the checkpoint brings along: modeling_chatglm.py (xxh3-128 "
@@ -299,7 +299,7 @@ def test_the_oracle_is_the_code_in_double(workshop, plain):
 def test_rows_are_arranged_as_the_tokenizer_does(positions):
     ids = prompts([(7, 9), (3, 6), (12, 2), (9, 1)])
     rows = [[word for word in row if word != SPECIAL["pad_token_id"]] for row in ids.tolist()]
-    found = made.arranged(rows, config_of(position_encoding_2d=positions), FAMILY.sizes(TINY))
+    found = made.arranged(rows, PROMPTS, config_of(position_encoding_2d=positions), FAMILY.sizes(TINY))
     expected = as_the_tokenizer_pads(ids)
     assert np.array_equal(found["input_ids"], ids)
     assert np.array_equal(found["attention_mask"], expected["attention_mask"])
@@ -311,7 +311,7 @@ def test_rows_are_arranged_as_the_tokenizer_does(positions):
 
 
 def test_seeded_inputs_are_prompts_of_all_kinds():
-    inputs = seeded(TINY, {**FAMILY.sizes(TINY), "positions": 96}, kind="prompts")
+    inputs = seeded(TINY, {**FAMILY.sizes(TINY), "positions": 96}, kind=PROMPTS)
     ids, real = inputs.arrays["input_ids"], inputs.mask
     assert ids.shape == (4, 96) and real[0].all() and real[1:, 0].sum() == 0 and real[:, -1].all()
     assert np.array_equal(real, ids != SPECIAL["pad_token_id"])
@@ -338,8 +338,8 @@ def test_marks_that_are_no_words_are_refused(workshop, run_of, changes, says):
 def test_words_are_those_of_the_sentencepiece_model(tmp_path):
     import sentencepiece
     directory = sentencepieces(tmp_path)
-    marks = made.marks_of(TINY, FAMILY.sizes(TINY))
-    tokenizer = made.Tokenizer(directory, marks)
+    marks = made.marks_of(PROMPTS, TINY, FAMILY.sizes(TINY))
+    tokenizer = made.Tokenizer(directory, PROMPTS, marks)
     model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "ice_text.model"))
     assert tokenizer.words("the river") == model.encode("the river")
     pieces = model.id_to_piece(tokenizer.words("a\tb\n\nc    d e"))
@@ -348,7 +348,8 @@ def test_words_are_those_of_the_sentencepiece_model(tmp_path):
     words = model.encode("the river")[:4]
     assert row == [*words[:2], SPECIAL["gmask_token_id"], SPECIAL["bos_token_id"], *words[2:], SPECIAL["eos_token_id"]]
     (directory / "tokenizer_config.json").write_text('{"num_image_tokens": 20000}')
-    assert made.Tokenizer(directory, marks).words("the river") == [20000 + word for word in model.encode("the river")]
+    shifted = made.Tokenizer(directory, PROMPTS, marks)
+    assert shifted.words("the river") == [20000 + word for word in model.encode("the river")]
 
 
 def test_a_damaged_sentencepiece_model_is_told(workshop, run_of):
@@ -358,16 +359,57 @@ def test_a_damaged_sentencepiece_model_is_told(workshop, run_of):
     assert outcome.code == 2 and "the tokenizer in" in outcome.stderr and "cannot be read" in outcome.stderr
 
 
-def test_a_target_of_the_users_own_is_held_against_it(workshop, plain, monkeypatch):
-    """Its classes are fingerprinted where they are trusted; transformers has none."""
+@pytest.fixture
+def own(workshop, monkeypatch):
+    """``own(name, body)``: a target in whose ``build`` the ``body`` is, which finds the code that was loaded last as
+    ``code``; returns the flags that choose it.
+    """
     monkeypatch.syspath_prepend(str(workshop.root))
-    (workshop.root / "own_chatglm.py").write_text("""
+
+    def make(name, body=""):
+        (workshop.root / f"{name}.py").write_text(f"""
 import sys, models
 
 def build(config, directory):
+    code = [module for name, module in sys.modules.items() if name.endswith(".modeling_chatglm")][-1]
+    {body}
     return models.from_pretrained(directory)
-
 """)
-    target = ("--target", "own_chatglm:build")
-    assert workshop.align("weights", plain, *target).code == 0
-    assert workshop.align("forward", plain, *target, TRUST).code == 0
+        return "--target", f"{name}:build", TRUST
+    return make
+
+
+def test_a_target_of_the_users_own_is_held_against_it(workshop, plain, own):
+    """Its classes are fingerprinted where they are trusted; transformers has none."""
+    target = own("own_chatglm")
+    assert workshop.align("weights", plain, *target[:2]).code == 0
+    assert workshop.align("forward", plain, *target).code == 0
+
+
+@pytest.mark.parametrize("part,changed", [
+    ("Attention.forward", "lambda self, hidden_states: hidden_states"), ("MLP.forward", "None"),
+    ("turned", "lambda x, matrices: x"), ("half_linear", "None")])
+def test_a_target_that_changes_it_is_refused(workshop, plain, own, part, changed):
+    """Whatever other code of that name has been loaded before, as by another checkpoint."""
+    target = own(f"changing_{part.replace('.', '_')}", f"code.{part} = {changed}")
+    outcome = workshop.align("forward", plain, *target)
+    assert outcome.code == 2 and f"modeling_chatglm.{part}" in outcome.stderr, outcome.stderr
+
+
+def test_what_an_earlier_target_did_to_it_is_gone_from_the_next_reference(workshop, plain, own):
+    changing = own("forgetting", "code.Attention.forward = lambda self, *_, **__: (0 * _[0], None)")
+    assert workshop.align("forward", plain, *changing).code == 2
+    assert workshop.align("forward", plain, *own("forgotten")).code == 0
+    assert workshop.align("forward", plain, TRUST).code == 0
+
+
+def test_code_that_is_not_the_references_may_be_changed(workshop, plain, run_of, own):
+    """That of another checkpoint under the same name: the reference does not run it."""
+    other = workshop.root / "source-another" / "modeling_chatglm.py"
+    run = run_of("another")
+    other.write_text(f"{other.read_text()}\nANOTHER = True\n")
+    assert workshop.align("forward", run, TRUST).code == 0
+    target = own("changing_another", "next(module for module in list(sys.modules.values()) if hasattr(module, "
+                                     "'ANOTHER')).Attention.forward = None")
+    outcome = workshop.align("forward", plain, *target)
+    assert outcome.code == 0, outcome.stderr

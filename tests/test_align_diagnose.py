@@ -1,10 +1,13 @@
 """Diagnoses: planted faults get the right explanation, faults that are not in stock get none."""
 
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
+import torch
 from align_fixtures import Workshop
 from paddle.nn import functional as F
 from safetensors.numpy import load_file, save_file
@@ -398,5 +401,19 @@ def test_the_catalogue_is_data_and_shares_nothing_with_the_nets():
     from align.explanations import operations, place, surgery
     assert len(operations.CATALOGUE) >= 20
     assert all(idea.about for idea in operations.CATALOGUE)
-    for module in (operations, place, surgery, explanations):
+    assert len(set(operations.CATALOGUE)) == len(operations.CATALOGUE)
+    files = {file.stem for file in Path(operations.__file__).parent.glob("*.py")}
+    assert files == {module.__name__.rpartition(".")[2] for module in operations.MODULES} | {
+        "__init__", "attention", "variant"}
+    for module in (*operations.MODULES, operations, place, surgery, explanations):
         assert "import paddle" not in inspect.getsource(module) and "models." not in inspect.getsource(module)
+
+
+def test_a_linear_that_is_recorded_by_itself_is_no_attention():
+    """Its path below the place is empty, as is what most families call fused."""
+    from align.explanations.operations.attention import attentions
+    from align.explanations.place import Layer
+    from convert.traits import Traits
+    linear = torch.nn.Linear(6, 6)
+    alone = Layer("", "opt.embeddings.project_in", linear, {"weight": "weight"})
+    assert attentions(SimpleNamespace(linears=[alone], traits=Traits(), root=linear)) == []

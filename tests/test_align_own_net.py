@@ -348,7 +348,8 @@ class TestTorchNet:
     ("resnet", "functools.partialmethod(torch.nn.BatchNorm2d.__init__, eps=1e-3)",
      "torch.nn.modules.batchnorm.BatchNorm2d.__init__"),
     ("resnet", "lambda self, x: x", "torch.nn.modules.batchnorm.BatchNorm2d.forward"),
-    ("gpt2", "lambda self, x: x @ self.weight", "transformers.pytorch_utils.Conv1D.forward")])
+    ("gpt2", "lambda self, x: x @ self.weight", "transformers.pytorch_utils.Conv1D.forward"),
+    ("gpt2", "lambda self, *sizes: self", "torch.Tensor.permute")])
 def test_a_target_that_changes_a_class_the_reference_is_made_of_is_refused(tmp_path, monkeypatch, capsys, family, patch,
                                                                            named):
     """Also by a method that the class inherits; recorded apart from the reference it may."""
@@ -375,6 +376,30 @@ def build(config, directory):
             setattr(held, method, whole[method])
         else:
             delattr(held, method)
+
+
+def test_what_an_earlier_target_left_changed_is_told_to_every_later_one(tmp_path, monkeypatch, capsys):
+    """In one process, as from Python: what was looked at first counts, not what the last target came upon."""
+    from transformers.pytorch_utils import Conv1D
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "left_changed.py").write_text("""
+import models
+from transformers.pytorch_utils import Conv1D
+def build(config, directory):
+    Conv1D.forward = lambda self, x: x @ self.weight
+    return models.from_pretrained(directory)
+""")
+    (tmp_path / "innocent.py").write_text(
+        "import models\ndef build(config, directory):\n    return models.from_pretrained(directory)\n")
+    assert convert(importlib.import_module("convert.gpt2").FAMILY, []) == 0
+    monkeypatch.setattr(Conv1D, "forward", Conv1D.forward)
+    assert align(FORWARD, ["--target", "left_changed:build"]) == 2
+    capsys.readouterr()
+    for flags in (["--target", "innocent:build"], []):
+        assert align(FORWARD, flags) == 2
+        assert "Conv1D.forward has been replaced in this process" in capsys.readouterr().err
+    monkeypatch.undo()
 
 
 class TestTied:
@@ -460,7 +485,7 @@ def positions(config, directory):
     "type('Odd', (), {'n_head': property(lambda self: 1 / 0)})()", "{'n_head': object()}"])
 def test_a_config_of_any_kind_is_no_trouble(config):
     held = eval(config)
-    assert all(isinstance(value, (str, int, float, type(None))) for _, value in lint._settings(held).values())
+    assert all(isinstance(value, (str, int, float, type(None))) for _, value in lint._settings(held, GPT2).values())
 
 
 def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same(tmp_path):
@@ -473,7 +498,7 @@ def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same
     class Rounded:
         _epsilon = float(np.float32(1e-5))
     Rounded.__name__ = "LayerNorm"
-    run = SimpleNamespace(modules=[])
+    run = SimpleNamespace(modules=[], family=GPT2)
     left = lint.describe(None, {"a": RMSNorm(), "b": LayerNorm()}, {}, run, str)
     right = lint.describe(None, {"a": RMSNorm(), "b": Rounded()}, {}, run, str)
     assert left["epsilon"] == {"b": 1e-5}
@@ -482,7 +507,7 @@ def test_an_epsilon_that_is_no_number_is_left_out_and_one_in_float32_is_the_same
 
 
 def test_batch_norms_of_the_two_frameworks_agree_but_for_the_variance_that_they_keep_in_training():
-    run = SimpleNamespace(modules=[])
+    run = SimpleNamespace(modules=[], family=GPT2)
     torchs = lint.describe(None, {"bn1": torch.nn.BatchNorm2d(3, momentum=0.1)}, {}, run, str)
     paddles, hasty = (lint.describe(None, {"bn1": paddle.nn.BatchNorm2D(3, momentum=momentum)}, {}, run, str)
                       for momentum in (0.9, 0.1))

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from convert.traits import Traits, Wiring
+
 from ..inputs import Inputs
 from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
@@ -21,7 +23,7 @@ from ..parts import Parts, by_module, index_of, part_of_output, whole
 from ..reference import Reference, outputs_of
 from ..tolerance import REORDERED_RUNS
 from . import surgery
-from .surgery import Change
+from .surgery import Change, first_of
 
 ARRIVING = "arriving at "
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -133,6 +135,22 @@ class Place:
         found = None if self.whole else sublayers_of(self.reference.run, self.name)
         return [(path.removeprefix(self.path + "."), name) for path, name, _ in found[1]] if found else []
 
+    @property
+    def traits(self) -> Traits:
+        """What the family says of its nets."""
+        return self.reference.run.family.traits
+
+    @property
+    def wiring(self) -> Wiring | None:
+        """How this module joins its parts, where the family says it."""
+        return self.reference.run.wiring.get(self.name)
+
+    @cached_property
+    def operations(self) -> dict[str, str]:
+        """By Paddle's path of a sublayer, the operation before it as the family tells it."""
+        found = None if self.whole else sublayers_of(self.reference.run, self.name)
+        return {name: told for _, name, told in found[1]} if found else {}
+
     def run_inside(self, entering: Mapping[str, np.ndarray], dtype: Any = torch.float32) -> dict[str, np.ndarray]:
         """Rows of what arrives at each sublayer and of what it gives for ``entering``, which it is fed instead."""
         found: dict[str, np.ndarray] = {}
@@ -145,7 +163,7 @@ class Place:
             return ((given, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": given})
 
         def after(parts: Parts, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
+            first = first_of(output)
             for path, name in parts:
                 found[name] = self._real(name, first.numpy()[index_of(path)])
         with ExitStack() as hooks:
@@ -240,8 +258,7 @@ class Place:
         return not self.whole or not any((path + ".").startswith(listed + ".") for listed in self.listed)
 
     def _rows(self, output: Any) -> np.ndarray:
-        first = output[0] if isinstance(output, tuple) else output
-        return self._real(self.name, first.numpy())
+        return self._real(self.name, first_of(output).numpy())
 
     def _real(self, name: str, array: np.ndarray) -> np.ndarray:
         """Rows of real tokens, by Paddle's name of the module or output that the array is of."""

@@ -116,7 +116,7 @@ def output(path: str, function: Callable[[Any], Any]) -> Change:
     def make(module: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*arguments: Any, **named: Any) -> Any:
             found = run(*arguments, **named)
-            return (on_part(found[0]), *found[1:]) if isinstance(found, tuple) else on_part(found)
+            return type(found)([on_part(found[0]), *found[1:]]) if isinstance(found, (tuple, list)) else on_part(found)
         return changed
     return forward(whole(path), make)
 
@@ -137,6 +137,11 @@ def argument(name: str, function: Callable[[Any], Any]) -> Change:
             return run(*bound.args, **bound.kwargs)
         return changed
     return forward("", make)
+
+
+def first_of(output: Any) -> Any:
+    """What a module gives first, where it gives several."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def has_argument(module: Any, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""More of the catalogue: what a net of convolutions and batch norms may compute instead."""
+"""What a net of convolutions and batch norms may compute instead."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import surgery
-from .operations import Idea, Variant
-from .place import Place
+from .. import surgery
+from ..place import Place
+from .variant import Idea, Variant
 
-SHORTCUT, BRANCH, ACTIVATION = "shortcut", "layer", "activation"
 KERNELS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "is turned by 180 degrees, as a convolution in the strict sense has it": (
         "flipped-kernel", lambda kernel: kernel.flip(2, 3)),
@@ -33,7 +32,9 @@ def kernels(place: Place) -> Iterator[Variant]:
 
 def strides(place: Place) -> Iterator[Variant]:
     """Two convolutions of a block with each other's stride."""
-    found = [(path, module) for path, module in place.modules(nn.Conv2d) if path.startswith(f"{BRANCH}.")]
+    names = place.traits.shortcut
+    found = [(path, module) for path, module in place.modules(nn.Conv2d) if names and path.startswith(
+        f"{names.branch}.")]
     for one, first in found:
         for other, second in found:
             if first.stride != second.stride and first is not second and max(first.stride) > 1:
@@ -77,10 +78,11 @@ def statistics(place: Place) -> Iterator[Variant]:
 
 def residuals(place: Place) -> Iterator[Variant]:
     """A block is activation(branch(x) + shortcut(x)) in the reference."""
-    parts = dict(place.root.named_children())
-    if place.whole or not parts.keys() >= {SHORTCUT, BRANCH, ACTIVATION}:
+    names, parts = place.traits.shortcut, dict(place.root.named_children())
+    wanted = (names.branch, names.shortcut, names.activation) if names else ()
+    if place.whole or not names or not parts.keys() >= set(wanted):
         return
-    branch, shortcut, activation = parts[BRANCH], parts[SHORTCUT], parts[ACTIVATION]
+    branch, shortcut, activation = (parts[name] for name in wanted)
     for kind, told, function in (
             ("missing-residual", "does not add its shortcut", lambda x: activation(branch(x))),
             ("missing-branch", "adds nothing to its shortcut", lambda x: activation(shortcut(x))),
@@ -113,7 +115,7 @@ def _of_the_batch(module: Any, run: Any) -> Callable[[Any], Any]:
     return lambda x: F.batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
 
 
-CATALOGUE = (
+IDEAS = (
     Idea("a kernel turned, or its channels in another order", kernels),
     Idea("a stride in another convolution of the block", strides),
     Idea("another padding, a dilation", paddings),
