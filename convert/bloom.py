@@ -2,6 +2,7 @@
 
 import sys
 
+from convert.heads import question_answering, sequence_classification, shared_head, token_classification
 from convert.rules import (
     Config,
     Family,
@@ -15,7 +16,6 @@ from convert.rules import (
     norm,
     rules,
     size_of,
-    tied,
 )
 
 
@@ -33,10 +33,6 @@ def sizes(config: Config) -> Sizes:
 
 def unsupported(config: Config) -> str | None:
     return heads_fault(config, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), default=8)
-
-
-def is_tied(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
 
 
 BLOCK, TO = "transformer.h.{i}", "bloom.h.{i}"
@@ -58,21 +54,16 @@ FAMILY = Family(
         norm("transformer.ln_f", "hidden", to="bloom.ln_f"),
     ),
     heads=(
-        Head("BloomForCausalLM", "BloomForCausalLM", "causal-lm", rules(
-            tied("lm_head.weight", "vocab", "hidden", of=WORDS, again="lm_head.decoder_weight", when=is_tied),
-            keep("lm_head.weight", "vocab", "hidden", to="lm_head.decoder_weight",
-                 when=lambda config: not is_tied(config)))),
-        Head("BloomForSequenceClassification", "BloomForSequenceClassification", "sequence-classification",
-             rules(linear("score", "labels", "hidden", bias=False))),
-        Head("BloomForTokenClassification", "BloomForTokenClassification", "token-classification",
-             rules(linear("classifier", "labels", "hidden"))),
-        Head("BloomForQuestionAnswering", None, "question-answering", rules(linear("qa_outputs", 2, "hidden"))),
+        Head("BloomForCausalLM", "BloomForCausalLM", "causal-lm", shared_head(WORDS, to="lm_head.decoder_weight")),
+        sequence_classification("BloomForSequenceClassification", "BloomForSequenceClassification"),
+        token_classification("BloomForTokenClassification", "BloomForTokenClassification"),
+        question_answering("BloomForQuestionAnswering", None),
         Head("BloomModel", "BloomModel", "encoder", base=True),
     ),
     modules=(
         ("transformer.word_embeddings", "bloom.word_embeddings"),
         ("transformer.word_embeddings_layernorm", "bloom.word_embeddings_layernorm"),
-        ("transformer.h.{i}", "bloom.h.{i}"),
+        (BLOCK, TO),
         ("transformer.ln_f", "bloom.ln_f"),
     ),
     inside={TO: (

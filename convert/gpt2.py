@@ -2,11 +2,13 @@
 
 import sys
 
+from convert.heads import question_answering, sequence_classification, shared_head, token_classification
 from convert.rules import (
     Config,
     Family,
     Head,
     Sizes,
+    activation,
     activation_fault,
     causal_mask,
     conv1d,
@@ -15,12 +17,10 @@ from convert.rules import (
     heads_fault,
     keep,
     labels_of,
-    linear,
     norm,
     rules,
     size_of,
     split,
-    tied,
 )
 
 
@@ -44,14 +44,6 @@ def unsupported(config: Config) -> str | None:
             or activation_fault(config, "activation_function"))
 
 
-def one_table(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
-
-
-def two_tables(config: Config) -> bool:
-    return not one_table(config)
-
-
 def additions(config: Config) -> Config:
     """PaddleNLP's GPTConfig takes ``n_inner`` null for 3072 and a dropout of 0 for 0.1, ignores labels that are 0
     instead of -100, and has a key of its own for the scale.
@@ -66,10 +58,6 @@ def additions(config: Config) -> Config:
         "attention_probs_dropout_prob": config.get("attn_pdrop", 0.1),
         "scale_qk_coeff": None if config.get("scale_attn_weights", True) else float(hidden // heads),
     }
-
-
-def prelu(config: Config) -> bool:
-    return config.get("activation_function") == "prelu"
 
 
 MASK = "the causal mask of old files; both sides make it themselves"
@@ -95,22 +83,18 @@ FAMILY = Family(
         conv1d(f"{TORCH}.attn.c_proj", "hidden", "hidden", to=f"{PADDLE}.self_attn.out_proj"),
         norm(f"{TORCH}.ln_2", "hidden", to=f"{PADDLE}.norm2"),
         conv1d(f"{TORCH}.mlp.c_fc", "hidden", "inner", to=f"{PADDLE}.linear1"),
-        keep(f"{TORCH}.mlp.act.weight", 1, to=f"{PADDLE}.activation.weight", when=prelu),
+        activation(f"{TORCH}.mlp.act", "activation_function", to=f"{PADDLE}.activation"),
         conv1d(f"{TORCH}.mlp.c_proj", "inner", "hidden", to=f"{PADDLE}.linear2"),
         norm("transformer.ln_f", "hidden", to="gpt.decoder.norm"),
     ),
     heads=(
         Head("GPT2LMHeadModel", "GPTLMHeadModel", "causal-lm", rules(
-            tied("lm_head.weight", "vocab", "hidden", of="transformer.wte.weight", again="lm_head.weight",
-                 when=one_table),
-            keep("lm_head.weight", "vocab", "hidden", when=two_tables),
+            shared_head(of="transformer.wte.weight"),
             drop("multiple_choice_head.summary.{weight,bias}",
                  why="the second head of GPT2DoubleHeadsModel, which PaddleNLP has no class for"))),
-        Head("GPT2ForSequenceClassification", "GPTForSequenceClassification", "sequence-classification",
-             rules(linear("score", "labels", "hidden", bias=False))),
-        Head("GPT2ForTokenClassification", "GPTForTokenClassification", "token-classification",
-             rules(linear("classifier", "labels", "hidden"))),
-        Head("GPT2ForQuestionAnswering", None, "question-answering", rules(linear("qa_outputs", 2, "hidden"))),
+        sequence_classification("GPT2ForSequenceClassification", "GPTForSequenceClassification"),
+        token_classification("GPT2ForTokenClassification", "GPTForTokenClassification"),
+        question_answering("GPT2ForQuestionAnswering", None),
         Head("GPT2Model", "GPTModel", "encoder", base=True),
     ),
     modules=(
