@@ -35,7 +35,7 @@ def unsupported(config: Config) -> str | None:
     return heads_fault(config, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), default=8)
 
 
-BLOCK, TO = "transformer.h.{i}", "bloom.h.{i}"
+LAYER, TO = "transformer.h.{i}", "bloom.h.{i}"
 WORDS = "transformer.word_embeddings.weight"
 
 FAMILY = Family(
@@ -44,13 +44,13 @@ FAMILY = Family(
     rules=rules(
         keep(WORDS, "vocab", "hidden", to="bloom.word_embeddings.weight"),
         norm("transformer.word_embeddings_layernorm", "hidden", to="bloom.word_embeddings_layernorm"),
-        norm(f"{BLOCK}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),
-        linear(f"{BLOCK}.self_attention.query_key_value", "fused", "hidden",
+        norm(f"{LAYER}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),
+        linear(f"{LAYER}.self_attention.query_key_value", "fused", "hidden",
                to=f"{TO}.self_attention.query_key_value"),
-        linear(f"{BLOCK}.self_attention.dense", "hidden", "hidden", to=f"{TO}.self_attention.dense"),
-        norm(f"{BLOCK}.post_attention_layernorm", "hidden", to=f"{TO}.post_attention_layernorm"),
-        linear(f"{BLOCK}.mlp.dense_h_to_4h", "inner", "hidden", to=f"{TO}.mlp.dense_h_to_4h"),
-        linear(f"{BLOCK}.mlp.dense_4h_to_h", "hidden", "inner", to=f"{TO}.mlp.dense_4h_to_h"),
+        linear(f"{LAYER}.self_attention.dense", "hidden", "hidden", to=f"{TO}.self_attention.dense"),
+        norm(f"{LAYER}.post_attention_layernorm", "hidden", to=f"{TO}.post_attention_layernorm"),
+        linear(f"{LAYER}.mlp.dense_h_to_4h", "inner", "hidden", to=f"{TO}.mlp.dense_h_to_4h"),
+        linear(f"{LAYER}.mlp.dense_4h_to_h", "hidden", "inner", to=f"{TO}.mlp.dense_4h_to_h"),
         norm("transformer.ln_f", "hidden", to="bloom.ln_f"),
     ),
     heads=(
@@ -63,7 +63,7 @@ FAMILY = Family(
     modules=(
         ("transformer.word_embeddings", "bloom.word_embeddings"),
         ("transformer.word_embeddings_layernorm", "bloom.word_embeddings_layernorm"),
-        (BLOCK, TO),
+        (LAYER, TO),
         ("transformer.ln_f", "bloom.ln_f"),
     ),
     inside={TO: (

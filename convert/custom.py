@@ -32,7 +32,7 @@ from .rules import (
     tied,
 )
 
-PADDLE = gpt2.PADDLE
+PADDLE = gpt2.TO
 FUSED = 3
 
 

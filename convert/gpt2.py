@@ -61,7 +61,7 @@ def additions(config: Config) -> Config:
 
 
 MASK = "the causal mask of old files; both sides make it themselves"
-TORCH, PADDLE = "transformer.h.{i}", "gpt.decoder.layers.{i}"
+LAYER, TO = "transformer.h.{i}", "gpt.decoder.layers.{i}"
 FAMILY = Family(
     name="gpt2", paddlenlp="gpt", prefix="transformer.", target_prefix="gpt.", sizes=sizes,
     layers=counted("n_layer", "num_hidden_layers"), unsupported=unsupported, additions=additions,
@@ -74,17 +74,17 @@ FAMILY = Family(
     rules=rules(
         keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
         keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
-        norm(f"{TORCH}.ln_1", "hidden", to=f"{PADDLE}.norm1"),
-        drop(f"{TORCH}.attn.bias", 1, 1, "positions", "positions", why=MASK, holding=causal_mask()),
-        drop(f"{TORCH}.attn.masked_bias", why=MASK),
-        split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
-              to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
-        split(f"{TORCH}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.bias"),
-        conv1d(f"{TORCH}.attn.c_proj", "hidden", "hidden", to=f"{PADDLE}.self_attn.out_proj"),
-        norm(f"{TORCH}.ln_2", "hidden", to=f"{PADDLE}.norm2"),
-        conv1d(f"{TORCH}.mlp.c_fc", "hidden", "inner", to=f"{PADDLE}.linear1"),
-        activation(f"{TORCH}.mlp.act", "activation_function", to=f"{PADDLE}.activation"),
-        conv1d(f"{TORCH}.mlp.c_proj", "inner", "hidden", to=f"{PADDLE}.linear2"),
+        norm(f"{LAYER}.ln_1", "hidden", to=f"{TO}.norm1"),
+        drop(f"{LAYER}.attn.bias", 1, 1, "positions", "positions", why=MASK, holding=causal_mask()),
+        drop(f"{LAYER}.attn.masked_bias", why=MASK),
+        split(f"{LAYER}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
+              to=f"{TO}.self_attn.{{q,k,v}}_proj.weight"),
+        split(f"{LAYER}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{TO}.self_attn.{{q,k,v}}_proj.bias"),
+        conv1d(f"{LAYER}.attn.c_proj", "hidden", "hidden", to=f"{TO}.self_attn.out_proj"),
+        norm(f"{LAYER}.ln_2", "hidden", to=f"{TO}.norm2"),
+        conv1d(f"{LAYER}.mlp.c_fc", "hidden", "inner", to=f"{TO}.linear1"),
+        activation(f"{LAYER}.mlp.act", "activation_function", to=f"{TO}.activation"),
+        conv1d(f"{LAYER}.mlp.c_proj", "inner", "hidden", to=f"{TO}.linear2"),
         norm("transformer.ln_f", "hidden", to="gpt.decoder.norm"),
     ),
     heads=(
@@ -99,10 +99,10 @@ FAMILY = Family(
     ),
     modules=(
         ("transformer.drop", "gpt.embeddings.dropout"),
-        (TORCH, PADDLE),
+        (LAYER, TO),
         ("transformer.ln_f", "gpt.decoder.norm"),
     ),
-    inside={PADDLE: (
+    inside={TO: (
         ("ln_1", "norm1", "input"),
         ("attn.c_attn", "self_attn.q_proj", "wiring of the norm"),
         ("attn.c_attn", "self_attn.k_proj", "wiring of the norm"),

@@ -248,7 +248,7 @@ class BertForSequenceClassification(BertWithHead):
     def __init__(self, config: BertConfig):
         super().__init__(config)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = self.linear(config.num_labels)
+        self.classifier = self.head_linear(config.num_labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, num_labels]; with labels the ``loss`` of the config's ``problem_type``."""

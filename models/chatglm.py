@@ -50,7 +50,7 @@ class ChatGLMConfig(Config):
 
     def __post_init__(self):
         parts = self.num_attention_heads * (4 if self.position_encoding_2d else 2)
-        if self.hidden_size % parts:
+        if not parts or self.hidden_size % parts:
             raise BadInput(f"chatglm: hidden_size {self.hidden_size} is not a multiple of {parts}: "
                            f"{self.num_attention_heads} heads, each of whole pairs that are turned.")
         if self.pre_seq_len:

@@ -17,7 +17,7 @@ from paddle import Tensor, nn
 from convert.errors import BadInput
 
 from .activation import activation
-from .attention import attend, heads_first, split_heads
+from .attention import attend, check_length, heads_first, split_heads
 from .cache import KeyValue, behind, run_blocks, seen, with_pasts
 from .config import Config, refuse_uneven_heads
 from .heads import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification, WithHead, head_weight
@@ -222,7 +222,6 @@ def causal_and_padding_mask(
     added = paddle.where(future, paddle.full([1], -math.inf, dtype), paddle.zeros([1], dtype))
     if attention_mask is None:
         return added
-    if attention_mask.shape[-1] != keys:
-        raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}.")
+    check_length(attention_mask, keys)
     lowest = paddle.full([1], paddle.finfo(dtype).min, dtype)
     return paddle.where((attention_mask == 0).unsqueeze([1, 2]) & ~future, lowest, added)

@@ -170,7 +170,7 @@ class GPTJForCausalLM(CausalLM, GPTJWithHead):
     def __init__(self, config: GPTJConfig):
         super().__init__(config)
         tied = config.tie_word_embeddings
-        self.lm_head = VocabularyLinear(self.transformer.wte.weight) if tied else self.linear(config.vocab_size)
+        self.lm_head = VocabularyLinear(self.transformer.wte.weight) if tied else self.head_linear(config.vocab_size)
 
 
 class GPTJForSequenceClassification(SequenceClassification, GPTJWithHead):

@@ -18,10 +18,10 @@ from .pretrained import Pretrained
 
 
 class WithHead(Pretrained):
-    """A base model, as the attribute that PaddleNLP calls it by, and below a subclass what reads it.
+    """A base model, in the attribute that PaddleNLP has it in; a subclass adds what reads it.
 
-    The base model takes ``input_ids`` and more by name, gives ``last_hidden_state`` and perhaps ``past_key_values``,
-    and answers ``get_input_embeddings``: a head is as wide as these are, and initialised as they are.
+    The base model takes ``input_ids``, and more by name. It returns ``last_hidden_state`` and perhaps
+    ``past_key_values``, and has ``get_input_embeddings``: as wide as those a head is, and initialised alike.
     """
 
     base_model_prefix: ClassVar[str]
@@ -35,11 +35,11 @@ class WithHead(Pretrained):
         return getattr(self, self.base_model_prefix).get_input_embeddings()
 
     def hidden_states(self, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """What the head reads, and what it hands on."""
+        """The last ones, which the head reads, and the outputs that it hands on: ``past_key_values``, if there are."""
         outputs = getattr(self, self.base_model_prefix)(input_ids, **inputs)
-        return outputs["last_hidden_state"], {key: outputs[key] for key in ("past_key_values",) if key in outputs}
+        return outputs["last_hidden_state"], {key: outputs[key] for key in outputs if key == "past_key_values"}
 
-    def linear(self, outputs: int, bias: bool = True) -> nn.Linear:
+    def head_linear(self, outputs: int, bias: bool = True) -> nn.Linear:
         words = self.get_input_embeddings()
         return linear(words.weight.shape[1], outputs, words.std, bias)
 
@@ -67,7 +67,7 @@ class SequenceClassification(WithHead):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.score = self.linear(config.num_labels, bias=False)
+        self.score = self.head_linear(config.num_labels, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, num_labels]; with labels the ``loss`` of the config's ``problem_type``."""
@@ -83,7 +83,7 @@ class TokenClassification(WithHead):
     def __init__(self, config: Config):
         super().__init__(config)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = self.linear(config.num_labels)
+        self.classifier = self.head_linear(config.num_labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, time, num_labels]; with labels [batch, time] (-100 ignored) the ``loss``."""
@@ -101,7 +101,7 @@ class QuestionAnswering(WithHead):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        setattr(self, self.head, self.linear(self.scores))
+        setattr(self, self.head, self.head_linear(self.scores))
 
     @property
     def scores(self) -> int:
