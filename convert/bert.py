@@ -2,11 +2,13 @@
 
 import sys
 
+from convert.heads import copied_head
 from convert.rules import (
     Config,
     Family,
     Head,
     Sizes,
+    activation,
     activation_fault,
     buffer,
     copy_of,
@@ -45,28 +47,15 @@ def unsupported(config: Config) -> str | None:
             or activation_fault(config, "hidden_act"))
 
 
-def tied(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
-
-
-def untied(config: Config) -> bool:
-    return not tied(config)
-
-
-def prelu(config: Config) -> bool:
-    return config.get("hidden_act") == "prelu"
-
-
 LAYER, TO = "bert.encoder.layer.{i}", "bert.encoder.layers.{i}"
 HEAD = "cls.predictions"
+POOLER = linear("bert.pooler.dense", "hidden", "hidden")
 NO_POOLER = linear("bert.pooler.dense", "hidden", "hidden", otherwise=zeros())
 MASKED_LM = rules(
     linear(f"{HEAD}.transform.dense", "hidden", "hidden", to=f"{HEAD}.transform"),
-    keep(f"{HEAD}.transform.transform_act_fn.weight", 1, to=f"{HEAD}.activation.weight", when=prelu),
+    activation(f"{HEAD}.transform.transform_act_fn", "hidden_act", to=f"{HEAD}.activation"),
     norm(f"{HEAD}.transform.LayerNorm", "hidden", to=f"{HEAD}.layer_norm"),
-    buffer(f"{HEAD}.decoder.weight", "vocab", "hidden", filling=copy_of("bert.embeddings.word_embeddings.weight"),
-           when=tied),
-    keep(f"{HEAD}.decoder.weight", "vocab", "hidden", when=untied),
+    copied_head(f"{HEAD}.decoder.weight", of="bert.embeddings.word_embeddings.weight"),
     keep(f"{HEAD}.bias", "vocab", to=f"{HEAD}.decoder_bias"),
     buffer(f"{HEAD}.decoder.bias", "vocab", filling=copy_of(f"{HEAD}.bias")),
 )
@@ -83,25 +72,25 @@ FAMILY = Family(
         linear(f"{LAYER}.attention.output.dense", "hidden", "hidden", to=f"{TO}.self_attn.out_proj"),
         norm(f"{LAYER}.attention.output.LayerNorm", "hidden", to=f"{TO}.norm1"),
         linear(f"{LAYER}.intermediate.dense", "inner", "hidden", to=f"{TO}.linear1"),
-        keep(f"{LAYER}.intermediate.intermediate_act_fn.weight", 1, to=f"{TO}.activation.weight", when=prelu),
+        activation(f"{LAYER}.intermediate.intermediate_act_fn", "hidden_act", to=f"{TO}.activation"),
         linear(f"{LAYER}.output.dense", "hidden", "inner", to=f"{TO}.linear2"),
         norm(f"{LAYER}.output.LayerNorm", "hidden", to=f"{TO}.norm2"),
     ),
     heads=(
         Head("BertForPreTraining", "BertForPretraining", "pre-training", rules(
-            linear("bert.pooler.dense", "hidden", "hidden"), MASKED_LM, linear("cls.seq_relationship", 2, "hidden"))),
+            POOLER, MASKED_LM, linear("cls.seq_relationship", 2, "hidden"))),
         Head("BertForMaskedLM", "BertForMaskedLM", "masked-lm", rules(NO_POOLER, MASKED_LM)),
         Head("BertForSequenceClassification", "BertForSequenceClassification", "sequence-classification", rules(
-            linear("bert.pooler.dense", "hidden", "hidden"), linear("classifier", "labels", "hidden"))),
+            POOLER, linear("classifier", "labels", "hidden"))),
         Head("BertForTokenClassification", "BertForTokenClassification", "token-classification", rules(
             NO_POOLER, linear("classifier", "labels", "hidden"))),
         Head("BertForQuestionAnswering", "BertForQuestionAnswering", "question-answering", rules(
             NO_POOLER, linear("qa_outputs", 2, "hidden", to="classifier"))),
-        Head("BertModel", "BertModel", "encoder", rules(linear("bert.pooler.dense", "hidden", "hidden")), base=True),
+        Head("BertModel", "BertModel", "encoder", rules(POOLER), base=True),
     ),
     modules=(
         ("bert.embeddings", "bert.embeddings"),
-        ("bert.encoder.layer.{i}", "bert.encoder.layers.{i}"),
+        (LAYER, TO),
         ("bert.pooler", "bert.pooler"),
         ("cls.predictions", "cls.predictions"),
     ),
@@ -111,7 +100,7 @@ FAMILY = Family(
             ("token_type_embeddings", "token_type_embeddings", "token types"),
             ("LayerNorm", "layer_norm", "sum of the embeddings"),
         ),
-        "bert.encoder.layers.{i}": (
+        TO: (
             ("attention.self.query", "self_attn.q_proj", "input"),
             ("attention.self.key", "self_attn.k_proj", "input"),
             ("attention.self.value", "self_attn.v_proj", "input"),

@@ -2,6 +2,7 @@
 
 import sys
 
+from convert.heads import question_answering, sequence_classification, shared_head, token_classification
 from convert.rules import (
     Config,
     Family,
@@ -15,7 +16,6 @@ from convert.rules import (
     norm,
     rules,
     size_of,
-    tied,
 )
 from convert.traits import Traits
 
@@ -36,11 +36,7 @@ def unsupported(config: Config) -> str | None:
     return heads_fault(config, ("n_embed", "hidden_size"), ("n_head", "num_attention_heads"), default=8)
 
 
-def is_tied(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
-
-
-BLOCK, TO = "transformer.h.{i}", "bloom.h.{i}"
+LAYER, TO = "transformer.h.{i}", "bloom.h.{i}"
 WORDS = "transformer.word_embeddings.weight"
 
 FAMILY = Family(
@@ -49,31 +45,26 @@ FAMILY = Family(
     rules=rules(
         keep(WORDS, "vocab", "hidden", to="bloom.word_embeddings.weight"),
         norm("transformer.word_embeddings_layernorm", "hidden", to="bloom.word_embeddings_layernorm"),
-        norm(f"{BLOCK}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),
-        linear(f"{BLOCK}.self_attention.query_key_value", "fused", "hidden",
+        norm(f"{LAYER}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),
+        linear(f"{LAYER}.self_attention.query_key_value", "fused", "hidden",
                to=f"{TO}.self_attention.query_key_value"),
-        linear(f"{BLOCK}.self_attention.dense", "hidden", "hidden", to=f"{TO}.self_attention.dense"),
-        norm(f"{BLOCK}.post_attention_layernorm", "hidden", to=f"{TO}.post_attention_layernorm"),
-        linear(f"{BLOCK}.mlp.dense_h_to_4h", "inner", "hidden", to=f"{TO}.mlp.dense_h_to_4h"),
-        linear(f"{BLOCK}.mlp.dense_4h_to_h", "hidden", "inner", to=f"{TO}.mlp.dense_4h_to_h"),
+        linear(f"{LAYER}.self_attention.dense", "hidden", "hidden", to=f"{TO}.self_attention.dense"),
+        norm(f"{LAYER}.post_attention_layernorm", "hidden", to=f"{TO}.post_attention_layernorm"),
+        linear(f"{LAYER}.mlp.dense_h_to_4h", "inner", "hidden", to=f"{TO}.mlp.dense_h_to_4h"),
+        linear(f"{LAYER}.mlp.dense_4h_to_h", "hidden", "inner", to=f"{TO}.mlp.dense_4h_to_h"),
         norm("transformer.ln_f", "hidden", to="bloom.ln_f"),
     ),
     heads=(
-        Head("BloomForCausalLM", "BloomForCausalLM", "causal-lm", rules(
-            tied("lm_head.weight", "vocab", "hidden", of=WORDS, again="lm_head.decoder_weight", when=is_tied),
-            keep("lm_head.weight", "vocab", "hidden", to="lm_head.decoder_weight",
-                 when=lambda config: not is_tied(config)))),
-        Head("BloomForSequenceClassification", "BloomForSequenceClassification", "sequence-classification",
-             rules(linear("score", "labels", "hidden", bias=False))),
-        Head("BloomForTokenClassification", "BloomForTokenClassification", "token-classification",
-             rules(linear("classifier", "labels", "hidden"))),
-        Head("BloomForQuestionAnswering", None, "question-answering", rules(linear("qa_outputs", 2, "hidden"))),
+        Head("BloomForCausalLM", "BloomForCausalLM", "causal-lm", shared_head(WORDS, to="lm_head.decoder_weight")),
+        sequence_classification("BloomForSequenceClassification", "BloomForSequenceClassification"),
+        token_classification("BloomForTokenClassification", "BloomForTokenClassification"),
+        question_answering("BloomForQuestionAnswering", None),
         Head("BloomModel", "BloomModel", "encoder", base=True),
     ),
     modules=(
         ("transformer.word_embeddings", "bloom.word_embeddings"),
         ("transformer.word_embeddings_layernorm", "bloom.word_embeddings_layernorm"),
-        ("transformer.h.{i}", "bloom.h.{i}"),
+        (LAYER, TO),
         ("transformer.ln_f", "bloom.ln_f"),
     ),
     inside={TO: (

@@ -6,6 +6,7 @@ Its torch side is code that the checkpoint brings along. No conversion runs it: 
 import sys
 from typing import Any
 
+from convert.heads import shared_head
 from convert.rules import (
     Config,
     Family,
@@ -19,7 +20,6 @@ from convert.rules import (
     norm,
     rules,
     size_of,
-    tied,
 )
 from convert.traits import Prompts, Traits
 
@@ -42,10 +42,6 @@ def sizes(config: Config) -> Sizes:
 
 def in_two_dimensions(config: Config) -> bool:
     return config.get("position_encoding_2d", True)
-
-
-def is_tied(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
 
 
 def unsupported(config: Config) -> str | None:
@@ -104,12 +100,8 @@ FAMILY = Family(
         norm("transformer.final_layernorm", "hidden", to="chatglm.transformer.final_layernorm"),
     ),
     heads=(
-        Head("ChatGLMForConditionalGeneration", "ChatGLMForCausalLM", "prefix-lm", rules(
-            tied("lm_head.weight", "vocab", "hidden", of="transformer.word_embeddings.weight",
-                 again="lm_head.decoder_weight", when=is_tied),
-            keep("lm_head.weight", "vocab", "hidden", to="lm_head.decoder_weight",
-                 when=lambda config: not is_tied(config)),
-        ), inputs=PROMPTS),
+        Head("ChatGLMForConditionalGeneration", "ChatGLMForCausalLM", "prefix-lm",
+             shared_head("transformer.word_embeddings.weight", to="lm_head.decoder_weight"), inputs=PROMPTS),
         Head("ChatGLMModel", "ChatGLMModel", "encoder", base=True, inputs=PROMPTS),
     ),
     modules=(

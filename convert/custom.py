@@ -33,7 +33,7 @@ from .rules import (
 )
 from .traits import Traits
 
-PADDLE = gpt2.PADDLE
+PADDLE = gpt2.TO
 FUSED = 3
 
 

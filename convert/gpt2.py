@@ -2,11 +2,13 @@
 
 import sys
 
+from convert.heads import question_answering, sequence_classification, shared_head, token_classification
 from convert.rules import (
     Config,
     Family,
     Head,
     Sizes,
+    activation,
     activation_fault,
     causal_mask,
     conv1d,
@@ -15,12 +17,10 @@ from convert.rules import (
     heads_fault,
     keep,
     labels_of,
-    linear,
     norm,
     rules,
     size_of,
     split,
-    tied,
 )
 from convert.traits import Traits, Wiring
 
@@ -45,14 +45,6 @@ def unsupported(config: Config) -> str | None:
             or activation_fault(config, "activation_function"))
 
 
-def one_table(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
-
-
-def two_tables(config: Config) -> bool:
-    return not one_table(config)
-
-
 def additions(config: Config) -> Config:
     """PaddleNLP's GPTConfig takes ``n_inner`` null for 3072 and a dropout of 0 for 0.1, ignores labels that are 0
     instead of -100, and has a key of its own for the scale.
@@ -69,12 +61,8 @@ def additions(config: Config) -> Config:
     }
 
 
-def prelu(config: Config) -> bool:
-    return config.get("activation_function") == "prelu"
-
-
 MASK = "the causal mask of old files; both sides make it themselves"
-TORCH, PADDLE = "transformer.h.{i}", "gpt.decoder.layers.{i}"
+LAYER, TO = "transformer.h.{i}", "gpt.decoder.layers.{i}"
 FAMILY = Family(
     name="gpt2", paddlenlp="gpt", prefix="transformer.", target_prefix="gpt.", sizes=sizes,
     layers=counted("n_layer", "num_hidden_layers"), unsupported=unsupported, additions=additions,
@@ -87,39 +75,35 @@ FAMILY = Family(
     rules=rules(
         keep("transformer.wte.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
         keep("transformer.wpe.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
-        norm(f"{TORCH}.ln_1", "hidden", to=f"{PADDLE}.norm1"),
-        drop(f"{TORCH}.attn.bias", 1, 1, "positions", "positions", why=MASK, holding=causal_mask()),
-        drop(f"{TORCH}.attn.masked_bias", why=MASK),
-        split(f"{TORCH}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
-              to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.weight"),
-        split(f"{TORCH}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{PADDLE}.self_attn.{{q,k,v}}_proj.bias"),
-        conv1d(f"{TORCH}.attn.c_proj", "hidden", "hidden", to=f"{PADDLE}.self_attn.out_proj"),
-        norm(f"{TORCH}.ln_2", "hidden", to=f"{PADDLE}.norm2"),
-        conv1d(f"{TORCH}.mlp.c_fc", "hidden", "inner", to=f"{PADDLE}.linear1"),
-        keep(f"{TORCH}.mlp.act.weight", 1, to=f"{PADDLE}.activation.weight", when=prelu),
-        conv1d(f"{TORCH}.mlp.c_proj", "inner", "hidden", to=f"{PADDLE}.linear2"),
+        norm(f"{LAYER}.ln_1", "hidden", to=f"{TO}.norm1"),
+        drop(f"{LAYER}.attn.bias", 1, 1, "positions", "positions", why=MASK, holding=causal_mask()),
+        drop(f"{LAYER}.attn.masked_bias", why=MASK),
+        split(f"{LAYER}.attn.c_attn.weight", ("hidden", 3 * ("hidden",)),
+              to=f"{TO}.self_attn.{{q,k,v}}_proj.weight"),
+        split(f"{LAYER}.attn.c_attn.bias", (3 * ("hidden",),), to=f"{TO}.self_attn.{{q,k,v}}_proj.bias"),
+        conv1d(f"{LAYER}.attn.c_proj", "hidden", "hidden", to=f"{TO}.self_attn.out_proj"),
+        norm(f"{LAYER}.ln_2", "hidden", to=f"{TO}.norm2"),
+        conv1d(f"{LAYER}.mlp.c_fc", "hidden", "inner", to=f"{TO}.linear1"),
+        activation(f"{LAYER}.mlp.act", "activation_function", to=f"{TO}.activation"),
+        conv1d(f"{LAYER}.mlp.c_proj", "inner", "hidden", to=f"{TO}.linear2"),
         norm("transformer.ln_f", "hidden", to="gpt.decoder.norm"),
     ),
     heads=(
         Head("GPT2LMHeadModel", "GPTLMHeadModel", "causal-lm", rules(
-            tied("lm_head.weight", "vocab", "hidden", of="transformer.wte.weight", again="lm_head.weight",
-                 when=one_table),
-            keep("lm_head.weight", "vocab", "hidden", when=two_tables),
+            shared_head(of="transformer.wte.weight"),
             drop("multiple_choice_head.summary.{weight,bias}",
                  why="the second head of GPT2DoubleHeadsModel, which PaddleNLP has no class for"))),
-        Head("GPT2ForSequenceClassification", "GPTForSequenceClassification", "sequence-classification",
-             rules(linear("score", "labels", "hidden", bias=False))),
-        Head("GPT2ForTokenClassification", "GPTForTokenClassification", "token-classification",
-             rules(linear("classifier", "labels", "hidden"))),
-        Head("GPT2ForQuestionAnswering", None, "question-answering", rules(linear("qa_outputs", 2, "hidden"))),
+        sequence_classification("GPT2ForSequenceClassification", "GPTForSequenceClassification"),
+        token_classification("GPT2ForTokenClassification", "GPTForTokenClassification"),
+        question_answering("GPT2ForQuestionAnswering", None),
         Head("GPT2Model", "GPTModel", "encoder", base=True),
     ),
     modules=(
         ("transformer.drop", "gpt.embeddings.dropout"),
-        (TORCH, PADDLE),
+        (LAYER, TO),
         ("transformer.ln_f", "gpt.decoder.norm"),
     ),
-    inside={PADDLE: (
+    inside={TO: (
         ("ln_1", "norm1", "input"),
         ("attn.c_attn", "self_attn.q_proj", "wiring of the norm"),
         ("attn.c_attn", "self_attn.k_proj", "wiring of the norm"),

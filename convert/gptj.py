@@ -2,11 +2,13 @@
 
 import sys
 
+from convert.heads import question_answering, sequence_classification
 from convert.rules import (
     Config,
     Family,
     Head,
     Sizes,
+    activation,
     activation_fault,
     buffer,
     causal_mask,
@@ -51,16 +53,14 @@ FAMILY = Family(
         buffer("transformer.h.{i}.attn.bias", 1, 1, "positions", "positions", filling=causal_mask()),
         buffer("transformer.h.{i}.attn.masked_bias", filling=constant(-1e9)),
         linear("transformer.h.{i}.mlp.fc_in", "inner", "hidden"),
-        keep("transformer.h.{i}.mlp.act.weight", 1, when=lambda config: config.get("activation_function") == "prelu"),
+        activation("transformer.h.{i}.mlp.act", "activation_function"),
         linear("transformer.h.{i}.mlp.fc_out", "hidden", "inner"),
         norm("transformer.ln_f", "hidden"),
     ),
     heads=(
         Head("GPTJForCausalLM", "GPTJForCausalLM", "causal-lm", rules(linear("lm_head", "vocab", "hidden"))),
-        Head("GPTJForSequenceClassification", "GPTJForSequenceClassification", "sequence-classification",
-             rules(linear("score", "labels", "hidden", bias=False))),
-        Head("GPTJForQuestionAnswering", "GPTJForQuestionAnswering", "question-answering",
-             rules(linear("qa_outputs", "labels", "hidden"))),
+        sequence_classification("GPTJForSequenceClassification", "GPTJForSequenceClassification"),
+        question_answering("GPTJForQuestionAnswering", "GPTJForQuestionAnswering", scores="labels"),
         Head("GPTJModel", "GPTJModel", "encoder", base=True),
     ),
     modules=(

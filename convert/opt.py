@@ -2,6 +2,7 @@
 
 import sys
 
+from convert.heads import copied_head, question_answering, sequence_classification
 from convert.rules import (
     Config,
     Family,
@@ -9,10 +10,10 @@ from convert.rules import (
     Inside,
     Rule,
     Sizes,
+    activation,
     activation_fault,
     buffer,
     constant,
-    copy_of,
     counted,
     heads_fault,
     keep,
@@ -63,14 +64,6 @@ def affine(config: Config) -> bool:
     return config.get("layer_norm_elementwise_affine", True)
 
 
-def tied(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
-
-
-def prelu(config: Config) -> bool:
-    return config.get("activation_function") == "prelu"
-
-
 def linear_or_unbiased(name: str, rows: str, columns: str, to: str) -> list[Rule]:
     """A linear; without ``enable_bias`` PaddleNLP's class has a bias all the same, of zeros."""
     names = dict(to=f"{to}.bias")
@@ -97,14 +90,14 @@ def inside(config: Config) -> Inside:
     first, second = ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2")
     q, k, v, out = ((f"self_attn.{letter}_proj",) * 2 for letter in ("q", "k", "v", "out"))
     up, down = ("fc1", "linear1"), ("fc2", "linear2")
-    attention, activation = "attention: scale, mask, softmax", "activation"
+    attention = "attention: scale, mask, softmax"
     if norms_before(config):
         normed = "wiring of the norm"
         order = ((*first, "input"), (*q, normed), (*k, normed), (*v, normed), (*out, attention),
-                 (*second, "residual"), (*up, normed), (*down, activation))
+                 (*second, "residual"), (*up, normed), (*down, "activation"))
     else:
         order = ((*q, "input"), (*k, "input"), (*v, "input"), (*out, attention), (*first, "residual"),
-                 (*up, "wiring of the norm"), (*down, activation), (*second, "residual"))
+                 (*up, "wiring of the norm"), (*down, "activation"), (*second, "residual"))
     return {TO: order}
 
 
@@ -121,7 +114,7 @@ FAMILY = Family(
           for letter in ("q", "k", "v", "out")),
         norm_or_plain(f"{LAYER}.self_attn_layer_norm", f"{TO}.norm1"),
         linear_or_unbiased(f"{LAYER}.fc1", "inner", "hidden", f"{TO}.linear1"),
-        keep(f"{LAYER}.activation_fn.weight", 1, to=f"{TO}.activation.weight", when=prelu),
+        activation(f"{LAYER}.activation_fn", "activation_function", to=f"{TO}.activation"),
         linear_or_unbiased(f"{LAYER}.fc2", "hidden", "inner", f"{TO}.linear2"),
         norm_or_plain(f"{LAYER}.final_layer_norm", f"{TO}.norm2"),
         norm_or_plain("model.decoder.final_layer_norm", "opt.decoder.final_layer_norm", ends_in_norm),
@@ -129,20 +122,17 @@ FAMILY = Family(
                when=projects),
     ),
     heads=(
-        Head("OPTForCausalLM", "OPTForCausalLM", "causal-lm", rules(
-            buffer("lm_head.weight", "vocab", "words", to="lm_head.decoder_weight", filling=copy_of(WORDS), when=tied),
-            keep("lm_head.weight", "vocab", "words", to="lm_head.decoder_weight",
-                 when=lambda config: not tied(config)))),
-        Head("OPTForSequenceClassification", None, "sequence-classification",
-             rules(linear("score", "labels", "words", bias=False))),
-        Head("OPTForQuestionAnswering", None, "question-answering", rules(linear("qa_outputs", 2, "words"))),
+        Head("OPTForCausalLM", "OPTForCausalLM", "causal-lm",
+             copied_head("lm_head.weight", of=WORDS, to="lm_head.decoder_weight", width="words")),
+        sequence_classification("OPTForSequenceClassification", None, width="words"),
+        question_answering("OPTForQuestionAnswering", None, width="words"),
         Head("OPTModel", "OPTModel", "encoder", base=True),
     ),
     modules=(
         ("model.decoder.embed_tokens", "opt.embeddings.word_embeddings"),
         ("model.decoder.embed_positions", "opt.embeddings.position_embeddings"),
         ("model.decoder.project_in", "opt.embeddings.project_in"),
-        ("model.decoder.layers.{i}", "opt.decoder.layers.{i}"),
+        (LAYER, TO),
         ("model.decoder.final_layer_norm", "opt.decoder.final_layer_norm"),
         ("model.decoder.project_out", "opt.decoder.project_out"),
     ),

@@ -225,6 +225,11 @@ def keep(name: str, *shape: Size, to: str | None = None, also: Sequence[str] = (
     return _also_called(_rules("keep", name, to or name, shape, None, when), also)
 
 
+def activation(name: str, key: str, to: str | None = None) -> list[Rule]:
+    """The one slope of an activation that the config's ``key`` calls prelu; no other holds a tensor."""
+    return keep(f"{name}.weight", 1, to=f"{to or name}.weight", when=lambda config: config.get(key) == "prelu")
+
+
 def batch_norm(name: str, size: Size, to: str | None = None, *, also: Sequence[str] = (),
                when: Condition | None = None) -> list[Rule]:
     """Weight, bias and the running statistics. ``also`` are further names of the module in the source."""

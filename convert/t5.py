@@ -3,6 +3,7 @@
 import re
 import sys
 
+from convert.heads import is_tied, is_untied
 from convert.rules import (
     Config,
     Family,
@@ -70,14 +71,6 @@ def plain(config: Config) -> bool:
 
 def learned(config: Config) -> bool:
     return (config.get("dense_act_fn") or str(config.get("feed_forward_proj")).split("-")[-1]) == "prelu"
-
-
-def one_table(config: Config) -> bool:
-    return config.get("tie_word_embeddings", True)
-
-
-def two_tables(config: Config) -> bool:
-    return not one_table(config)
 
 
 def attention(name: str) -> list[Rule]:
@@ -172,8 +165,8 @@ FAMILY = Family(
     heads=(
         Head("T5ForConditionalGeneration", "T5ForConditionalGeneration", "translation", rules(
             DECODER_RULES,
-            tied("lm_head.weight", "vocab", "hidden", of="shared.weight", when=one_table),
-            linear("lm_head", "vocab", "hidden", bias=False, when=two_tables),
+            tied("lm_head.weight", "vocab", "hidden", of="shared.weight", when=is_tied),
+            linear("lm_head", "vocab", "hidden", bias=False, when=is_untied),
         ), inputs="tokens to tokens", prefix="translate English to German: "),
         Head("T5Model", "T5Model", "encoder-decoder", DECODER_RULES, base=True, inputs="tokens to tokens"),
         Head("T5EncoderModel", "T5EncoderModel", "encoder", base=True),

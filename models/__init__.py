@@ -58,4 +58,6 @@ def _family(model_type: object):
 
 
 def _is_net(value: object) -> bool:
-    return isinstance(value, type) and hasattr(value, "from_pretrained") and "config_class" in dir(value)
+    """Whether ``value`` is a class with a config and a ``forward`` of ours, which what nets have in common lacks."""
+    return isinstance(value, type) and "config_class" in dir(value) and any(
+        "forward" in vars(cls) for cls in value.__mro__ if cls.__module__.startswith(f"{__name__}."))

@@ -48,18 +48,19 @@ def causal_mask(attention_mask: Tensor | None, queries: int, keys: int, dtype: p
     """
     visible = paddle.tril(paddle.ones([1, 1, queries, keys], dtype="bool"), keys - queries)
     if attention_mask is not None:
-        if attention_mask.shape[-1] != keys:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}."
-            )
+        check_length(attention_mask, keys)
         visible = visible & (attention_mask != 0).unsqueeze([1, 2])
     lowest = paddle.full([1], paddle.finfo(dtype).min, dtype=dtype)
     return paddle.where(visible, paddle.zeros_like(lowest), lowest)
 
 
+def check_length(attention_mask: Tensor, keys: int) -> None:
+    if attention_mask.shape[-1] != keys:
+        raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}.")
+
+
 def padding_mask(attention_mask: Tensor | None, dtype: paddle.dtype) -> Tensor | None:
-    """What transformers adds to the scores: 0 where the mask [batch, time] is 1, the lowest float where it is
-    0.
+    """What transformers adds to the scores: 0 where the mask [batch, time] is 1, the lowest float where it is 0.
 
     [batch, 1, 1, time]. A row without any 1 comes out uniform, in torch too.
     """

@@ -15,9 +15,10 @@ from convert.errors import BadInput
 
 from .activation import activation, tanh
 from .attention import attend, heads_first, padding_mask, split_heads
-from .config import Config
+from .config import Config, refuse_uneven_heads
+from .heads import QuestionAnswering, TokenClassification, WithHead, classified, head_weight
 from .layer import Embedding, LayerNorm, VocabularyLinear, linear
-from .loss import classification_loss, cross_entropy, span_loss
+from .loss import cross_entropy
 from .pretrained import Pretrained
 
 
@@ -43,11 +44,7 @@ class BertConfig(Config):
     is_decoder: bool = False
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise BadInput(
-                f"bert: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}."
-            )
+        refuse_uneven_heads("bert", self, "hidden_size", "num_attention_heads")
         if self.position_embedding_type != "absolute" or self.is_decoder:
             raise BadInput(
                 "bert: only encoders with absolute positions are supported, not position_embedding_type "
@@ -164,18 +161,20 @@ class BertModel(BertPretrained):
         hidden = self.encoder(embedded, padding_mask(attention_mask, embedded.dtype))
         return {"last_hidden_state": hidden, "pooler_output": self.pooler(hidden)}
 
+    def get_input_embeddings(self) -> Embedding:
+        return self.embeddings.word_embeddings
+
 
 class BertLMPredictionHead(nn.Layer):
     """Transform, norm, and a decoder whose weight is the word embeddings unless the config unties them."""
 
-    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding):
+    def __init__(self, config: BertConfig, word_embeddings: Embedding):
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
         self.transform = linear(width, width, std)
         self.activation = activation(config.hidden_act)
         self.layer_norm = LayerNorm(width, config.layer_norm_eps)
-        table = word_embeddings if config.tie_word_embeddings else Embedding(config.vocab_size, width, std)
-        self.decoder = VocabularyLinear(table.weight)
+        self.decoder = VocabularyLinear(head_weight(config, word_embeddings))
         self.decoder_bias = self.decoder.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ class BertLMPredictionHead(nn.Layer):
 
 
 class BertOnlyMLMHead(nn.Layer):
-    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding):
+    def __init__(self, config: BertConfig, word_embeddings: Embedding):
         super().__init__()
         self.predictions = BertLMPredictionHead(config, word_embeddings)
 
@@ -192,7 +191,7 @@ class BertOnlyMLMHead(nn.Layer):
 
 
 class BertPreTrainingHeads(nn.Layer):
-    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding):
+    def __init__(self, config: BertConfig, word_embeddings: Embedding):
         super().__init__()
         self.predictions = BertLMPredictionHead(config, word_embeddings)
         self.seq_relationship = linear(config.hidden_size, 2, config.initializer_range)
@@ -201,11 +200,14 @@ class BertPreTrainingHeads(nn.Layer):
         return self.predictions(hidden), self.seq_relationship(pooled)
 
 
-class BertForPreTraining(BertPretrained):
+class BertWithHead(WithHead, BertPretrained):
+    base_model_prefix, base_model_class = "bert", BertModel
+
+
+class BertForPreTraining(BertWithHead):
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config)
-        self.cls = BertPreTrainingHeads(config, self.bert.embeddings.word_embeddings)
+        self.cls = BertPreTrainingHeads(config, self.get_input_embeddings())
 
     def forward(
         self,
@@ -229,11 +231,10 @@ class BertForPreTraining(BertPretrained):
         return outputs
 
 
-class BertForMaskedLM(BertPretrained):
+class BertForMaskedLM(BertWithHead):
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config)
-        self.cls = BertOnlyMLMHead(config, self.bert.embeddings.word_embeddings)
+        self.cls = BertOnlyMLMHead(config, self.get_input_embeddings())
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``."""
@@ -243,60 +244,23 @@ class BertForMaskedLM(BertPretrained):
         return outputs
 
 
-class BertForSequenceClassification(BertPretrained):
+class BertForSequenceClassification(BertWithHead):
     def __init__(self, config: BertConfig):
         super().__init__(config)
-        self.bert = BertModel(config)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = linear(config.hidden_size, config.num_labels, config.initializer_range)
+        self.classifier = self.head_linear(config.num_labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
         """``logits`` [batch, num_labels]; with labels the ``loss`` of the config's ``problem_type``."""
-        outputs = {"logits": self.classifier(self.dropout(self.bert(input_ids, **inputs)["pooler_output"]))}
-        if labels is not None:
-            outputs["loss"] = classification_loss(
-                outputs["logits"], labels, self.config.num_labels, self.config.problem_type
-            )
-        return outputs
+        pooled = self.bert(input_ids, **inputs)["pooler_output"]
+        return classified(self.classifier(self.dropout(pooled)), labels, self.config)
 
 
-class BertForTokenClassification(BertPretrained):
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = linear(config.hidden_size, config.num_labels, config.initializer_range)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, num_labels]; with labels [batch, time] (-100 ignored) the ``loss``."""
-        outputs = {
-            "logits": self.classifier(self.dropout(self.bert(input_ids, **inputs)["last_hidden_state"]))
-        }
-        if labels is not None:
-            outputs["loss"] = cross_entropy(outputs["logits"], labels)
-        return outputs
+class BertForTokenClassification(TokenClassification, BertWithHead):
+    pass
 
 
-class BertForQuestionAnswering(BertPretrained):
+class BertForQuestionAnswering(QuestionAnswering, BertWithHead):
     """The head is called ``classifier`` as in PaddleNLP; transformers calls it ``qa_outputs``."""
 
-    def __init__(self, config: BertConfig):
-        super().__init__(config)
-        self.bert = BertModel(config)
-        self.classifier = linear(config.hidden_size, 2, config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **inputs,
-    ) -> dict:
-        """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
-        start, end = paddle.unbind(
-            self.classifier(self.bert(input_ids, **inputs)["last_hidden_state"]), axis=-1
-        )
-        outputs = {"start_logits": start, "end_logits": end}
-        if start_positions is not None and end_positions is not None:
-            outputs["loss"] = span_loss(start, end, start_positions, end_positions)
-        return outputs
+    head = "classifier"

@@ -17,17 +17,13 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 from paddle.nn.initializer import Normal
 
-from convert.errors import BadInput
-
 from .activation import activation
 from .attention import attend, causal_mask, heads_first
-from .config import Config
+from .cache import KeyValue, behind, run_blocks, seen, with_pasts
+from .config import Config, refuse_uneven_heads
+from .heads import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification, WithHead, head_weight
 from .layer import Embedding, LayerNorm, LMHead, linear
-from .loss import causal_lm_loss, classification_loss, cross_entropy, span_loss
-from .pooling import last_token
 from .pretrained import Pretrained
-
-KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +50,7 @@ class BloomConfig(Config):
     slow_but_exact: bool = False
 
     def __post_init__(self):
-        if self.hidden_size % self.n_head:
-            raise BadInput(f"bloom: hidden_size {self.hidden_size} is not a multiple of n_head {self.n_head}.")
+        refuse_uneven_heads("bloom", self, "hidden_size", "n_head")
 
     @property
     def sums_slices(self) -> bool:
@@ -91,8 +86,7 @@ class BloomAttention(nn.Layer):
         self, hidden: Tensor, mask: Tensor, alibi: Tensor, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
         query, key, value = (heads_first(part) for part in split_fused(self.query_key_value(hidden), self.heads))
-        if past is not None:
-            key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
+        key, value = behind(past, key, value)
         context = attend(query, key, value, mask, self.attention_dropout, bias=alibi)
         return self.dense(context), (key, value)
 
@@ -158,100 +152,42 @@ class BloomModel(BloomPretrained):
         ``past_key_values`` holds a (key, value) per block, each [batch, heads, past, width]; the mask, if given, then
         covers past and present.
         """
-        past = past_key_values or [None] * len(self.h)
-        offset = past[0][0].shape[2] if past_key_values else 0
-        length = input_ids.shape[1]
+        offset, length = seen(past_key_values), input_ids.shape[1]
 
         hidden = self.word_embeddings_layernorm(self.word_embeddings(input_ids))
         mask = causal_mask(attention_mask, length, offset + length, hidden.dtype)
         alibi = alibi_bias(attention_mask, self.config.n_head, offset + length, hidden.dtype)
-        presents = []
-        for block, block_past in zip(self.h, past, strict=True):
-            hidden, present = block(hidden, mask, alibi, block_past)
-            if use_cache:  # those of every block would else be kept until the pass ends
-                presents.append(present)
+        blocks = with_pasts(self.h, past_key_values)
+        hidden, presents = run_blocks(blocks, hidden, mask, alibi, use_cache=use_cache)
         outputs = {"last_hidden_state": self.ln_f(hidden)}
-        return outputs | {"past_key_values": tuple(presents)} if use_cache else outputs
+        return outputs | {"past_key_values": presents} if use_cache else outputs
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.word_embeddings
 
 
-class BloomForCausalLM(BloomPretrained):
-    """The head is the word embeddings unless the config unties them; PaddleNLP's always is."""
+class BloomWithHead(WithHead, BloomPretrained):
+    base_model_prefix, base_model_class = "bloom", BloomModel
+
+
+class BloomForCausalLM(CausalLM, BloomWithHead):
+    """PaddleNLP's head is always the word embeddings."""
 
     def __init__(self, config: BloomConfig):
         super().__init__(config)
-        self.bloom = BloomModel(config)
-        words = self.bloom.word_embeddings
-        if not config.tie_word_embeddings:
-            words = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
-        self.lm_head = LMHead(words.weight)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.
-
-        ``inputs`` as :class:`BloomModel` takes them.
-        """
-        outputs = self.bloom(input_ids, **inputs)
-        outputs["logits"] = self.lm_head(outputs.pop("last_hidden_state"))
-        if labels is not None:
-            outputs["loss"] = causal_lm_loss(outputs["logits"], labels)
-        return outputs
+        self.lm_head = LMHead(head_weight(config, self.get_input_embeddings()))
 
 
-class BloomForSequenceClassification(BloomPretrained):
-    def __init__(self, config: BloomConfig):
-        super().__init__(config)
-        self.bloom = BloomModel(config)
-        self.score = linear(config.hidden_size, config.num_labels, config.initializer_range, bias=False)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, num_labels] of each row's last token but pads; with labels the ``loss``."""
-        outputs = self.bloom(input_ids, **inputs)
-        scores = self.score(outputs.pop("last_hidden_state"))
-        last = last_token(input_ids, self.config.pad_token_id)
-        outputs["logits"] = scores[paddle.arange(scores.shape[0]), last]
-        if labels is not None:
-            outputs["loss"] = classification_loss(
-                outputs["logits"], labels, self.config.num_labels, self.config.problem_type
-            )
-        return outputs
+class BloomForSequenceClassification(SequenceClassification, BloomWithHead):
+    pass
 
 
-class BloomForTokenClassification(BloomPretrained):
-    def __init__(self, config: BloomConfig):
-        super().__init__(config)
-        self.bloom = BloomModel(config)
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = linear(config.hidden_size, config.num_labels, config.initializer_range)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, num_labels]; with labels [batch, time] (-100 ignored) the ``loss``."""
-        outputs = self.bloom(input_ids, **inputs)
-        outputs["logits"] = self.classifier(self.dropout(outputs.pop("last_hidden_state")))
-        if labels is not None:
-            outputs["loss"] = cross_entropy(outputs["logits"], labels)
-        return outputs
+class BloomForTokenClassification(TokenClassification, BloomWithHead):
+    pass
 
 
-class BloomForQuestionAnswering(BloomPretrained):
-    def __init__(self, config: BloomConfig):
-        super().__init__(config)
-        self.bloom = BloomModel(config)
-        self.qa_outputs = linear(config.hidden_size, 2, config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **inputs,
-    ) -> dict:
-        """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
-        outputs = self.bloom(input_ids, **inputs)
-        start, end = paddle.unbind(self.qa_outputs(outputs.pop("last_hidden_state")), axis=-1)
-        outputs |= {"start_logits": start, "end_logits": end}
-        if start_positions is not None and end_positions is not None:
-            outputs["loss"] = span_loss(start, end, start_positions, end_positions)
-        return outputs
+class BloomForQuestionAnswering(QuestionAnswering, BloomWithHead):
+    """PaddleNLP has no such head."""
 
 
 def split_fused(x: Tensor, heads: int) -> list[Tensor]:

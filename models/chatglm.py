@@ -19,12 +19,12 @@ from paddle.nn import functional as F
 from convert.errors import BadInput
 
 from .activation import gelu_tanh
+from .cache import KeyValue, behind, run_blocks, with_pasts
 from .config import Config
+from .heads import CausalLM, head_weight
 from .layer import Embedding, LayerNorm, LMHead, linear
-from .loss import causal_lm_loss
 from .pretrained import Pretrained
 
-KeyValue = tuple[Tensor, Tensor]
 SPREAD = 0.02
 HIDDEN_SCORE = -10000.0
 
@@ -50,7 +50,7 @@ class ChatGLMConfig(Config):
 
     def __post_init__(self):
         parts = self.num_attention_heads * (4 if self.position_encoding_2d else 2)
-        if self.hidden_size % parts:
+        if not parts or self.hidden_size % parts:
             raise BadInput(f"chatglm: hidden_size {self.hidden_size} is not a multiple of {parts}: "
                            f"{self.num_attention_heads} heads, each of whole pairs that are turned.")
         if self.pre_seq_len:
@@ -76,8 +76,7 @@ class ChatGLMAttention(nn.Layer):
         fused = self.query_key_value(hidden).reshape([time, batch, self.heads, 3 * width // self.heads])
         query, key, value = paddle.split(fused, 3, axis=-1)
         query, key = rotate(query, rotary), rotate(key, rotary)
-        if past is not None:
-            key, value = (paddle.concat(pair, axis=0) for pair in zip(past, (key, value), strict=True))
+        key, value = behind(past, key, value, axis=0)
         context = attend(query, key, value, masked, float(self.depth))
         return self.dense(context), (key, value)
 
@@ -124,16 +123,12 @@ class ChatGLMStack(nn.Layer):
 
     def forward(
         self, input_ids: Tensor, masked: Tensor | None, rotary: Sequence[KeyValue],
-        past: Sequence[KeyValue | None], use_cache: bool,
+        past: Sequence[KeyValue] | None, use_cache: bool,
     ) -> dict:
         hidden = self.word_embeddings(input_ids).transpose([1, 0, 2])
-        presents = []
-        for block, block_past in zip(self.layers, past, strict=True):
-            hidden, present = block(hidden, masked, rotary, block_past)
-            if use_cache:  # those of every block would else be kept until the pass ends
-                presents.append(present)
+        hidden, presents = run_blocks(with_pasts(self.layers, past), hidden, masked, rotary, use_cache=use_cache)
         outputs = {"last_hidden_state": self.final_layernorm(hidden)}
-        return outputs | {"past_key_values": tuple(presents)} if use_cache else outputs
+        return outputs | {"past_key_values": presents} if use_cache else outputs
 
 
 class ChatGLMModel(Pretrained):
@@ -166,8 +161,10 @@ class ChatGLMModel(Pretrained):
             position_ids = positions(input_ids, self.config) if position_ids is None else position_ids
         elif position_ids is None:
             raise ValueError("position_ids are needed after a past: the ids of the last tokens do not tell them.")
-        past = past_key_values or [None] * self.config.num_layers
-        return self.transformer(input_ids, attention_mask, self.rotary(position_ids), past, use_cache)
+        return self.transformer(input_ids, attention_mask, self.rotary(position_ids), past_key_values, use_cache)
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.transformer.word_embeddings
 
     def rotary(self, position_ids: Tensor) -> list[KeyValue]:
         """(cos, sin) for each part of a head, one a dimension of the positions: [time, batch, 1, width of the part]."""
@@ -176,27 +173,16 @@ class ChatGLMModel(Pretrained):
         return [rotary_of(places.transpose([1, 0]), width) for places in kinds]
 
 
-class ChatGLMForConditionalGeneration(Pretrained):
+class ChatGLMForConditionalGeneration(CausalLM):
     config_class = ChatGLMConfig
+    base_model_prefix, base_model_class = "chatglm", ChatGLMModel
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
-        self.chatglm = ChatGLMModel(config)
-        words = self.chatglm.transformer.word_embeddings
-        if not config.tie_word_embeddings:
-            words = Embedding(config.vocab_size, config.hidden_size, SPREAD)
-        self.lm_head = LMHead(words.weight)
+        self.lm_head = LMHead(head_weight(config, self.get_input_embeddings()))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.
-
-        ``inputs`` as :class:`ChatGLMModel` takes them.
-        """
-        outputs = self.chatglm(input_ids, **inputs)
-        outputs["logits"] = self.lm_head(outputs.pop("last_hidden_state")).transpose([1, 0, 2])
-        if labels is not None:
-            outputs["loss"] = causal_lm_loss(outputs["logits"], labels)
-        return outputs
+    def project(self, hidden: Tensor) -> Tensor:
+        return super().project(hidden).transpose([1, 0, 2])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, depth: float) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from convert.errors import BadInput
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -28,3 +30,10 @@ class Config:
         if config.get("id2label") is not None:
             named["num_labels"] = len(config["id2label"])
         return cls(**{field.name: named[field.name] for field in fields(cls) if field.name in named})
+
+
+def refuse_uneven_heads(family: str, config: Config, width: str, heads: str) -> None:
+    """:class:`BadInput` where the heads do not divide the width, each a field of ``config``."""
+    channels, number = getattr(config, width), getattr(config, heads)
+    if not number or channels % number:
+        raise BadInput(f"{family}: {width} {channels} is not a multiple of {heads} {number}.")

@@ -17,14 +17,12 @@ from paddle import Tensor, nn
 from convert.errors import BadInput
 
 from .activation import activation
-from .attention import attend, heads_first, split_heads
-from .config import Config
+from .attention import attend, check_length, heads_first, split_heads
+from .cache import KeyValue, behind, run_blocks, seen, with_pasts
+from .config import Config, refuse_uneven_heads
+from .heads import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification, WithHead, head_weight
 from .layer import Embedding, LayerNorm, VocabularyLinear, linear
-from .loss import causal_lm_loss, classification_loss, cross_entropy, span_loss
-from .pooling import last_token
 from .pretrained import Pretrained
-
-KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +60,7 @@ class GPT2Config(Config):
     pruned_heads: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise BadInput(f"gpt2: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+        refuse_uneven_heads("gpt2", self, "n_embd", "n_head")
         if self.add_cross_attention or self.pruned_heads:
             raise BadInput("gpt2: add_cross_attention and pruned_heads are not supported.")
 
@@ -118,8 +115,7 @@ class GPT2Attention(nn.Layer):
             heads_first(split_heads(project(hidden), self.heads))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if past is not None:
-            key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
+        key, value = behind(past, key, value)
         return self.out_proj(attend(query, key, value, mask, self.attn_dropout, self.divisor)), (key, value)
 
 
@@ -149,14 +145,10 @@ class GPT2Decoder(nn.Layer):
         self.norm = LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor, past: Sequence[KeyValue | None], use_cache: bool
+        self, hidden: Tensor, mask: Tensor, past: Sequence[KeyValue] | None, use_cache: bool
     ) -> tuple[Tensor, tuple[KeyValue, ...]]:
-        presents = []
-        for block, block_past in zip(self.layers, past, strict=True):
-            hidden, present = block(hidden, mask, block_past)
-            if use_cache:  # those of every block would else be kept until the pass ends
-                presents.append(present)
-        return self.norm(hidden), tuple(presents)
+        hidden, presents = run_blocks(with_pasts(self.layers, past), hidden, mask, use_cache=use_cache)
+        return self.norm(hidden), presents
 
 
 class GPT2Pretrained(Pretrained):
@@ -183,99 +175,40 @@ class GPT2Model(GPT2Pretrained):
         ``past_key_values`` holds a (key, value) per block, each [batch, heads, past, width]; the mask, if
         given, then covers past and present. Positions continue after the past and do not depend on the mask.
         """
-        offset = past_key_values[0][0].shape[2] if past_key_values else 0
-        length = input_ids.shape[1]
+        offset, length = seen(past_key_values), input_ids.shape[1]
         if position_ids is None:
             position_ids = paddle.arange(offset, offset + length).unsqueeze(0)
 
         embedded = self.embeddings(input_ids, position_ids, token_type_ids)
         mask = causal_and_padding_mask(attention_mask, length, offset + length, embedded.dtype)
-        past = past_key_values or [None] * self.config.n_layer
-        hidden, presents = self.decoder(embedded, mask, past, use_cache)
+        hidden, presents = self.decoder(embedded, mask, past_key_values, use_cache)
         outputs = {"last_hidden_state": hidden}
         return outputs | {"past_key_values": presents} if use_cache else outputs
 
+    def get_input_embeddings(self) -> Embedding:
+        return self.embeddings.word_embeddings
 
-class GPT2LMHeadModel(GPT2Pretrained):
-    """The head's weight [vocab_size, n_embd] is the word embeddings' unless the config unties them."""
 
+class GPT2WithHead(WithHead, GPT2Pretrained):
+    base_model_prefix, base_model_class = "gpt", GPT2Model
+
+
+class GPT2LMHeadModel(CausalLM, GPT2WithHead):
     def __init__(self, config: GPT2Config):
         super().__init__(config)
-        self.gpt = GPT2Model(config)
-        words = self.gpt.embeddings.word_embeddings
-        if not config.tie_word_embeddings:
-            words = Embedding(config.vocab_size, config.n_embd, config.initializer_range)
-        self.lm_head = VocabularyLinear(words.weight, bias=False)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.
-
-        ``inputs`` as :class:`GPT2Model` takes them.
-        """
-        outputs = self.gpt(input_ids, **inputs)
-        outputs["logits"] = self.lm_head(outputs.pop("last_hidden_state"))
-        if labels is not None:
-            outputs["loss"] = causal_lm_loss(outputs["logits"], labels)
-        return outputs
+        self.lm_head = VocabularyLinear(head_weight(config, self.get_input_embeddings()), bias=False)
 
 
-class GPT2ForSequenceClassification(GPT2Pretrained):
-    def __init__(self, config: GPT2Config):
-        super().__init__(config)
-        self.gpt = GPT2Model(config)
-        self.score = linear(config.n_embd, config.num_labels, config.initializer_range, bias=False)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, num_labels] of each row's last token but pads; with labels the ``loss``."""
-        outputs = self.gpt(input_ids, **inputs)
-        scores = self.score(outputs.pop("last_hidden_state"))
-        last = last_token(input_ids, self.config.pad_token_id)
-        outputs["logits"] = scores[paddle.arange(scores.shape[0]), last]
-        if labels is not None:
-            outputs["loss"] = classification_loss(
-                outputs["logits"], labels, self.config.num_labels, self.config.problem_type
-            )
-        return outputs
+class GPT2ForSequenceClassification(SequenceClassification, GPT2WithHead):
+    pass
 
 
-class GPT2ForTokenClassification(GPT2Pretrained):
-    def __init__(self, config: GPT2Config):
-        super().__init__(config)
-        self.gpt = GPT2Model(config)
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = linear(config.n_embd, config.num_labels, config.initializer_range)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, num_labels]; with labels [batch, time] (-100 ignored) the ``loss``."""
-        outputs = self.gpt(input_ids, **inputs)
-        outputs["logits"] = self.classifier(self.dropout(outputs.pop("last_hidden_state")))
-        if labels is not None:
-            outputs["loss"] = cross_entropy(outputs["logits"], labels)
-        return outputs
+class GPT2ForTokenClassification(TokenClassification, GPT2WithHead):
+    pass
 
 
-class GPT2ForQuestionAnswering(GPT2Pretrained):
+class GPT2ForQuestionAnswering(QuestionAnswering, GPT2WithHead):
     """PaddleNLP has no such head."""
-
-    def __init__(self, config: GPT2Config):
-        super().__init__(config)
-        self.gpt = GPT2Model(config)
-        self.qa_outputs = linear(config.n_embd, 2, config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **inputs,
-    ) -> dict:
-        """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
-        outputs = self.gpt(input_ids, **inputs)
-        start, end = paddle.unbind(self.qa_outputs(outputs.pop("last_hidden_state")), axis=-1)
-        outputs |= {"start_logits": start, "end_logits": end}
-        if start_positions is not None and end_positions is not None:
-            outputs["loss"] = span_loss(start, end, start_positions, end_positions)
-        return outputs
 
 
 def causal_and_padding_mask(
@@ -289,7 +222,6 @@ def causal_and_padding_mask(
     added = paddle.where(future, paddle.full([1], -math.inf, dtype), paddle.zeros([1], dtype))
     if attention_mask is None:
         return added
-    if attention_mask.shape[-1] != keys:
-        raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} positions, past and input are {keys}.")
+    check_length(attention_mask, keys)
     lowest = paddle.full([1], paddle.finfo(dtype).min, dtype)
     return paddle.where((attention_mask == 0).unsqueeze([1, 2]) & ~future, lowest, added)

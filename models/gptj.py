@@ -15,17 +15,13 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from convert.errors import BadInput
-
 from .activation import activation
 from .attention import attend, causal_mask, heads_first, split_heads
-from .config import Config
+from .cache import KeyValue, behind, run_blocks, seen, with_pasts
+from .config import Config, refuse_uneven_heads
+from .heads import CausalLM, QuestionAnswering, SequenceClassification, WithHead
 from .layer import Embedding, LayerNorm, VocabularyLinear, linear
-from .loss import causal_lm_loss, classification_loss, span_loss
-from .pooling import last_token
 from .pretrained import Pretrained
-
-KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +51,7 @@ class GPTJConfig(Config):
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise BadInput(f"gptj: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
+        refuse_uneven_heads("gptj", self, "n_embd", "n_head")
 
 
 class GPTJAttention(nn.Layer):
@@ -77,8 +72,7 @@ class GPTJAttention(nn.Layer):
         query = heads_first(rotate(split_heads(self.q_proj(hidden), self.heads), sin, cos))
         key = heads_first(rotate(split_heads(self.k_proj(hidden), self.heads), sin, cos))
         value = heads_first(split_heads(self.v_proj(hidden), self.heads))
-        if past is not None:
-            key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
+        key, value = behind(past, key, value)
         context = attend(query, key, value, mask, self.attn_dropout)
         return self.resid_dropout(self.out_proj(context)), (key, value)
 
@@ -139,22 +133,20 @@ class GPTJModel(GPTJPretrained):
         ``past_key_values`` holds a (key, value) per block, each [batch, heads, past, width]; the mask, if
         given, then covers past and present. Positions continue after the past and do not depend on the mask.
         """
-        past = past_key_values or [None] * len(self.h)
-        offset = past[0][0].shape[2] if past_key_values else 0
-        length = input_ids.shape[1]
+        offset, length = seen(past_key_values), input_ids.shape[1]
         if position_ids is None:
             position_ids = paddle.arange(offset, offset + length).unsqueeze(0)
 
         hidden = self.drop(self.embed(input_ids, token_type_ids))
         mask = causal_mask(attention_mask, length, offset + length, hidden.dtype)
         sin, cos = self.rotary(position_ids)
-        presents = []
-        for block, block_past in zip(self.h, past, strict=True):
-            hidden, present = block(hidden, mask, sin, cos, block_past)
-            if use_cache:  # those of every block would else be kept until the pass ends
-                presents.append(present)
+        blocks = with_pasts(self.h, past_key_values)
+        hidden, presents = run_blocks(blocks, hidden, mask, sin, cos, use_cache=use_cache)
         outputs = {"last_hidden_state": self.ln_f(hidden)}
-        return outputs | {"past_key_values": tuple(presents)} if use_cache else outputs
+        return outputs | {"past_key_values": presents} if use_cache else outputs
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.wte
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """Token types are rows of the token embedding, as in transformers."""
@@ -168,66 +160,29 @@ class GPTJModel(GPTJPretrained):
         return paddle.split(table.unsqueeze(2), 2, axis=-1)
 
 
-class GPTJForCausalLM(GPTJPretrained):
+class GPTJWithHead(WithHead, GPTJPretrained):
+    base_model_prefix, base_model_class = "transformer", GPTJModel
+
+
+class GPTJForCausalLM(CausalLM, GPTJWithHead):
+    """The head has a bias, tied or not."""
+
     def __init__(self, config: GPTJConfig):
         super().__init__(config)
-        self.transformer = GPTJModel(config)
-        if config.tie_word_embeddings:
-            self.lm_head = VocabularyLinear(self.transformer.wte.weight)
-        else:
-            self.lm_head = linear(config.n_embd, config.vocab_size, config.initializer_range)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.
-
-        ``inputs`` as :class:`GPTJModel` takes them.
-        """
-        outputs = self.transformer(input_ids, **inputs)
-        outputs["logits"] = self.lm_head(outputs.pop("last_hidden_state"))
-        if labels is not None:
-            outputs["loss"] = causal_lm_loss(outputs["logits"], labels)
-        return outputs
+        tied = config.tie_word_embeddings
+        self.lm_head = VocabularyLinear(self.transformer.wte.weight) if tied else self.head_linear(config.vocab_size)
 
 
-class GPTJForSequenceClassification(GPTJPretrained):
-    def __init__(self, config: GPTJConfig):
-        super().__init__(config)
-        self.transformer = GPTJModel(config)
-        self.score = linear(config.n_embd, config.num_labels, config.initializer_range, bias=False)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, num_labels] of each row's last token but pads; with labels the ``loss``."""
-        outputs = self.transformer(input_ids, **inputs)
-        scores = self.score(outputs.pop("last_hidden_state"))
-        last = last_token(input_ids, self.config.pad_token_id)
-        outputs["logits"] = scores[paddle.arange(scores.shape[0]), last]
-        if labels is not None:
-            outputs["loss"] = classification_loss(
-                outputs["logits"], labels, self.config.num_labels, self.config.problem_type
-            )
-        return outputs
+class GPTJForSequenceClassification(SequenceClassification, GPTJWithHead):
+    pass
 
 
-class GPTJForQuestionAnswering(GPTJPretrained):
-    def __init__(self, config: GPTJConfig):
-        super().__init__(config)
-        self.transformer = GPTJModel(config)
-        self.qa_outputs = linear(config.n_embd, config.num_labels, config.initializer_range)
+class GPTJForQuestionAnswering(QuestionAnswering, GPTJWithHead):
+    """As wide as there are labels, as in transformers and PaddleNLP, where it too runs with two of them only."""
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **inputs,
-    ) -> dict:
-        """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
-        outputs = self.transformer(input_ids, **inputs)
-        start, end = paddle.unbind(self.qa_outputs(outputs.pop("last_hidden_state")), axis=-1)
-        outputs |= {"start_logits": start, "end_logits": end}
-        if start_positions is not None and end_positions is not None:
-            outputs["loss"] = span_loss(start, end, start_positions, end_positions)
-        return outputs
+    @property
+    def scores(self) -> int:
+        return self.config.num_labels
 
 
 def rotary_table(positions: int, width: int) -> Tensor:

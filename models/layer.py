@@ -26,7 +26,7 @@ class Embedding(nn.Embedding):
 
     def __init__(self, rows: int, width: int, std: float, constant_row: int | None = None):
         super().__init__(rows, width, weight_attr=paddle.ParamAttr(initializer=Normal(0.0, std)))
-        self.constant_row = constant_row
+        self.std, self.constant_row = std, constant_row
 
     def forward(self, ids: Tensor) -> Tensor:
         found = F.embedding(ids, self.weight)

@@ -14,17 +14,14 @@ from typing import ClassVar
 import paddle
 from paddle import Tensor, nn
 
-from convert.errors import BadInput
-
 from .activation import activation
 from .attention import attend, causal_mask, heads_first, split_heads
-from .config import Config
+from .cache import KeyValue, behind, run_blocks, seen, with_pasts
+from .config import Config, refuse_uneven_heads
+from .heads import CausalLM, QuestionAnswering, SequenceClassification, WithHead, head_weight
 from .layer import Embedding, LayerNorm, LMHead, linear
-from .loss import causal_lm_loss, classification_loss, span_loss
-from .pooling import last_token
 from .pretrained import Pretrained
 
-KeyValue = tuple[Tensor, Tensor]
 EPSILON = 1e-5
 """Of every norm: torch's own default, which no config of OPT can change."""
 
@@ -57,11 +54,7 @@ class OPTConfig(Config):
     pad_token_id: int | None = 1
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise BadInput(
-                f"opt: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}."
-            )
+        refuse_uneven_heads("opt", self, "hidden_size", "num_attention_heads")
 
     @property
     def embedding_width(self) -> int:
@@ -118,8 +111,7 @@ class OPTAttention(nn.Layer):
             heads_first(split_heads(project(hidden), self.heads))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if past is not None:
-            key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
+        key, value = behind(past, key, value)
         return self.out_proj(attend(query, key, value, mask, self.dropout)), (key, value)
 
 
@@ -165,19 +157,17 @@ class OPTDecoder(nn.Layer):
         )
 
     def forward(
-        self, hidden: Tensor, mask: Tensor, past: Sequence[KeyValue | None], use_cache: bool
+        self, hidden: Tensor, mask: Tensor, past: Sequence[KeyValue] | None, use_cache: bool
     ) -> tuple[Tensor, tuple[KeyValue, ...]]:
         """Every block (in training some are skipped: ``layerdrop``), and what follows the last one."""
-        presents = []
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            if self.training and self.layerdrop and paddle.rand([]).item() < self.layerdrop:
-                continue
-            hidden, present = layer(hidden, mask, layer_past)
-            if use_cache:  # those of every block would else be kept until the pass ends
-                presents.append(present)
+        kept = (pair for pair in with_pasts(self.layers, past) if not self.skips())
+        hidden, presents = run_blocks(kept, hidden, mask, use_cache=use_cache)
         for last in (self.final_layer_norm, self.project_out):
             hidden = hidden if last is None else last(hidden)
-        return hidden, tuple(presents)
+        return hidden, presents
+
+    def skips(self) -> bool:
+        return self.training and self.layerdrop > 0 and paddle.rand([]).item() < self.layerdrop
 
 
 class OPTPretrained(Pretrained):
@@ -209,81 +199,38 @@ class OPTModel(OPTPretrained):
         ``past_key_values`` holds a (key, value) per block, each [batch, heads, past, width]; the mask, if given, then
         covers past and present. Positions count the tokens that the mask does not hide.
         """
-        past = past_key_values or [None] * len(self.decoder.layers)
-        offset = past[0][0].shape[2] if past_key_values else 0
-        batch, length = input_ids.shape
+        offset, (batch, length) = seen(past_key_values), input_ids.shape
         if position_ids is None:
             position_ids = positions(attention_mask, batch, offset, length)
 
         hidden = self.embeddings(input_ids, position_ids)
         mask = causal_mask(attention_mask, length, offset + length, hidden.dtype)
-        hidden, presents = self.decoder(hidden, mask, past, use_cache)
+        hidden, presents = self.decoder(hidden, mask, past_key_values, use_cache)
         outputs = {"last_hidden_state": hidden}
         return outputs | {"past_key_values": presents} if use_cache else outputs
 
+    def get_input_embeddings(self) -> Embedding:
+        return self.embeddings.word_embeddings
 
-class OPTForCausalLM(OPTPretrained):
-    """The head is the word embeddings unless the config unties them; PaddleNLP's is always a weight of its own."""
+
+class OPTWithHead(WithHead, OPTPretrained):
+    base_model_prefix, base_model_class = "opt", OPTModel
+
+
+class OPTForCausalLM(CausalLM, OPTWithHead):
+    """PaddleNLP's head is always a weight of its own."""
 
     def __init__(self, config: OPTConfig):
         super().__init__(config)
-        self.opt = OPTModel(config)
-        words = self.opt.embeddings.word_embeddings
-        if not config.tie_word_embeddings:
-            words = Embedding(config.vocab_size, config.embedding_width, config.init_std)
-        self.lm_head = LMHead(words.weight)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, time, vocab_size]; with labels [batch, time] (-100 ignored) the ``loss``.
-
-        ``inputs`` as :class:`OPTModel` takes them.
-        """
-        outputs = self.opt(input_ids, **inputs)
-        outputs["logits"] = self.lm_head(outputs.pop("last_hidden_state"))
-        if labels is not None:
-            outputs["loss"] = causal_lm_loss(outputs["logits"], labels)
-        return outputs
+        self.lm_head = LMHead(head_weight(config, self.get_input_embeddings()))
 
 
-class OPTForSequenceClassification(OPTPretrained):
-    def __init__(self, config: OPTConfig):
-        super().__init__(config)
-        self.opt = OPTModel(config)
-        self.score = linear(config.embedding_width, config.num_labels, config.init_std, bias=False)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> dict:
-        """``logits`` [batch, num_labels] of each row's last token but pads; with labels the ``loss``."""
-        outputs = self.opt(input_ids, **inputs)
-        scores = self.score(outputs.pop("last_hidden_state"))
-        last = last_token(input_ids, self.config.pad_token_id)
-        outputs["logits"] = scores[paddle.arange(scores.shape[0]), last]
-        if labels is not None:
-            outputs["loss"] = classification_loss(
-                outputs["logits"], labels, self.config.num_labels, self.config.problem_type
-            )
-        return outputs
+class OPTForSequenceClassification(SequenceClassification, OPTWithHead):
+    """PaddleNLP has no such head."""
 
 
-class OPTForQuestionAnswering(OPTPretrained):
-    def __init__(self, config: OPTConfig):
-        super().__init__(config)
-        self.opt = OPTModel(config)
-        self.qa_outputs = linear(config.embedding_width, 2, config.init_std)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        **inputs,
-    ) -> dict:
-        """``start_logits`` and ``end_logits`` [batch, time]; with both positions [batch] the ``loss``."""
-        outputs = self.opt(input_ids, **inputs)
-        start, end = paddle.unbind(self.qa_outputs(outputs.pop("last_hidden_state")), axis=-1)
-        outputs |= {"start_logits": start, "end_logits": end}
-        if start_positions is not None and end_positions is not None:
-            outputs["loss"] = span_loss(start, end, start_positions, end_positions)
-        return outputs
+class OPTForQuestionAnswering(QuestionAnswering, OPTWithHead):
+    """PaddleNLP has no such head."""
 
 
 def positions(attention_mask: Tensor | None, batch: int, past: int, length: int) -> Tensor:

@@ -21,7 +21,7 @@ from convert.errors import BadInput
 from convert.resnet import unsupported
 
 from .config import Config
-from .loss import classification_loss
+from .heads import classified
 from .pretrained import Pretrained
 
 
@@ -104,12 +104,7 @@ class ResNetForImageClassification(ResNetPretrained):
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict:
         """``logits`` [batch, num_labels]; with labels the ``loss`` of the config's ``problem_type``."""
-        outputs = {"logits": super().forward(pixel_values)}
-        if labels is not None:
-            outputs["loss"] = classification_loss(
-                outputs["logits"], labels, self.config.num_labels, self.config.problem_type
-            )
-        return outputs
+        return classified(super().forward(pixel_values), labels, self.config)
 
 
 def _initialise(layer: nn.Layer) -> None:

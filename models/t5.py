@@ -18,6 +18,7 @@ from convert.errors import BadInput
 
 from .activation import activation
 from .attention import attend, causal_mask, heads_first, padding_mask, split_heads
+from .cache import KeyValue, behind
 from .config import Config
 from .layer import Embedding, RMSNorm, linear
 from .loss import cross_entropy
@@ -26,7 +27,6 @@ from .pretrained import Pretrained
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-KeyValue = tuple[Tensor, Tensor]
 BlockCache = tuple[KeyValue, KeyValue]
 
 
@@ -182,8 +182,7 @@ class T5LayerSelfAttention(nn.Layer):
         """(hidden states, the bias with relative positions in it, keys and values seen so far)."""
         normed = self.layer_norm(hidden)
         key, value = self.SelfAttention.key_value(normed)
-        if past is not None:
-            key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
+        key, value = behind(past, key, value)
         bias = self.SelfAttention.with_positions(bias, queries=hidden.shape[1], keys=key.shape[2])
         return hidden + self.dropout(self.SelfAttention(normed, key, value, bias)), bias, (key, value)
 

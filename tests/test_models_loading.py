@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib import import_module
 
 import numpy as np
 import paddle
@@ -59,6 +58,9 @@ def test_dispatch():
             "models.bert has no net 'BertForPoetry'. It has: BertForMaskedLM",
         ),
         ({"model_type": "bert"}, "BertConfig", "has no net 'BertConfig'"),
+        ({"model_type": "bert"}, "BertPretrained", "has no net 'BertPretrained'"),
+        ({"model_type": "gpt2"}, "CausalLM", "has no net 'CausalLM'"),
+        ({"model_type": "gpt2"}, "GPT2WithHead", "has no net 'GPT2WithHead'"),
         ({"model_type": "loss"}, "mse", "models.loss has no net 'mse'"),
     ],
 )
@@ -66,6 +68,15 @@ def test_what_is_unknown_is_said(config, head, sentence):
     with pytest.raises(UnknownModel, match=sentence):
         model_class(config, head)
     assert issubclass(UnknownModel, ValueError)
+
+
+@pytest.mark.parametrize("family", ["bert", "bloom", "chatglm", "gpt2", "gptj", "opt"])
+@pytest.mark.parametrize("heads", [0, 5])
+def test_heads_that_do_not_divide_the_width_are_refused(family, heads):
+    demo = family_named(family).demo
+    key = "n_head" if "n_head" in demo else "num_attention_heads"
+    with pytest.raises(BadInput, match=rf"^{family}: .* 64 is not a multiple of .*\b{heads}\b"):
+        model_class(demo).from_config({**demo, key: heads})
 
 
 def test_config_defaults_are_those_of_transformers():
@@ -219,8 +230,8 @@ def test_a_tied_head_may_be_stored_as_a_linear():
 @pytest.mark.parametrize("family", ["bloom", "chatglm", "gpt2", "opt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_table_of_its_own_is_made_only_for_an_untied_head(family, tied, monkeypatch):
-    module, demo, made = import_module(f"models.{family}"), family_named(family).demo, []
-    monkeypatch.setattr(module, "Embedding", lambda rows, *rest, **named: made.append(rows) or Embedding(
-        rows, *rest, **named))
+    demo, made, make = family_named(family).demo, [], Embedding.__init__
+    monkeypatch.setattr(Embedding, "__init__", lambda self, rows, *rest, **named: made.append(rows) or make(
+        self, rows, *rest, **named))
     model_class(demo).from_config({**demo, "tie_word_embeddings": tied})
     assert made.count(demo["vocab_size"]) == (1 if tied else 2)
