@@ -77,7 +77,7 @@ class Reordered(TorchFunctionMode):
             return permuted.index_select(dim, torch.argsort(order))
         if func in CROSS_ENTROPY and args[0].dim() == 2 and args[1].dim() == 1:
             return self._cross_entropy(*args, **kwargs)
-        if func in ELEMENTWISE_LOSSES and args[0].shape == args[1].shape and kwargs.get("reduction") in ("mean", "sum"):
+        if func in ELEMENTWISE_LOSSES and args[0].shape == args[1].shape and kwargs.get("reduction") != "none":
             order = self._order(args[0].numel())
             return func(*(each.reshape(-1)[order] for each in args[:2]), *args[2:], **kwargs)
         if func in MEAN and -1 in (*args[1:2], kwargs.get("dim")):
