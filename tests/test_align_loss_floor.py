@@ -68,7 +68,7 @@ def test_a_floor_is_what_float64_and_reordered_runs_of_the_same_code_give():
     "none": lambda x: F.cross_entropy(x, IGNORING, reduction="none"),
     "a class is ignored": lambda x: F.cross_entropy(x, LABELS, ignore_index=3),
     "beyond the classes": lambda x: F.cross_entropy(x, LABELS.masked_fill(LABELS < 5, 41), ignore_index=41),
-    "squares": lambda x: F.mse_loss(x.exp().exp(), torch.ones_like(x)),
+    "squares": lambda x: F.mse_loss(x[:4], torch.ones_like(x[:4])),
     "probabilities": lambda x: F.binary_cross_entropy_with_logits(x, (x > 1).to(x.dtype), reduction="sum"),
 }.items())
 def test_the_sums_of_a_loss_are_reordered_and_it_stays_the_same(name, call):
