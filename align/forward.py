@@ -14,6 +14,7 @@ from convert.errors import BadInput
 
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
+from .floor import YARDSTICK, look_again
 from .inputs import LENGTH, ROWS, SIDES, Inputs, positive, seeded, sides
 from .inside import PROBE, Places
 from .lint import Description, differences
@@ -21,7 +22,7 @@ from .noise import Kind, NoiseFloor
 from .runs import Run
 from .scores import log_softmax
 from .stage import Findings, RecordedStage, Session, main
-from .tolerance import CEILING, REORDERED_RUNS, SECOND_LOOK, margin_noise
+from .tolerance import CEILING, SECOND_LOOK, margin_noise
 from .trace import RECORDED, Step
 
 
@@ -72,7 +73,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     for step, answer in pairs:
         session.advance(found.add(step, answer))
     found.close()
-    notes = _look_again(session, found)
+    notes = look_again(session, "forward", found.doubtful, lambda: found.look_again(
+        session.reference.steps(found.inputs, SECOND_LOOK)))
     tensors, sublayers = found.results()
     bad = first_bad(tensors, session.run)
     named = _named(sublayers, bad, session.run)
@@ -217,20 +219,6 @@ class Comparison:
                 "inside": f"{name}: output" if name in self._modules else name}[view]
 
 
-def _look_again(session: Session, found: Comparison) -> list[str]:
-    """Ask torch more often where nothing fails but by little, which may be the luck of few runs."""
-    doubtful = found.doubtful
-    if not doubtful or session.weights_divergence:
-        return []
-    told = f"{doubtful} figure{'s lie' if doubtful > 1 else ' lies'} just beyond a limit of {REORDERED_RUNS + 1} runs"
-    if session.options.compare:
-        return [f"{told} of torch. More runs could tell luck from error, and --compare has no torch to run: python -m "
-                "align.forward with both sides at once does."]
-    session.advance("a second look")
-    left = found.look_again(session.reference.steps(found.inputs, SECOND_LOOK))
-    return [f"{told} of torch, so it ran {SECOND_LOOK + 1} times: {left or 'none'} of them remain{'s' * (left == 1)}."]
-
-
 def first_bad(tensors: Sequence[TensorResult], run: Run) -> TensorResult | None:
     """The first module that fails on the reference's own input; else the first that fails at all.
 
@@ -315,8 +303,7 @@ def config_lint(run: Run) -> list[str]:
 
 
 def _told(inputs: Inputs) -> list[str]:
-    return [*inputs.told, "Yardstick: torch's own rounding error, pooled over float64 against "
-            f"{REORDERED_RUNS + 1} float32 runs with their sums reordered."]
+    return [*inputs.told, YARDSTICK]
 
 
 def _refuse_other_inputs(session: Session) -> None:

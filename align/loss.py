@@ -11,62 +11,93 @@ import numpy as np
 from convert.errors import BadInput
 
 from .candidate import Candidate
-from .compare import compare, missing
+from .compare import TensorResult, compare, missing
 from .diagnose import Explanation
 from .explanations.losses import Supposed, explained, supposed
+from .floor import YARDSTICK, Quantity, floors_of, look_again
 from .inputs import SEED, Inputs, batches, seeded
+from .noise import NoiseFloor
 from .reference import Reference
 from .stage import Findings, RecordedStage, Session, main
-from .tasks import BARE, TASKS, Labels, hidden_states, numbers
+from .tasks import BARE, TASKS, Labels, Task, base_of, hidden_states, numbers, terms_of
 from .texts import Encoder, echoed_texts, load_rows, plain_texts, tokenizer_of
-from .tolerance import LOSS, TOKEN_LOSS
+from .tolerance import REORDERED_RUNS, SECOND_LOOK, loss_ceiling
 from .trace import RECORDED, Step
 
-PAIRS = 16
+PAIRS, TEMPERATURE = 16, 1.0
+SHOWN = ("logits", "last_hidden_state")
+SUMS, ISOLATED, PROPAGATED = "sums", "isolated", "propagated"
 Case = tuple[str, Inputs, Labels]
+Outputs = Mapping[str, np.ndarray]
 
 
 def reference(session: Session) -> Iterator[Step]:
-    """Torch's losses, and the inputs and labels of each case for the candidate."""
-    named = _encoder_cases(session) if session.run.head.task in BARE else cases(session)
-    task, mistakes = TASKS.get(session.run.head.task), {}
-
-    def heed(case: Case, outputs: Mapping[str, np.ndarray]) -> None:
-        name, _, labels = case
-        if task and not numbers(labels):
-            mistakes[f"loss.{name}"] = supposed(task, outputs, labels, session.reference.token_loss)
-    step = _losses(session, session.reference, named, heed)
-    step.told["mistakes"] = mistakes
-    for name, inputs, labels in named:
-        step.view(f"inputs.{name}").update(inputs.arrays)
-        step.view(f"labels.{name}").update(labels)
-    yield step
+    """Torch's losses with their noise floors; inputs and labels of each case for the candidate, and torch's outputs."""
+    yield _recorded(session, _encoder_cases(session) if session.run.head.task in BARE else cases(session))
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
-    """Paddle's losses for the same inputs and labels."""
+    """Paddle's losses for the same inputs and labels, and what its unreduced ones are of torch's outputs."""
     for step in steps:
-        names = [view.removeprefix("inputs.") for view in step.views if view.startswith("inputs.")]
-        if not names:
+        named = _cases_of(step)
+        if not named:
             raise BadInput("the reference was recorded without its inputs, so the candidate cannot be fed them. Record "
                            "it again: python -m align.loss --only reference")
-        named = [(name, Inputs(step.view(f"inputs.{name}")), step.view(f"labels.{name}")) for name in names]
-        yield _losses(session, session.candidate, named)
+        answer, _ = _losses(session, session.candidate, named)
+        for case in named:
+            answer.view(ISOLATED).update(_isolated(session, case, step.view(f"outputs.{case[0]}")))
+        yield answer
 
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Each loss against its counterpart: the means, and the losses per token or row."""
-    found, notes, values, mistakes = [], [], {}, {}
-    for step, answer in pairs:
+    taken, notes, values, mistakes = list(pairs), [], {}, {}
+    found: dict[str, TensorResult] = {}
+    for step, answer in taken:
         notes += step.told.get("notes", [])
         mistakes |= step.told.get("mistakes", {})
-        for name, expected in step.recorded.items():
-            found.append(compare(name, expected, answer.recorded[name], LOSS if expected.ndim == 0 else TOKEN_LOSS)
-                         if name in answer.recorded else missing(name, "candidate"))
-        found += [missing(name, "reference") for name in answer.recorded if name not in step.recorded]
+        found |= {name: _judged(name, step, answer, step.floors) for name in step.recorded}
+        found |= {name: missing(name, "reference") for name in answer.recorded if name not in step.recorded}
         values |= {name: (float(value), float(answer.recorded[name])) for name, value in step.recorded.items()
                    if value.ndim == 0 and name in answer.recorded}
-    return Findings(found, notes, values, diagnosis=_diagnosis(values, mistakes))
+    notes += _look_again(session, taken, found)
+    wrong = {name: both for name, both in values.items() if not found[name].passed}
+    return Findings(list(found.values()), notes, values, diagnosis=_diagnosis(wrong, mistakes))
+
+
+def _judged(name: str, step: Step, answer: Step, floors: Mapping[str, Mapping[str, NoiseFloor]]) -> TensorResult:
+    """The ratio to torch's noise decides, and that a loss of torch's own outputs is within the fixed tolerance."""
+    expected, given, isolated = step.recorded[name], answer.recorded.get(name), answer.view(ISOLATED).get(name)
+    if given is None:
+        return missing(name, "candidate")
+    sums = [side.view(SUMS).get(name) for side in (step, answer)]
+    if isolated is None and None not in sums:
+        isolated = _reduced(given, *sums)
+    known = {kind: floors[kind][name] for kind in (PROPAGATED,) if name in floors.get(kind, {})}
+    base = max((floor.base for floor in known.values()), default=0.0)
+    return compare(name, expected, given, loss_ceiling(expected, base), isolated, known)
+
+
+def _reduced(given: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """What the candidate's reduction makes of torch's unreduced losses.
+
+    ``given`` is its mean loss, ``ours`` and ``theirs`` the mean of torch's unreduced losses and of its own, as the task
+    defines it. A net that divides by another number, or pairs other labels, has another mean than its own losses.
+    """
+    return np.asarray(given * (ours / theirs), given.dtype) if theirs else given
+
+
+def _look_again(session: Session, taken: Sequence[tuple[Step, Step]], found: dict[str, TensorResult]) -> list[str]:
+    failing = [result for result in found.values() if not result.passed]
+
+    def look() -> int:
+        for step, answer in taken:
+            floors = _recorded(session, _cases_of(step), SECOND_LOOK).floors
+            found.update({result.name: _judged(result.name, step, answer, floors) for result in failing
+                          if result.name in step.recorded})
+        return sum(not result.passed for result in found.values())
+    doubtful = len(failing) if all(result.doubtful for result in failing) else 0
+    return look_again(session, "loss", doubtful, look)
 
 
 def _diagnosis(values: Mapping[str, tuple[float, float]], mistakes: Mapping[str, Supposed]) -> Explanation | None:
@@ -99,9 +130,8 @@ def _without(names: Collection[str], inputs: Inputs) -> Inputs:
     return Inputs({name: array for name, array in inputs.arrays.items() if name not in names})
 
 
-def losses(session: Session, side: Reference | Candidate, case: Case,
-           outputs: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, value): the mean loss as a scalar, then each unreduced one as a vector.
+def losses(session: Session, side: Reference | Candidate, case: Case, outputs: Outputs) -> dict[str, Quantity]:
+    """By name the mean loss as a scalar, with what it is the sum of, then each unreduced one as a vector.
 
     A bare encoder has no loss of its own: the contrastive loss that sentence encoders are trained with. Its temperature
     is 1. At the usual 0.05 a trained encoder's loss is some 1e-4, the difference of two numbers near 20, so that
@@ -109,24 +139,77 @@ def losses(session: Session, side: Reference | Candidate, case: Case,
     """
     name, inputs, labels = case
     if session.run.head.task in BARE:
-        yield f"loss.{name}", side.contrastive_loss(*hidden_states(outputs, inputs), 1.0).reshape(())
-        return
+        return {f"loss.{name}": _contrastive(side, *hidden_states(outputs, inputs))}
     if "loss" not in outputs:
         raise BadInput(f"the {side.framework} net returned no loss for the labels {', '.join(labels)}; it returned "
                        f"{', '.join(outputs)}.")
-    yield f"loss.{name}", outputs["loss"].reshape(())
-    for kind, (logits, flat) in TASKS[session.run.head.task].token_losses(outputs, labels).items():
-        yield f"loss.{name}.{kind}", side.token_loss(logits, flat)
+    task, config = TASKS[session.run.head.task], session.run.config
+    unreduced = _unreduced(side, task, outputs, labels)
+    terms, base = terms_of(task, outputs, labels, config, unreduced), base_of(labels, config)
+    return {f"loss.{name}": Quantity(outputs["loss"].reshape(()), terms, base),
+            **{f"loss.{name}.{kind}": Quantity(array, base=base) for kind, array in unreduced.items()}}
+
+
+def _unreduced(side: Reference | Candidate, task: Task, outputs: Outputs, labels: Labels) -> dict[str, np.ndarray]:
+    return {kind: side.token_loss(logits, flat) for kind, (logits, flat) in task.token_losses(outputs, labels).items()}
+
+
+def _contrastive(side: Reference | Candidate, hidden: np.ndarray, mask: np.ndarray) -> Quantity:
+    value = side.contrastive_loss(hidden, mask, TEMPERATURE).reshape(())
+    terms = side.contrastive_losses(hidden, mask, TEMPERATURE) if isinstance(side, Reference) else None
+    return Quantity(value, None if terms is None else terms / len(terms), base=1.0)
+
+
+def _isolated(session: Session, case: Case, outputs: Outputs) -> dict[str, np.ndarray]:
+    """The candidate's unreduced losses of torch's ``outputs``; for a bare encoder the contrastive loss."""
+    name, inputs, labels = case
+    if session.run.head.task in BARE:
+        return {f"loss.{name}": _contrastive(session.candidate, *hidden_states(outputs, inputs)).value}
+    unreduced = _unreduced(session.candidate, TASKS[session.run.head.task], outputs, labels)
+    return {f"loss.{name}.{kind}": array for kind, array in unreduced.items()}
+
+
+def _recorded(session: Session, named: Sequence[Case], reordered: int = REORDERED_RUNS) -> Step:
+    """All that the reference has to say of these cases."""
+    side, task, mistakes = session.reference, TASKS.get(session.run.head.task), {}
+    shown: dict[str, dict[str, np.ndarray]] = {}
+
+    def heed(case: Case, outputs: Outputs) -> None:
+        name, _, labels = case
+        shown[name] = {key: array for key, array in outputs.items() if key.endswith(SHOWN)}
+        if task and not numbers(labels):
+            mistakes[f"loss.{name}"] = supposed(task, outputs, labels, side.token_loss)
+
+    def measure(case: Case) -> dict[str, Quantity]:
+        return losses(session, side, case, side.outputs({**case[1].arrays, **case[2]}))
+    step, plain = _losses(session, side, named, heed)
+    session.advance(f"{side.framework}'s own noise")
+    floors = floors_of(side, [partial(measure, case) for case in named], plain, reordered)
+    step.floors[PROPAGATED] = {name: floor for each in floors for name, floor in each.items()}
+    step.told["mistakes"] = mistakes
+    step.told["notes"] += [YARDSTICK]
+    for name, inputs, labels in named:
+        step.view(f"inputs.{name}").update(inputs.arrays)
+        step.view(f"labels.{name}").update(labels)
+        step.view(f"outputs.{name}").update(shown[name])
+    return step
+
+
+def _cases_of(step: Step) -> list[Case]:
+    names = [view.removeprefix("inputs.") for view in step.views if view.startswith("inputs.")]
+    return [(name, Inputs(step.view(f"inputs.{name}")), step.view(f"labels.{name}")) for name in names]
 
 
 def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case],
-            heed: Callable[[Case, Mapping[str, np.ndarray]], None] = lambda case, outputs: None) -> Step:
+            heed: Callable[[Case, Outputs], None] = lambda case, outputs: None,
+            ) -> tuple[Step, list[dict[str, Quantity]]]:
+    """One pass for each case; what it gave is in the step, and by case behind it."""
     session.advance(side.framework)
-    found: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, Quantity]] = {}
 
     def measure(case: Case) -> None:
         outputs = side.outputs({**case[1].arrays, **case[2]})
-        found[case[0]] = dict(losses(session, side, case, outputs))
+        found[case[0]] = losses(session, side, case, outputs)
         heed(case, outputs)
     side.sweep([partial(measure, case) for case in named])
     digest = Inputs({f"{name}.{key}": array for name, inputs, labels in named
@@ -137,8 +220,11 @@ def _losses(session: Session, side: Reference | Candidate, named: Sequence[Case]
                  "mean-pooled rows."]
     elif any(numbers(labels) for _, _, labels in named):
         notes = ["These labels are numbers, not classes, so there is none to ignore."]
-    return Step({RECORDED: {name: value for case, _, _ in named for name, value in found[case].items()}},
-                told={"inputs_digest": digest, "notes": notes})
+    plain = [found[name] for name, _, _ in named]
+    recorded = {name: quantity for each in plain for name, quantity in each.items()}
+    sums = {name: np.asarray(quantity.terms.sum()) for name, quantity in recorded.items() if quantity.terms is not None}
+    return Step({RECORDED: {name: quantity.value for name, quantity in recorded.items()}, SUMS: sums},
+                told={"inputs_digest": digest, "notes": notes}), plain
 
 
 def _encoder_cases(session: Session) -> list[Case]:

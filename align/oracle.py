@@ -23,6 +23,8 @@ MEAN = {torch.mean, torch.Tensor.mean}
 CONVOLUTION = {F.conv2d}
 BATCH_NORM = {F.batch_norm}
 AVERAGE_POOL = {F.adaptive_avg_pool2d}
+CROSS_ENTROPY = {F.cross_entropy}
+ELEMENTWISE_LOSSES = {F.mse_loss, F.binary_cross_entropy_with_logits}
 MADE = {torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros}
 DTYPE = torch.Tensor.dtype.__get__
 CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.type}
@@ -31,7 +33,7 @@ COUNTED = "_paddle_parity_counted"
 
 
 class Reordered(TorchFunctionMode):
-    """Permute the contracted axis of every product and the reduced axis of every norm and softmax.
+    """Permute the contracted axis of every product, the reduced axis of every norm and softmax, and those of losses.
 
     In exact arithmetic nothing changes, so what changes is rounding: the spread over several seeds is the error
     that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n], and c added to them;
@@ -73,6 +75,11 @@ class Reordered(TorchFunctionMode):
             order = self._order(args[0].shape[dim])
             permuted = func(args[0].index_select(dim, order), *args[1:], **kwargs)
             return permuted.index_select(dim, torch.argsort(order))
+        if func in CROSS_ENTROPY and args[0].dim() == 2 and args[1].dim() == 1:
+            return self._cross_entropy(*args, **kwargs)
+        if func in ELEMENTWISE_LOSSES and args[0].shape == args[1].shape and kwargs.get("reduction") != "none":
+            order = self._order(args[0].numel())
+            return func(*(each.reshape(-1)[order] for each in args[:2]), *args[2:], **kwargs)
         if func in MEAN and -1 in (*args[1:2], kwargs.get("dim")):
             return func(args[0][..., self._order(args[0].shape[-1])], *args[1:], **kwargs)
         return func(*args, **kwargs)
@@ -88,6 +95,17 @@ class Reordered(TorchFunctionMode):
         permuted = F.layer_norm(x[..., order], shape, None if weight is None else weight[order],
                                 None if bias is None else bias[order], eps)
         return permuted[..., torch.argsort(order)]
+
+    def _cross_entropy(self, x: torch.Tensor, labels: torch.Tensor, **named: Any) -> torch.Tensor:
+        """Rows and classes permuted: x [n, classes], labels [n], of which those that are no class stay as they are."""
+        rows, classes = self._order(len(x)), self._order(x.shape[1])
+        places = torch.argsort(classes)
+
+        def moved(label: torch.Tensor) -> torch.Tensor:
+            return torch.where((label >= 0) & (label < len(places)), places[label.clamp(0, len(places) - 1)], label)
+        named["ignore_index"] = int(moved(torch.tensor(named.get("ignore_index", -100))))
+        found = F.cross_entropy(x[rows][:, classes], moved(labels[rows]), **named)
+        return found[torch.argsort(rows)] if found.dim() else found
 
     def _convolution(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1,
                      padding: Any = 0, dilation: Any = 1, groups: int = 1) -> torch.Tensor:

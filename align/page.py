@@ -100,8 +100,11 @@ class StageView:
 
     @property
     def depth(self) -> list[Tensor]:
-        """The places of the chart: modules and outputs. What is no path ("… on a small input") has no depth."""
-        return [tensor for tensor in self.tensors if " " not in tensor.name] if self.judged else []
+        """The places of the chart: modules and outputs. What is no path ("… on a small input") has no depth, nor has a
+        loss.
+        """
+        deep = self.judged and self.name != "loss"
+        return [tensor for tensor in self.tensors if " " not in tensor.name] if deep else []
 
     @property
     def charted(self) -> bool:

@@ -91,13 +91,41 @@ def _classification_labels(inputs: Inputs, config: Config, sizes: Sizes, generat
     own loss is 9e-7 of itself from float64.
     """
     rows, classes = len(inputs.mask), sizes["labels"]
-    kind = config.get("problem_type") or ("regression" if classes == 1 else "single_label_classification")
+    kind = _problem(config, classes)
     if kind == "single_label_classification":
         return {"labels": _row_labels(inputs, classes, generator, ignore)}
     shape = (rows, classes) if classes > 1 or kind == "multi_label_classification" else (rows,)
     drawn = (generator.integers(0, 2, shape) if kind == "multi_label_classification" else
              generator.choice([-8, 8], shape) + generator.standard_normal(shape))
     return {"labels": drawn.astype(np.float32)}
+
+
+def _problem(config: Config, classes: int) -> str:
+    return config.get("problem_type") or ("regression" if classes == 1 else "single_label_classification")
+
+
+def terms_of(task: Task, outputs: Mapping[str, np.ndarray], labels: Labels, config: Config,
+             losses: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What the mean loss is the sum of, [n], float64: an error of its own each.
+
+    ``losses`` are those of :attr:`Task.token_losses` without reduction, by kind, 0 where there is no label. Of labels
+    that are numbers: (x - y)^2 or, of a probability, log(1 + e^x) - x y, over the number of elements.
+    """
+    if numbers(labels):
+        x, y = (array.astype(np.float64).reshape(-1) for array in (outputs["logits"], labels["labels"]))
+        several = _problem(config, outputs["logits"].shape[-1]) == "multi_label_classification"
+        return (np.logaddexp(x, 0.0) - x * y if several else np.square(x - y)) / x.size
+    flat = task.token_losses(outputs, labels)
+    return np.concatenate([task.share * losses[kind].astype(np.float64) / max(1, (targets >= 0).sum())
+                           for kind, (_, targets) in flat.items()])
+
+
+def base_of(labels: Labels, config: Config) -> float:
+    """How large the numbers are whose difference a loss is, beside itself: a cross entropy is the logarithm of a sum
+    that begins with 1, a square begins with nothing.
+    """
+    squares = numbers(labels) and config.get("problem_type") != "multi_label_classification"
+    return 0.0 if squares else 1.0
 
 
 def _span_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,

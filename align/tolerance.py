@@ -5,6 +5,10 @@ All are relative, so that neither a small nor a large tensor is judged more kind
 reordered. The guide's own demand is a mean difference of 1e-6, with 1e-5 accepted.
 """
 
+from __future__ import annotations
+
+import numpy as np
+
 EXACT = 0.0
 FORWARD = 1e-5
 TOKEN_LOSS = 1e-5
@@ -30,6 +34,14 @@ LIMITS = {
     "isolated": {"total": 4.0, "peak": 5.0, "typical": 3.0, "channel": 9.0, "row": 11.0, "few": 2.0},
     "propagated": {"total": 6.0, "peak": 6.0, "typical": 3.0, "channel": 9.0, "row": 11.0, "few": 2.0},
 }
+
+
+def loss_ceiling(value: np.ndarray, base: float) -> float:
+    """The relative error that a loss of torch's own outputs may have, whatever torch's noise is: ``LOSS`` for a mean,
+    ``TOKEN_LOSS`` for losses without reduction, of rms(value) + ``base``; see the unit of a loss in noise.py.
+    """
+    size = float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))) if value.size else 0.0
+    return (LOSS if value.ndim == 0 else TOKEN_LOSS) * ((size + base) / size if size else 1.0)
 
 
 def margin_noise(largest: float) -> float:

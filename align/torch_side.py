@@ -35,10 +35,12 @@ class TorchSide(Side):
     def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
         """In-batch contrastive loss of mean-pooled rows: the first half against the second half, as MiniLM trained."""
         import torch
-        weights = torch.from_numpy(mask.astype(np.float32)).unsqueeze(-1)
-        pooled = (torch.from_numpy(hidden) * weights).sum(1) / weights.sum(1)
-        first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
-        return torch.nn.functional.cross_entropy(scale * first @ second.T, torch.arange(len(first))).numpy()
+        scores = _similarities(hidden, mask, scale)
+        return torch.nn.functional.cross_entropy(scores, torch.arange(len(scores))).numpy()
+
+    def contrastive_losses(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+        """What :meth:`contrastive_loss` is the mean of, [pairs]."""
+        return self.token_loss(_similarities(hidden, mask, scale).numpy(), np.arange(len(hidden) // 2))
 
     def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
         return small_statistics(dict(self.model.named_modules()).get(pair[0]))
@@ -80,6 +82,15 @@ class TorchSide(Side):
 
         with hooked(found, "register_forward_hook", by_module(modules), before, after):
             yield
+
+
+def _similarities(hidden: np.ndarray, mask: np.ndarray, scale: float) -> Any:
+    """[pairs, pairs]: cosines of the mean-pooled rows of each half, times ``scale``."""
+    import torch
+    weights = torch.from_numpy(mask.astype(np.float32)).unsqueeze(-1)
+    pooled = (torch.from_numpy(hidden) * weights).sum(1) / weights.sum(1)
+    first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
+    return scale * first @ second.T
 
 
 @contextmanager

@@ -222,7 +222,7 @@ class StepFiles:
             yield Step({RECORDED: left})
 
 
-FLOOR = ("oracle", "spread", "largest", "few")
+FLOOR = ("oracle", "spread", "largest", "few", "base")
 
 
 def _read_step(file: Path) -> Step:
@@ -239,8 +239,8 @@ def _read_step(file: Path) -> Step:
                 name, _, part = name.rpartition("/")
                 floors.setdefault((view, name), {})[part] = content[key]
     for (view, name), parts in floors.items():
-        step.floors.setdefault(view, {})[name] = NoiseFloor(parts["oracle"], parts["spread"], float(parts["largest"]),
-                                                            float(parts["few"]))
+        step.floors.setdefault(view, {})[name] = NoiseFloor(parts["oracle"], parts["spread"], *(
+            float(parts.get(part, 0.0)) for part in FLOOR[2:]))
     return step
 
 
