@@ -133,7 +133,7 @@ FAMILY = Family(
     },
     settings={"dropout": ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
     traits=Traits(
-        wiring={PADDLE: Wiring("norms before", norms=("ln_1", "ln_2"), attention=("attn",), feed=("mlp",))},
+        wiring={TO: Wiring("norms before", norms=("ln_1", "ln_2"), attention=("attn",), feed=("mlp",))},
         mask_value="masked_bias"),
 )
 
