@@ -194,7 +194,7 @@ def ignored_counted(logits, labels):
     (divided_by_all, {"loss.padded", "loss.ignored"}), (not_shifted, {"loss.plain", "loss.padded", "loss.ignored"}),
     (ignored_counted, {"loss.padded", "loss.ignored"})])
 def test_a_mistake_in_the_loss_fails_the_means_that_show_it_and_no_loss_of_a_token(shop, monkeypatch, mistake, cases):
-    monkeypatch.setattr("models.gpt2.causal_lm_loss", mistake)
+    monkeypatch.setattr("models.heads.causal_lm_loss", mistake)
     outcome = shop.align("loss", "gpt2")
     assert (outcome.code, set(outcome.failing)) == (1, cases)
     for name in cases:
