@@ -45,6 +45,13 @@ KEYS = {
     "heads": ("n_head", "num_attention_heads", "num_heads"), "words": ("word_embed_proj_dim",),
     "stem": ("embedding_size",), "channels": ("num_channels",),
 }
+SIGNS = {
+    "positions": {"position"}, "types": {"type"}, "buckets": {"relative"}, "heads": {"relative"},
+    "vocab": {"word", "lm", "shared", "decoder"}, "stem": {"embedder", "stem"}, "channels": {"embedder", "stem"},
+}
+"""What the name of a tensor says where a size is meant by one of these words, and is not equal to it by chance."""
+SMALL = ("types", "buckets", "heads", "stem", "channels")
+"""Words for numbers so small that without a sign the number itself is written."""
 DEPTHS = ("n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers", "encoder_layers")
 MULTIPLES = {2: "double", 3: "fused", 4: "inner"}
 TASKS = {"LMHead": "causal-lm", "CausalLM": "causal-lm", "MaskedLM": "masked-lm", "PreTraining": "pre-training",
@@ -281,7 +288,11 @@ class _Writer:
         return self.sizes.word(size, name, prefer)
 
     def _all(self, shape: Shape, name: str) -> list[str]:
-        return [self._size(size, name) for size in shape]
+        """A word for each axis, a number for a kernel's, and for those that are not the first where labels are."""
+        kernel = 2 if len(shape) > 2 and shape[:2] != (1, 1) else len(shape)
+        words = [self._size(size, name) for size in shape[:kernel]]
+        return [str(size) if axis >= kernel or (axis and words[axis] == '"labels"') else words[axis]
+                for axis, size in enumerate(shape)]
 
     # The file
 
@@ -356,7 +367,7 @@ class _Writer:
         try:
             plan = make_plan(family, config, header)
         except BadInput as error:
-            return str(error)
+            return str(error).removesuffix(" Nothing was written.")
         made = {move.target: move.shape for move in plan.moves}
         wanted = self.paddle.shapes
         wrong = [name for name in {*made, *wanted} if made.get(name) != wanted.get(name) and not (
@@ -378,13 +389,10 @@ class _Sizes:
         """A quoted word, or the number where no key has it."""
         if size < 2:
             return str(size)
-        held = {word: key for word, keys in KEYS.items() for key in keys[::-1] if self._known(key) == size}
+        held = {word: key for word, keys in KEYS.items() for key in keys[::-1] if self._known(key) == size
+                and (word == prefer or word not in SMALL or self._signed(word, name))}
         if prefer not in held:
-            words = set(words_of(name))
-            prefer = next((word for word, signs in (
-                ("positions", {"position"}), ("types", {"type"}), ("buckets", {"relative"}),
-                ("vocab", {"word", "lm", "shared", "decoder"}))
-                if word in held and signs & words and not (word == "vocab" and "layer" in words)), "")
+            prefer = next((word for word in SIGNS if word in held and self._signed(word, name)), "")
         word = prefer or next(iter(sorted(held, key=["hidden", *KEYS].index)), "")
         if word:
             rivals = " and ".join(key for one, key in held.items() if one != word)
@@ -393,7 +401,12 @@ class _Sizes:
         if {"score", "classifier"} & set(words_of(name)) and _labels(self.config) == size:
             self.used["labels"] = ("labels_of(config)", "")
             return '"labels"'
-        return self._derived(size)
+        return self._derived(size, name)
+
+    def _signed(self, word: str, name: str) -> bool:
+        """Whether ``name`` says that its sizes are those of ``word``."""
+        words = set(words_of(name))
+        return bool(SIGNS.get(word, set()) & words) and not (word == "vocab" and "layer" in words)
 
     def _known(self, key: str) -> int | None:
         """The value of a key, or of the product of two."""
@@ -403,7 +416,7 @@ class _Sizes:
     def _value(self, key: str) -> str:
         return " * ".join(f'size_of(config, "{one}")' for one in key.split(" * "))
 
-    def _derived(self, size: int) -> str:
+    def _derived(self, size: int, name: str) -> str:
         for times in (4, 3, 2, 8):
             for key in KEYS["hidden"]:
                 if self.known.get(key, 0) * times == size:
@@ -411,12 +424,14 @@ class _Sizes:
                     self.used[word] = (f'{times} * size_of(config, "{key}")', f"{size} is {times} times {key}")
                     return f'"{word}"'
         for more in (1, 2):
-            for key in (*KEYS["positions"], *KEYS["vocab"]):
+            keys = [(sign, key) for sign in ("positions", "vocab") if self._signed(sign, name) for key in KEYS[sign]]
+            for sign, key in keys:
                 if key in self.known and self.known[key] + more == size:
-                    word = f"{next(word for word, keys in KEYS.items() if key in keys)} and {more}"
+                    word = f"{sign} and {more}"
                     self.used[word] = (f'size_of(config, "{key}") + {more}', f"{size} is {key} + {more}")
                     return f'"{word}"'
-        key = next((key for key in sorted(self.known) if self.known[key] == size and size > 8), None)
+        key = next((key for key in sorted(self.known) if self.known[key] == size
+                    and set(words_of(key)) & set(words_of(name))), None)
         if key:
             self.used[key] = (f'size_of(config, "{key}")', f"{size} is the value of {key}")
             return f'"{key}"'

@@ -32,6 +32,10 @@ SYNONYMS = {
 THIRDS = {"query", "key", "value", "gate", "up", "0", "1", "2"}
 """What parts of a fused tensor are called."""
 WEIGHTS = {"values": 5.0, "same name": 2.0, "words": 0.6, "last word": 0.2, "order": 0.2, "leaf missing": -0.15}
+KINDS = {"linear", "norm", "layer", "embedding", "convolution", "weight"}
+"""What a module is, rather than which one."""
+SHORT = 16
+"""An axis that is shorter may well be as long as another by chance."""
 FITTING, GROUPS = -100.0, 128
 
 
@@ -193,6 +197,10 @@ def _fit(one: Shape, other: Shape) -> bool:
     return one == other or (len(one) == 2 and one == other[::-1]) or {one, other} == {(), (1,)}
 
 
+def _as_it_lies(one: Lane, other: Lane) -> bool:
+    return one.shape == other.shape or {one.shape, other.shape} == {(), (1,)}
+
+
 def root_of(names: Iterable[str]) -> str:
     """The first part that nearly all names have in common, with its dot; empty where there is none."""
     names = list(names)
@@ -278,7 +286,7 @@ class _Matcher:
                 + WEIGHTS["last word"] * bool(set(last[0]) & set(last[1]))
                 + WEIGHTS["order"] * (1 - abs(places[0] - places[1])) + WEIGHTS["leaf missing"] * missing
                 + WEIGHTS["same name"] * self._same_name(one.path, other.path)
-                + WEIGHTS["values"] * (self.values is not None and self.values.same(pairs)))
+                + WEIGHTS["values"] * (self.values is not None and self.values.alike(pairs)))
 
     def _rank(self, module: Module, rivals: Sequence[Module]) -> float:
         """Where ``module`` stands among ``rivals``, 0 to 1; by name, unless both files have orders of their own."""
@@ -293,29 +301,49 @@ class _Matcher:
         pairs = fitting(one, other)
         if self.values is not None and (turned := self.values.turned(pairs)) is not None:
             return Match(one, other, pairs, turned, (), "the same values")
-        turned = tuple(left.shape != right.shape and len(left.shape) == 2 for left, right in pairs)
+        alike = self.values is not None and self.values.alike(pairs)
+        told = self.values.told(pairs) if alike else None
+        turned = told or tuple(left.shape != right.shape and len(left.shape) == 2 for left, right in pairs)
         doubts = []
-        if any(len(left.shape) == 2 and left.shape[0] == left.shape[1] for left, _ in pairs):
+        if told is None and any(len(left.shape) == 2 and left.shape[0] == left.shape[1] for left, _ in pairs):
             doubts.append("square: shapes cannot tell whether it is transposed")
         rivals = [_shown(module) for module in theirs if module is not other and fitting(one, module)]
         rivals += [_shown(module) for module in ours if module is not one and fitting(module, other)
                    and _shown(module) not in rivals]
         named = self._same_name(one.path, other.path)
-        alone = not rivals and self._in_words(self._inside(one, 0), self._inside(other, 1)) > 0 and (
+        alone = not rivals and self._akin(one, other, pairs) and (
             not one.layers or self._same_name(one.layers, other.layers) or self._only_list(one, other))
         if not named and not alone:
             doubts.append(f"by name and order, where {' or '.join(rivals[:3])} would fit as well" if rivals else
-                          "by shape alone; the names have nothing in common")
+                          "by shape alone; the names have little in common")
         if len(pairs) < max(len(one.leaves.keys() - {"tracked"}), len(other.leaves)):
             doubts.append("one side has more tensors in it")
+        reason = "the same name" if named else "the only one of its shape"
+        if alike:
+            shared = f"the same values, which {self._sharing(one, other, pairs)} too"
+            return Match(one, other, pairs, turned, (*doubts, shared) if doubts else (), f"{reason}, and {shared}")
         if self.values is not None and self.values.trusted:
             doubts.append("the values differ, where others are the same")
-        return Match(one, other, pairs, turned, tuple(doubts),
-                     "the same name" if named else "the only one of its shape")
+        return Match(one, other, pairs, turned, tuple(doubts), reason)
+
+    def _sharing(self, one: Module, other: Module, pairs: Sequence[tuple[Lane, Lane]]) -> str:
+        """Which other modules of both sides hold values of ``pairs``, or that these are so whichever way they lie."""
+        names = [_shown(module) for module in (*self.modules[1], *self.modules[0]) if module not in (one, other)
+                 and any(self.values.shared(lane, pair) for lane in module.leaves.values() for pair in pairs)]
+        names = list(dict.fromkeys(names))
+        if len(names) > 2:
+            return f"{names[0]}, {names[1]} and {len(names) - 2} more have"
+        return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}" if names else "the transpose has"
 
     def _same_name(self, one: str, other: str) -> bool:
         left, right = ({path, path.removeprefix(root)} for path, root in zip((one, other), self.roots, strict=True))
         return bool(left & right)
+
+    def _akin(self, one: Module, other: Module, pairs: Sequence[tuple[Lane, Lane]]) -> bool:
+        """Whether the names have words in common; that both are linears, say, is not enough where an axis is short."""
+        common = set(words_of(self._inside(one, 0))) & set(words_of(self._inside(other, 1)))
+        short = any(size < SHORT for left, _ in pairs for size in left.shape)
+        return bool(common - KINDS if short else common)
 
     def _only_list(self, one: Module, other: Module) -> bool:
         """Whether no other list of either side counts as far."""
@@ -426,19 +454,28 @@ class _Values:
         """Whether torch's ``lane`` is like no other of torch's, and ``digest`` that of one only of Paddle's."""
         return self.often[0][self.plain[lane]] == 1 and self.often[1][digest] == 1
 
-    def same(self, pairs: Sequence[tuple[Lane, Lane]]) -> bool:
-        return self.turned(pairs) is not None
+    def alike(self, pairs: Sequence[tuple[Lane, Lane]]) -> bool:
+        """Whether each pair holds the same values, though others may hold them too."""
+        return all(self._ways(left, right) for left, right in pairs)
+
+    def told(self, pairs: Sequence[tuple[Lane, Lane]]) -> tuple[bool, ...] | None:
+        """Whether each pair is transposed, where its values are the same in one way only."""
+        ways = [self._ways(left, right) for left, right in pairs]
+        return tuple(some[0] for some in ways) if all(len(some) == 1 for some in ways) else None
 
     def turned(self, pairs: Sequence[tuple[Lane, Lane]]) -> tuple[bool, ...] | None:
-        """Whether each pair is transposed, where the values leave no doubt of any."""
-        told = []
-        for left, right in pairs:
-            ways = [turned for turned, digest in ((False, self.plain[left]), (True, self.across.get(left, "")))
-                    if digest == self.plain[right] and self._once(left, digest)]
-            if len(ways) != 1:
-                return None
-            told += ways
-        return tuple(told)
+        """:meth:`told` of a module whose values are the same, and no other's in at least one tensor."""
+        return self.told(pairs) if any(self._once(left, self.plain[right]) for left, right in pairs) else None
+
+    def shared(self, lane: Lane, pair: tuple[Lane, Lane]) -> bool:
+        """Whether ``lane`` holds the values of ``pair``."""
+        return self.plain[lane] in {self.plain[one] for one in pair}
+
+    def _ways(self, left: Lane, right: Lane) -> list[bool]:
+        """Whether ``right`` is torch's ``left`` as it lies (False), and whether it is its transpose (True)."""
+        digests = ((False, self.plain[left]), (True, self.across.get(left)))
+        return [turned for turned, digest in digests if digest == self.plain[right]
+                and (not turned or left.shape == right.shape[::-1]) and (turned or _as_it_lies(left, right))]
 
     def fused(self, whole: Sequence[Lane], parts: Sequence[Sequence[Lane]], ways: Sequence[Sequence[tuple[int, bool]]],
               split: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...], int] | None:
