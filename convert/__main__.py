@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -16,10 +17,15 @@ from .rules import Family
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of a conversion whose family is found rather than named."""
-    parser = parser_of("python -m convert", "a family that its config names", "--source is needed.")
-    parser.add_argument("--family", metavar="FILE", help="a family file of your own; its code is run")
+    parser = parser_of("python -m convert", "a family that its config or a file of your own names",
+                       "--source is needed, or --rules with --family.", (
+        "python -m convert --source DIRECTORY --output out/mine",
+        "python -m convert --family examples/my_gpt.py --source my.pt --output out/my",
+        "python -m convert --family examples/my_gpt.py --rules"))
+    parser.add_argument("--family", metavar="FILE",
+                        help="a family file of your own, as examples/my_gpt.py; its code is run")
     options = parser.parse_args(arguments)
-    return guarded(lambda: run(_family_of(options.family, options.source, options.revision), options))
+    return guarded(lambda: run(_family_of(options), options))
 
 
 def load_family(file: Path) -> Family:
@@ -55,33 +61,47 @@ def family_named(name: object) -> Family:
         module = importlib.import_module(f"convert.{stem}") if file.is_file() else None
         if isinstance(getattr(module, "FAMILY", None), Family):
             return module.FAMILY
-    raise BadInput(f"there is no family {name!r}. Write one as a file and give it with --family FILE.")
+    raise BadInput(f"there is no family {name!r}; there are {', '.join(families())}. Write one as a file, as "
+                   "examples/my_gpt.py is, or have one drafted (python -m convert.draft --help), and give it with "
+                   "--family FILE.")
 
 
-def _family_of(file: str | None, source: str | None, revision: str | None) -> Family:
-    if source is None:
-        raise BadInput("give --source, or run the demo of a built-in family: python -m convert.gptj")
-    if file is not None:
-        return load_family(Path(file))
+def _family_of(options: argparse.Namespace) -> Family:
+    source = options.source
+    if source is None and not (options.rules and options.family):
+        raise BadInput("whose rules? Give --family FILE or --source, or name a family: python -m convert.gptj --rules"
+                       if options.rules else
+                       "give --source, or run the demo of a built-in family: python -m convert.gptj")
+    if options.family is not None:
+        return load_family(Path(options.family))
     from .checkpoint import read_config
     from .hub import resolve
-    path = resolve(source, revision)[0]
+    path = resolve(source, options.revision)[0]
     if not ((path if path.is_dir() else path.parent) / "config.json").is_file():
-        known = _known_by_its_header(path)
-        if known is not None:
-            return known
-    return family_named(read_config(path).get("model_type"))
+        return _known_by_its_header(path, source)
+    kind = read_config(path).get("model_type")
+    if kind is None:
+        raise BadInput(f"the config.json of {source} names no model_type, so its family cannot be told. Name it, as "
+                       f"python -m convert.gptj --source {source}, or give --family FILE. There are: "
+                       f"{', '.join(families())}.")
+    return family_named(kind)
 
 
-def _known_by_its_header(path: Path) -> Family | None:
+def _known_by_its_header(path: Path, source: str) -> Family:
     """The one family that can tell from the tensors of a checkpoint what its config would say."""
     from .checkpoint import opened
     found = []
     with opened(path) as checkpoint:
+        names = list(checkpoint.tensors)
         for family in map(family_named, families()):
             with suppress(BadInput):
                 found += [family] if family.config_of and family.config_of(checkpoint.tensors) else []
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        raise BadInput(f"there is no config.json beside {source}, and without one its tensors ({', '.join(names[:3])}"
+                       ", …) are of no family that is known. Put it there; or, for a net of your own, write a family "
+                       "file, as examples/my_gpt.py is, or have one drafted (python -m convert.draft --help), and "
+                       f"python -m convert --family FILE --source {source}")
+    return found[0]
 
 
 if __name__ == "__main__":

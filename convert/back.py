@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .rules import Config, Family, Filling
 
 TORCHS_DROPPED = ("paddlenlp_version",)
+TORCHS_FILES = (".bin", ".pt", ".pth")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,12 +91,16 @@ def _plan(family: Family, path: Path, checkpoint: Checkpoint, dtype: str) -> Pla
     from .plan import agreed, make_plan
     torchs = next((file for file in checkpoint.files if framework_of(file) == "pt"), None)
     if torchs is not None:
-        raise BadInput(f"{torchs} was written for torch. Give a Paddle checkpoint: what a conversion made, or what "
-                       "PaddleNLP or paddle.save wrote.")
+        raise _of_torch(torchs)
     config = agreed(family, paddle_config(family, path))
     plan = make_plan(family.inverse(), config, checkpoint.tensors, dtype)
     numbers = _marker_of(path).get("numbers")
     return _with_numbers(plan, numbers) if isinstance(numbers, dict) else plan
+
+
+def _of_torch(file: Path) -> BadInput:
+    return BadInput(f"{file} was written for torch. Give a Paddle checkpoint: what a conversion made, or what "
+                    "PaddleNLP or paddle.save wrote.")
 
 
 def _with_numbers(plan: Plan, numbers: Mapping[str, Any]) -> Plan:
@@ -134,7 +139,8 @@ def _conclude(plan: Plan, checkpoint: Checkpoint, source_digest: str, target_dig
 
 def _next_step(task: Task, plan: Plan) -> str:
     if plan.head.reference:
-        return "load it into the torch module that it belongs to"
+        return (f'in Python, with a net of yours: from convert.custom import fill; net = fill(net, "{task.output}")\n'
+                "      (its own load_state_dict needs strict=False: shared weights are there once, and no buffers)")
     return f'transformers.{plan.head.architecture}.from_pretrained("{task.output}")'
 
 
@@ -163,6 +169,8 @@ def _refuse_doubtful(path: Path) -> None:
     from .checkpoint import weights_in
     if not path.exists():
         raise BadInput(f"{path} does not exist.")
+    if path.suffix in TORCHS_FILES:
+        raise _of_torch(path)
     several = weights_in(path) if path.is_dir() else []
     if len(several) > 1:
         raise BadInput(f"{path} holds {' and '.join(several)}. Say which is meant: --source {path / several[-1]}")
@@ -183,11 +191,17 @@ def _entries(marker: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
 def _parser() -> argparse.ArgumentParser:
     parser = described("python -m convert.back",
                        "Convert a Paddle checkpoint back to torch, bit-exactly, as save_pretrained of transformers'\n"
-                       "class writes it. The family is read from its config.json.")
+                       "class writes it. The family is read from its config.json.", (
+                           "python -m convert.back --source out/gpt-j-6b --output back/gpt-j-6b",
+                           "python -m convert.back --source runs/tuned/model_state.pdparams",
+                           "python -m convert.back --family examples/my_gpt.py --source out/gpt2 --output from-openai"))
     add = parser.add_argument
-    add("--source", metavar="PATH", help="the directory of a Paddle checkpoint, or its one file")
-    add("--output", metavar="DIR", help="the directory to make; default out/<last component of the source>-torch")
-    add("--family", metavar="FILE", help="a family file of your own; its code is run")
+    add("--source", metavar="PATH", help="what to convert: the directory of a Paddle checkpoint (out/gpt-j-6b), or its "
+        "one file (model_state.pdparams)")
+    add("--output", metavar="DIR", help="the directory to make, as back/gpt-j-6b; default out/<last component of the "
+        "source>-torch")
+    add("--family", metavar="FILE", help="the family file of the torch net to go to, as examples/my_gpt.py; its code "
+        "is run")
     add_shared_flags(parser)
     return parser
 

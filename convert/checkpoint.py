@@ -25,6 +25,9 @@ MAX_HEADER = 100_000_000
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
 INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 SPAN = 1 << 20
+PICKLED = b"\x80"
+KINDS = ("What is read: safetensors, what torch.save wrote (.bin, .pt, .pth), .pdparams, and a directory that holds "
+         "one of these or an index of shards.")
 
 
 @dataclass(frozen=True)
@@ -383,6 +386,8 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     except BadInput:
         raise
     except Exception as error:  # whatever a damaged pickle makes its readers stumble over
+        if not any(_starts_with(file, magic) for magic in (b"PK", PICKLED)):
+            raise BadInput(f"{file.name} is not a checkpoint. {KINDS}") from error
         raise BadInput(f"{file.name} cannot be read as a checkpoint ({type(error).__name__}: {error}). "
                        "It is damaged or of another format.") from error
 

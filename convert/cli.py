@@ -58,6 +58,9 @@ def run(family: Family, options: argparse.Namespace) -> int:
     from .direction import TO_PADDLE
     from .writer import marker_of
     demo = options.source is None
+    if demo and options.revision:
+        raise BadInput(f"--revision {options.revision} is of a hub id, and there is no --source. Give one, as --source "
+                       "EleutherAI/gpt-j-6b")
     output = Path(options.output or (f"out/demo-{family.name}" if demo else f"out/{last_component(options.source)}"))
     rebuilt = demo and options.output is None and marker_of(output).get("source") == str(_demo_source(family))
     options.overwrite = options.overwrite or rebuilt
@@ -208,33 +211,40 @@ def _tell(conversion: Conversion, reports: Path, next_step: str) -> None:
     print(f"report: {reports / conversion.stage}.md\nnext: {next_step}")
 
 
-def parser_of(program: str, family: str,
-              without: str = "Without arguments: the built-in demo checkpoint.") -> argparse.ArgumentParser:
+def parser_of(program: str, family: str, without: str = "Without arguments: the built-in demo checkpoint.",
+              examples: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The flags of a conversion."""
-    parser = described(program, f"Convert a torch checkpoint of {family} to PaddlePaddle, bit-exactly.\n{without}")
+    parser = described(program, f"Convert a torch checkpoint of {family} to PaddlePaddle, bit-exactly.\n{without}",
+                       examples or (program, f"{program} --source DIRECTORY --output out/mine --dtype float16",
+                                    f"{program} --source DIRECTORY --dry-run"))
     add = parser.add_argument
-    add("--source", metavar="PATH-OR-ID", help="a checkpoint directory, one file, or a hub id (EleutherAI/gpt-j-6b)")
-    add("--revision", help="branch, tag or commit of a hub id")
-    add("--output", metavar="DIR", help="the directory to make; default out/<last component of the source>")
-    add("--format", choices=("safetensors", "pdparams"), default="safetensors", help="default safetensors")
+    add("--source", metavar="PATH-OR-ID", help="what to convert: a checkpoint's directory, its one file (my.pt), or a "
+        "hub id (EleutherAI/gpt-j-6b)")
+    add("--revision", help="of a hub id the branch, tag or commit, as float16; default main")
+    add("--output", metavar="DIR", help="the directory to make, which names the run, as out/gpt-j-6b; default "
+        "out/<last component of the source>")
+    add("--format", choices=("safetensors", "pdparams"), default="safetensors", help="what to write, as pdparams for "
+        "paddle.load; default safetensors")
     add_shared_flags(parser)
     return parser
 
 
-def described(program: str, description: str) -> argparse.ArgumentParser:
-    """A parser without flags, whose description keeps its lines."""
-    return argparse.ArgumentParser(prog=program, description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def described(program: str, description: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser without flags, whose description keeps its lines; ``examples`` are command lines."""
+    return argparse.ArgumentParser(
+        prog=program, description="\n  ".join([f"{description}\n", *examples] if examples else [description]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """What both directions can be told."""
     add = parser.add_argument
-    add("--dtype", choices=("keep", "float32", "float16", "bfloat16"), default="keep", help="default keep")
-    add("--shard-size", metavar="SIZE", default="5GB", help="largest file, as 5GB or 512MiB; default 5GB")
-    add("--no-verify", action="store_true", help="do not read the result back")
-    add("--allow-nonfinite", action="store_true", help="convert NaN and inf instead of refusing them")
-    add("--overwrite", action="store_true", help="replace an output that an earlier conversion made")
+    add("--dtype", choices=("keep", "float32", "float16", "bfloat16"), default="keep",
+        help="what weights are rounded to, as float16; default keep: as the source has them")
+    add("--shard-size", metavar="SIZE", default="5GB", help="the largest file to write, as 5GB or 512MiB; default 5GB")
+    add("--no-verify", action="store_true", help="do not read the result back and compare it; the report says so")
+    add("--allow-nonfinite", action="store_true", help="convert NaN and inf as they are, instead of refusing them")
+    add("--overwrite", action="store_true", help="replace an output that an earlier conversion made, and no other")
     add("--rules", action="store_true", help="print the name map, the do-not-transpose list and the buffers, and stop")
-    add("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
-    add("--reports", metavar="DIR", default="reports", help="where the report goes; default reports")
+    add("--dry-run", action="store_true", help="print the plan for --source, and stop; nothing is written")
+    add("--reports", metavar="DIR", default="reports", help="where the report goes, as ../reports; default reports")

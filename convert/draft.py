@@ -117,12 +117,13 @@ def _tell(drafted: Draft, options: argparse.Namespace, output: Path | None) -> N
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = described("python -m convert.draft", (
+    parser = described(
+        "python -m convert.draft",
         "Draft a family file from a torch and a Paddle checkpoint of one architecture, by values where both hold the\n"
         "same, else by names, shapes and order. Nothing in a checkpoint is run.\n"
-        "The draft marks each rule as sure or to be checked; a square weight is never sure by its shape.\n\n"
-        "  python -m convert.draft --torch my.pt --paddle my.pdparams --output my_family.py\n"
-        "  python -m convert --family my_family.py --source my.pt --output out/mine --dry-run"))
+        "The draft marks each rule as sure or to be checked; a square weight is never sure by its shape.", (
+            "python -m convert.draft --torch my.pt --paddle my.pdparams --output my_family.py",
+            "python -m convert --family my_family.py --source my.pt --output out/mine --dry-run"))
     add = parser.add_argument
     told = "a checkpoint directory, one file, or a .json that holds {name: shape}"
     add("--torch", metavar="CHECKPOINT", required=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import read_config
+from .depth import misfits
 from .dtypes import BY_NAME, Dtype
 from .errors import BadInput
 from .rules import Config, Family, Filling, Gather, Head, Layers, Names, Rule, Size, Sizes, in_numbers, numbers_of
@@ -135,9 +136,13 @@ def make_plan(family: Family, config: Config, header: Header, dtype: str = "keep
 def config_for(family: Family, source: Path, header: Header) -> Config:
     """The ``config.json`` beside a checkpoint; where there is none, what the family reads from the header."""
     directory = source if source.is_dir() else source.parent
-    if family.config_of is not None and not (directory / "config.json").is_file():
-        return family.config_of(header)
-    return agreed(family, read_config(source))
+    if (directory / "config.json").is_file():
+        return agreed(family, read_config(source))
+    if family.config_of is None:
+        raise BadInput(f"there is no config.json in {directory}; it says how many layers and heads the model has. Put "
+                       "the one that belongs to the checkpoint there. A net of your own has none: write a family file, "
+                       f"as examples/my_gpt.py is, and python -m convert --family FILE --source {source}")
+    return family.config_of(header)
 
 
 def agreed(family: Family, config: Config) -> Config:
@@ -218,9 +223,12 @@ def _attempt(family: Family, head: Head, config: Config, header: Header, dtype: 
         pour.add(rule)
     claimed = {name for rule in expanded for names in rule.sources for name in names}
     unclaimed = [name for name in header if name not in claimed]
-    faults = pour.faults + pour.doubled + _unclaimed(family, rules, layers, unclaimed)
-    if pour.unfilled:
-        faults.append(f"{_count(pour.unfilled, 'target tensor')} that no source tensor fills: {_some(pour.unfilled)}.")
+    wrong = misfits(family, rules, config, header) if unclaimed or pour.unfilled else []
+    unknown, unfilled = ([name for name in names if not any(one.explains(name) for one in wrong)]
+                         for names in (unclaimed, pour.unfilled))
+    faults = pour.faults + pour.doubled + [one.sentence for one in wrong] + _unclaimed(rules, unknown)
+    if unfilled:
+        faults.append(f"{_count(unfilled, 'target tensor')} that no source tensor fills: {_some(unfilled)}.")
     if faults:
         return _Faulty(family, head, faults, len(unclaimed))
     moved = {name for move in pour.moves for name in move.sources}
@@ -240,14 +248,19 @@ class _Pouring:
         self.unfilled: list[str] = []
         self.faults: list[str] = []
         self.movers: dict[str, list[Rule]] = {}
+        self.droppers: dict[str, list[Rule]] = {}
         self.fillers: dict[str, list[Rule]] = {}
 
     @property
     def doubled(self) -> list[str]:
-        """Faults: source tensors that several rules move, and target tensors that several fill."""
-        return [f"{name} is {done} {len(rules)} times, and once is right: {'; '.join(map(_arrow, rules))}."
-                for done, by_name in (("moved", self.movers), ("filled", self.fillers))
+        """Faults: source tensors that several rules move, or one moves and another drops, and target tensors that
+        several fill."""
+        told = [f"{name} is {done} {len(rules)} times, and once is right: {'; '.join(map(_arrow, rules))}."
+                for done, by_name in (("moved", self.movers), ("filled", self.fillers), ("dropped", self.droppers))
                 for name, rules in by_name.items() if len(rules) > 1]
+        return told + [f"{name} is moved by one rule ({_arrow(self.movers[name][0])}) and dropped by another "
+                       f"({rules[0].why or _arrow(rules[0])}): keep the one that is meant."
+                       for name, rules in self.droppers.items() if name in self.movers]
 
     def add(self, rule: Rule) -> None:
         """Claim what ``rule`` names, and fill its targets."""
@@ -257,6 +270,8 @@ class _Pouring:
             self.faults.append(f"{' and '.join(repeated)} are two spellings of one tensor; keep one.")
             return
         present = [names[0] for names in spelled if names]
+        for name in present if rule.kind == "drop" else ():
+            self.droppers.setdefault(name, []).append(rule)
         if rule.kind == "drop" and rule.otherwise is None:
             self.dropped += [(name, rule.why) for name in present]
         elif rule.kind in ("drop", "tied"):
@@ -341,7 +356,7 @@ class _Pouring:
 def _arrow(rule: Rule) -> str:
     """What ``rule`` is called: its sources, or what it fills with, and its targets."""
     sources = " + ".join(names[0] for names in rule.sources) or f"({rule.otherwise.name})"
-    return f"{sources} -> {' + '.join(rule.targets)}"
+    return f"{sources} -> {' + '.join(rule.targets) or f'dropped, {rule.why}'}"
 
 
 def _worded(size: Size, sizes: Sizes) -> str:
@@ -368,14 +383,9 @@ def _refuse_other_family(family: Family, config: Config) -> None:
         raise BadInput(f"{family.name}: {reason}. Nothing was written.")
 
 
-def _unclaimed(family: Family, rules: Sequence[Rule], layers: Layers, names: list[str]) -> list[str]:
+def _unclaimed(rules: Sequence[Rule], names: list[str]) -> list[str]:
     if not names:
         return []
-    numbers = {int(found) for name in names for found in re.findall(r"\.(\d{1,9})\.", name)}
-    promised = max((numbers_of(layers, letter).stop for letter in layers), default=0)
-    surplus = sorted(number for number in numbers if number >= promised)
-    if surplus and all(re.search(r"\.\d+\.", name) for name in names):
-        return [f"the config says {promised} layers, the source has layers up to {surplus[-1]} ({_some(names)})."]
     nearest = max((rule.names[0] for rule in rules),
                   key=lambda template: difflib.SequenceMatcher(None, template, names[0]).ratio())
     return [f"{_count(names, 'source tensor')} that no rule claims: {_some(names)}. Nearest rule: {nearest}."]

@@ -349,6 +349,8 @@ def test_a_torch_checkpoint_is_refused(there, refused, workdir):
     refused("--source", source, "--output", "out/back", says="pytorch_model.bin was written for torch")
     back(out)
     refused("--source", "out/back", "--output", "out/again", says="model.safetensors was written for torch")
+    torch.save({"tokens.weight": torch.ones(2, 3)}, "my.pt")  # without a config.json, which is not what is wrong
+    refused("--source", "my.pt", "--output", "out/again", says="my.pt was written for torch. Give a Paddle checkpoint")
 
 
 def test_old_weights_beside_trained_ones_are_not_taken_for_them(there, refused, workdir):

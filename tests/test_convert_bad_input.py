@@ -12,9 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import call
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import family_named
+from convert.__main__ import main as convert_any
+from convert.cli import main as convert_main
 from convert.demo import build_demo
 
 Q_PROJ = "transformer.h.1.attn.q_proj.weight"
@@ -398,8 +401,9 @@ def test_a_family_that_there_is_not(kind, with_config, refused):
 
 def test_no_config(source, refused):
     (source / "config.json").unlink()
-    refused(source, says="no config.json")
-    refused(source / "model.safetensors", says="no config.json")
+    for path in (source, source / "model.safetensors"):
+        refused(path, says=("no config.json", "Put the one that belongs to the checkpoint there",
+                            f"python -m convert --family FILE --source {path}"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "\xff", "[" * 100_000, '{"n_layer": ' + "9" * 5000 + "}"])
@@ -408,11 +412,36 @@ def test_a_broken_config(content, source, refused):
     refused(source, says="config.json")
 
 
-@pytest.mark.parametrize("layers,says", [(1, "layers up to 1"), (3, "transformer.h.2."), (0, "layers up to 1"),
+TWO = "model.safetensors holds 2 (transformer.h.0 to transformer.h.1). Correct the number, or give the checkpoint"
+
+
+@pytest.mark.parametrize("layers,says", [(1, f"config.json (n_layer) says 1 layer, {TWO}"),
+                                         (3, f"config.json (n_layer) says 3 layers, {TWO}"),
+                                         (0, f"config.json (n_layer) says 0 layers, {TWO}"),
                                          (-1, "n_layer"), (10**9, "n_layer"), (1.5, "n_layer"), ("2", "n_layer"),
                                          (None, "n_layer"), (True, "n_layer")])
 def test_a_wrong_number_of_layers(layers, says, with_config, refused):
-    refused(with_config(n_layer=layers), says=says)
+    said = refused(with_config(n_layer=layers), says=says)
+    assert "no rule claims" not in said and "that no source tensor fills" not in said
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"num_layers": 4}, "config.json (num_layers) says 4 layers, model.safetensors holds 3 (encoder.block.0 to enc"),
+    ({"num_decoder_layers": 1}, "config.json (num_decoder_layers) says 1 layer, model.safetensors holds 2 (decoder.b"),
+])
+def test_a_wrong_number_of_layers_of_one_list_of_two(changes, told, tmp_path, refused):
+    source = build_demo(family_named("t5"), tmp_path / "t5")
+    config = json.loads((source / "config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (3, 2)
+    (source / "config.json").write_text(json.dumps({**config, **changes}))
+    refused(source, family="t5", says=told)
+
+
+def test_a_wrong_number_of_layers_hides_no_other_fault(with_config, with_tensors, refused):
+    with_config(n_layer=3)
+    refused(with_tensors({"transformer.h.0.odd": torch.ones(3), "transformer.ln_f.bias": None}), says=(
+        "config.json (n_layer) says 3 layers", "1 source tensor that no rule claims: transformer.h.0.odd.",
+        "1 target tensor that no source tensor fills: transformer.ln_f.bias."))
 
 
 ABSURD = [{"n_embd": 0}, {"n_embd": -16}, {"n_embd": "16"}, {"n_embd": 10**30}, {"vocab_size": None},
@@ -558,6 +587,54 @@ def test_an_empty_directory(tmp_path, checkpoint, refused):
 
 def test_a_source_that_is_another_kind_of_file(source, refused):
     refused(source / "config.json", says="config.json")
+
+
+TEXTS = {"README.md": b"# paddle-parity", "empty.pt": b"", "notes.bin": b"not\nthis", "page.pdparams": b"<html></html>"}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("main", ["the family's", "the one that finds it"])
+def test_a_source_that_is_no_checkpoint_is_told_what_is_read(name, main, source, refused, workdir):
+    (source / name).write_bytes(TEXTS[name])
+    told = f"{name} is not a checkpoint. What is read: safetensors, what torch.save wrote (.bin, .pt, .pth), .pdparams"
+    if main == "the family's":
+        assert "Error" not in refused(source / name, says=told)
+        return
+    (source / "config.json").unlink()
+    code, _, said = call(convert_any, ["--source", str(source / name)])
+    assert code == 2 and said.startswith(f"error: {told}") and said.count("\n") == 1
+
+
+def test_a_source_of_no_known_family_is_told_what_to_do(tmp_path, workdir):
+    torch.save({"tokens.weight": torch.ones(3, 2), "out.weight": torch.ones(2)}, tmp_path / "my.pt")
+    code, _, said = call(convert_any, ["--source", str(tmp_path / "my.pt")])
+    assert code == 2 and said.count("\n") == 1
+    for words in ("there is no config.json beside", "(tokens.weight, out.weight, …)", "examples/my_gpt.py",
+                  "python -m convert.draft --help", f"python -m convert --family FILE --source {tmp_path / 'my.pt'}"):
+        assert words in said
+
+
+@pytest.mark.parametrize("config, says", [
+    ({}, "names no model_type, so its family cannot be told. Name it, as python -m convert.gptj --source"),
+    ({"model_type": "llama"}, "there is no family 'llama'; there are bert, bloom, chatglm, gpt2, gptj, opt, resnet,"),
+])
+def test_a_config_of_no_known_family_is_told_what_to_do(config, says, source, workdir):
+    (source / "config.json").write_text(json.dumps(config))
+    code, _, said = call(convert_any, ["--source", str(source)])
+    assert code == 2 and says in said and "--family FILE" in said and said.count("\n") == 1
+
+
+def test_the_rules_of_a_family_file_need_no_source(source, workdir):
+    (workdir / "mine.py").write_text("from convert.gptj import FAMILY")
+    gptj = call(convert_main, family_named("gptj"), ["--rules"])
+    assert call(convert_any, ["--rules", "--family", "mine.py"]) == gptj and gptj[0] == 0
+    for flags, says in ((["--rules"], "whose rules? Give --family FILE or --source"), ([], "give --source")):
+        code, told, said = call(convert_any, flags)
+        assert (code, told) == (2, "") and said.startswith(f"error: {says}") and said.count("\n") == 1
+
+
+def test_a_revision_without_a_source(refused):
+    refused(None, "--revision", "main", output=None, says="--revision main is of a hub id, and there is no --source")
 
 
 def test_a_revision_of_a_local_path(source, refused):

@@ -165,7 +165,7 @@ def test_a_config_of_the_first_release_gets_the_marks_that_its_code_had(chatglm,
 @pytest.mark.parametrize("changes,says", [
     ({"quantization_bit": 4}, "packed integers"), ({"pre_seq_len": 128}, "P-tuning"),
     ({"multi_query_attention": True}, "ChatGLM2"), ({"num_attention_heads": 5}, "not a multiple of 20"),
-    ({"num_layers": 4}, "transformer.layers.3"), ({"num_layers": 2}, "the source has layers up to 2"),
+    ({"num_layers": 4}, "(num_layers) says 4 layers"), ({"num_layers": 2}, "(num_layers) says 2 layers"),
     ({"hidden_size": 64}, "the config asks for"), ({"inner_hidden_size": 47}, "the config asks for [47, 32]"),
     ({"num_attention_heads": 0}, "0 heads"), ({"num_attention_heads": "4"}, "num_attention_heads"),
     ({"position_encoding_2d": False}, "inv_freq")], ids=str)

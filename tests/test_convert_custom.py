@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 import transformers
 from align_fixtures import Workshop, all_aligned, torch_model
 from conftest import call
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import models
-from convert.__main__ import load_family
+from convert.__main__ import family_named, load_family
 from convert.__main__ import main as convert_main
 from convert.back import main as back_main
 from convert.checkpoint import opened
+from convert.cli import main as family_main
 from convert.custom import fill
 from convert.errors import BadInput
 from convert.plan import make_plan
@@ -285,6 +289,33 @@ def test_another_gelu_is_told_apart_from_heads(home):
     report = diverged(home, my_net(), {"activation_function": "gelu"}, {})
     failing = [part["name"] for part in report["sublayers"] if not part["passed"]]
     assert failing and all("mlp activation" in name for name in failing)
+
+
+def test_what_convert_back_says_loads_the_result_into_the_users_net(home, tmp_path, monkeypatch):
+    """OpenAI's weights: a plain load_state_dict fails, as is told; what is printed works, and gives torch's logits."""
+    monkeypatch.chdir(tmp_path)
+    theirs = trained_like(GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=80, n_embd=48, n_layer=2, n_head=12)))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    assert call(family_main, family_named("gpt2"), ["--source", "gpt2", "--output", "out/gpt2"])[0] == 0
+    code, said, _ = call(back_main, ["--family", str(MY_GPT), "--source", "out/gpt2", "--output", "from-openai"])
+    snippet = re.search(r"^next: in Python, with a net of yours: (.+)$", said, re.M).group(1)
+    assert code == 0 and "load_state_dict needs strict=False" in said
+    net = my_gpt_net.MyGPT(300, 80, 48, 2)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        net.load_state_dict(load_file("from-openai/model.safetensors"))
+    scope = {"net": net}
+    exec(snippet, scope)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["net"].eval()(ids), theirs(ids).logits)
+
+
+def test_a_wrong_number_of_layers_in_the_family_file_is_told_as_such(home, tmp_path):
+    family = tmp_path / "mine.py"
+    family.write_text(MY_GPT.read_text().replace('config={"embd_pdrop": 0.1}', 'config={"n_layer": 5}'))
+    code, _, said = home.take(my_net(2), family=family)
+    assert code == 2
+    assert "the family file (n_layer) says 5 layers, my.pt holds 2 (blocks.0 to blocks.1). Correct the number" in said
 
 
 @pytest.mark.parametrize("layers, changed, says", [

@@ -27,6 +27,7 @@ from convert.matching import Side
 from convert.plan import make_plan
 
 FAMILIES = families()
+PROJECT = Path(__file__).resolve().parents[1]
 RIGHT_BY_SHAPES = {"bert": 0.96, "bloom": 1, "chatglm": 1, "gpt2": 1, "gptj": 1, "opt": 0.77, "resnet": 1, "t5": 1}
 """The share of tensors that a draft without values must get right. OPT's norms cannot be told by their names."""
 
@@ -316,9 +317,12 @@ def test_the_only_one_of_its_shape_is_not_sure_where_an_axis_is_short_and_names_
 
 
 def test_the_readme_says_how_many_tensors_come_out_right(pair, tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    found = re.search(r"all but (\d+) of\s+BERT's (\d+) and (\d+) of OPT's (\d+) tensors come out right, and nothing "
-                      r"that is\s+marked sure is wrong", readme)
+    english, chinese = (" ".join((PROJECT / name).read_text("utf-8").split())
+                        for name in ("README.md", "README.zh.md"))
+    found = re.search(r"all but (\d+) of BERT's (\d+) and (\d+) of OPT's (\d+) tensors come out right, and nothing that "
+                      "is marked sure is wrong", english)
+    in_chinese = "除 BERT 的 {1} 个张量中的 {0} 个和 OPT 的 {3} 个张量中的 {2} 个以外全部正确"
+    assert found and in_chinese.format(*found.groups()) in chinese
     for name, wrong, many in (("bert", *found.group(1, 2)), ("opt", *found.group(3, 4))):
         source, out = pair(name)
         (tmp_path / f"{name}.json").write_text(json.dumps(header(out)))

@@ -352,6 +352,15 @@ TWICE = {
     "moved and made": (
         [*norm("ln_{1,2}", 3, to="norm{1,2}"), *buffer("ones", 3, filling=constant(1.0), to="norm2.bias")],
         r"norm2.bias is filled 2 times, and once is right: ln_2.bias -> norm2.bias; ones -> norm2.bias."),
+    "moved and dropped": (
+        [*norm("ln_{1,2}", 3, to="norm{1,2}"), *drop("ln_1.bias", why="a test")],
+        r"ln_1.bias is moved by one rule \(ln_1.bias -> norm1.bias\) and dropped by another \(a test\): keep the one"),
+    "moved, and dropped if it holds ones": (
+        [*drop("ln_2.bias", 3, why="a test", holding=constant(1.0, checked=True)), *norm("ln_{1,2}", 3)],
+        r"ln_2.bias is moved by one rule \(ln_2.bias -> ln_2.bias\) and dropped by another \(a test\)"),
+    "dropped twice": (
+        [*norm("ln_1", 3), *drop("ln_2.{weight,bias}", why="a test"), *drop("ln_2.bias", why="another")],
+        r"ln_2.bias is dropped 2 times, and once is right: ln_2.bias -> dropped, a test; ln_2.bias -> dropped, anoth"),
 }
 
 
