@@ -314,9 +314,10 @@ def _refuse_other_inputs(session: Session) -> None:
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--rows", type=positive, help=f"rows of inputs; default {ROWS}")
-    add("--tokens", type=positive, help=f"tokens a row at most; default {LENGTH}")
-    add("--pixels", type=sides, metavar="HxW", help="height and width of pictures; default {}x{}".format(*SIDES[True]))
+    add("--rows", type=positive, help=f"how many rows go in, as 8; default {ROWS}")
+    add("--tokens", type=positive, help=f"of how many tokens a row is at most, as 512; default {LENGTH}")
+    add("--pixels", type=sides, metavar="HxW",
+        help="height and width of pictures, as 224x224; default {}x{}".format(*SIDES[True]))
 
 
 STAGE = RecordedStage("forward", "Compare embeddings, blocks, final hidden states and logits.", reference, candidate,

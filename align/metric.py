@@ -22,6 +22,7 @@ from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
 from .stage import Findings, RecordedStage, Session, main
 from .texts import (
     ENCODE,
+    SPLIT,
     Encoder,
     Example,
     Row,
@@ -37,22 +38,31 @@ from .trace import RECORDED, Step
 EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mean_squared_error")
 TEXTS = ("piece_targets", "sentence_targets")
 LONGER, ROWS_TOGETHER = 8, 4
+ROWS, TOKENS, BATCH = 64, 128, 8
+CHOOSING = ("dataset", "split", "columns", "limit", "max_length", "stride", "prefix", "batch_size")
+"""The flags that say what the models are fed."""
 
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
     run, options = session.run, session.options
+    _refuse_idle(session)
+    if options.dataset:
+        session.advance(f"fetching {options.dataset}")
     if run.head.inputs == "pixels":
         yield _pictures(session)
         return
-    name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
+    name, rows = load_rows(options.dataset, options.split, options.limit or ROWS, run.head.task)
     tokenizer = tokenizer_of(run)
+    if tokenizer is None and options.prefix is not None:
+        raise BadInput("--prefix stands before texts, and this checkpoint has no tokenizer: it is fed seeded ids. "
+                       "Leave it out, or put the tokenizer's files beside the checkpoint and convert again.")
     prefix = (run.head.prefix if options.dataset is None else "") if options.prefix is None else options.prefix
-    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length, prefix, run.head.inputs)
+    encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length or TOKENS, prefix, run.head.inputs)
     encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
     texts = _texts(run.head.task, examples, tokenizer)
-    step = _evaluate(session, session.reference, examples, options.batch_size, texts)
+    step = _evaluate(session, session.reference, examples, options.batch_size or BATCH, texts)
     if not all(array.size for array in step.recorded.values()):
         raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     given = ("tokenized as the source does" if tokenizer else
@@ -64,7 +74,7 @@ def reference(session: Session) -> Iterator[Step]:
         notes.append(f"{len(encoded) - len(examples)} rows without a single token were left out.")
     if texts:
         notes.append(_told_of_texts(prefix if tokenizer else ""))
-    step.told |= {"notes": notes, "batch_size": options.batch_size,
+    step.told |= {"notes": notes, "batch_size": options.batch_size or BATCH,
                   "examples": [[example.inputs, example.targets] for example in examples]}
     yield step
 
@@ -73,15 +83,15 @@ def _pictures(session: Session) -> Step:
     """:func:`reference` of a head that looks at pictures; they go to the candidate as arrays."""
     run, options = session.run, session.options
     if options.dataset is None:
-        name, rows = "pictures that are drawn by paddle-parity", drawn(options.limit, run.sizes["labels"])
+        name, rows = "pictures that are drawn by paddle-parity", drawn(options.limit or ROWS, run.sizes["labels"])
     else:
-        name, rows = load_rows(options.dataset, options.split, options.limit, run.head.task)
+        name, rows = load_rows(options.dataset, options.split, options.limit or ROWS, run.head.task)
     examples, told = examples_of(renamed(rows, options.columns),
                                  run.source if run.source.is_dir() else run.source.parent, run.sizes)
     if not examples:
         raise BadInput("the data set has no row to evaluate on.")
-    step = _evaluate(session, session.reference, examples, options.batch_size, {})
-    step.told |= {"notes": [f"Data: {len(examples)} of the {name}, {told}."], "batch_size": options.batch_size,
+    step = _evaluate(session, session.reference, examples, options.batch_size or BATCH, {})
+    step.told |= {"notes": [f"Data: {len(examples)} of the {name}, {told}."], "batch_size": options.batch_size or BATCH,
                   "examples": [[{}, example.targets] for example in examples]}
     step.view("examples")[PIXELS] = np.stack([example.inputs[PIXELS] for example in examples])
     return step
@@ -89,6 +99,8 @@ def _pictures(session: Session) -> Step:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle over the same batches."""
+    if session.options.only == "candidate":
+        _refuse_other_rows(session)
     for step in steps:
         if "examples" not in step.told:
             raise BadInput("the reference was recorded without its examples, so the candidate cannot be fed them. "
@@ -102,6 +114,8 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Predictions, scores and the metric's values."""
+    if session.options.compare:
+        _refuse_other_rows(session)
     tensors, notes, values = [], [], {}
     for step, answer in pairs:
         if not step.recorded:
@@ -144,12 +158,30 @@ def compare_scores(task: str, reference: Arrays, candidate: Arrays) -> tuple[lis
     return results, notes
 
 
+def _refuse_idle(session: Session) -> None:
+    """:class:`BadInput` for a flag that this head's metric would not look at."""
+    head, options = session.run.head, session.options
+    if options.stride and head.task != "causal-lm":
+        raise BadInput("--stride is for language models that read from left to right, whose metric is the perplexity; "
+                       f"{head.architecture} is none. Leave it out.")
+    if options.prefix is not None and head.task != "translation":
+        raise BadInput(f"--prefix is for translation, and {head.architecture} does not translate. Leave it out.")
+    if options.max_length and head.inputs == "pixels":
+        raise BadInput(f"--max-length counts tokens, and the inputs of {head.architecture} are pictures. Leave it out.")
+    if options.split and options.dataset is None:
+        raise BadInput(f"--split {options.split} is of a set that --dataset names, and there is none. Give it, or "
+                       "leave --split out.")
+
+
+def _refuse_other_rows(session: Session) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in CHOOSING if getattr(session.options, name) is not None]
+    if given:
+        raise BadInput(f"{' and '.join(given)}: what the sides are fed is chosen where the reference is recorded, and "
+                       "that is done. Give it with --only reference.")
+
+
 def _encoded(task: str, rows: Sequence[Row], encoder: Encoder, stride: int | None) -> list[Example]:
-    if stride is None:
-        return ENCODE[task](rows, encoder)
-    if task != "causal-lm":
-        raise BadInput("--stride is for language models that read from left to right, and this head is none.")
-    return sliding_windows(rows, encoder, stride)
+    return ENCODE[task](rows, encoder) if stride is None else sliding_windows(rows, encoder, stride)
 
 
 def _parted(reference: Arrays, candidate: Arrays) -> tuple[Arrays, list[str]]:
@@ -232,17 +264,19 @@ def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dataset", metavar="ID-OR-FILE", help="a set of the datasets library, ID or ID:CONFIGURATION, or a json, "
-        "csv, tsv, parquet or txt file; default: the passages that ship with the project")
-    add("--split", default="test", help="split of the set; default test")
-    add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text, label, question, answer, …")
-    add("--limit", type=positive, default=64, help="rows at most; default 64")
-    add("--max-length", type=positive, default=128, help="tokens a row at most; default 128")
-    add("--stride", type=positive, metavar="TOKENS", help="language models: take all rows as one text, in windows of "
-        "--max-length tokens that move on by so many; default: every row alone, cut at --max-length")
-    add("--prefix", metavar="TEXT", help="for translation: what stands before every source; default: what "
-        "the family was taught to be told of its task before those that ship, else nothing")
-    add("--batch-size", type=positive, default=8, help="rows a batch; default 8")
+    add("--dataset", metavar="ID-OR-FILE", help="what to run on: a set of the datasets library, ID or "
+        "ID:CONFIGURATION, as stanfordnlp/imdb, or a json, csv, tsv, parquet or txt file, as rows.jsonl; default: what "
+        "ships with the project")
+    add("--split", help=f"which split of a set of the datasets library, as validation; default {SPLIT}")
+    add("--columns", metavar="OURS=THEIRS,…", help="what the set calls text, label, question, answer, …, as "
+        "text=sentence,label=stars")
+    add("--limit", type=positive, help=f"rows at most, as 500; default {ROWS}")
+    add("--max-length", type=positive, metavar="TOKENS", help=f"where a row of text is cut, as 512; default {TOKENS}")
+    add("--stride", type=positive, metavar="TOKENS", help="for language models: take all rows as one text, in windows "
+        "of --max-length tokens that move on by so many, as 64; default: every row alone")
+    add("--prefix", metavar="TEXT", help="for translation: what stands before every source, as 'translate English to "
+        "French: '; default what the family was taught, before those that ship, else nothing")
+    add("--batch-size", type=positive, help=f"rows that go through the models together, as 32; default {BATCH}")
 
 
 STAGE = RecordedStage("metric", "Run a task over real text on both sides and compare predictions and values.",

@@ -320,9 +320,20 @@ def use_device(device: str) -> None:
     try:
         paddle.set_device(device)
     except Exception as error:
-        raise BadInput(f"--device {device} cannot be used by this Paddle ({next(iter(str(error).splitlines()), '')}). "
-                       "Try --device cpu.") from error
+        told = f"--device {device} cannot be used by this Paddle ({paddle.__version__}): {_devices()}"
+        raise BadInput(told) from error
     paddle.base.core.set_num_threads(threads())
+
+
+def _devices() -> str:
+    """What there is to compute on, and what to do."""
+    import paddle
+    there = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if there:
+        return f"it finds gpu:0 to gpu:{there - 1} and the CPU. Give one of these, or leave --device out for the CPU."
+    why = ("it finds no GPU here" if paddle.is_compiled_with_cuda() else
+           "it is built for the CPU alone, and a GPU needs paddlepaddle-gpu")
+    return f"{why}. Leave --device out: the CPU is the default."
 
 
 def _refuse_foreign_models() -> None:

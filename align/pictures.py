@@ -81,10 +81,13 @@ def prepared(processor: Any, picture: np.ndarray) -> np.ndarray:
 
 
 def as_array(value: Any, number: int, channels: int) -> np.ndarray:
-    """uint8 [height, width, channels] of a row's ``image``: an array, a picture of PIL's, or a file's bytes or path."""
+    """uint8 [height, width, channels] of a row's ``image``: an array, a picture of PIL's, a path, or what the
+    ``datasets`` library makes of a picture, {"bytes": …, "path": …}."""
     from PIL import Image, UnidentifiedImageError
     try:
-        if isinstance(value, Mapping):
+        if isinstance(value, str):
+            value = Image.open(value)
+        elif isinstance(value, Mapping):
             value = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
         if not isinstance(value, Image.Image):
             rows = np.asarray(value, np.uint8)

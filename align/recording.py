@@ -63,6 +63,9 @@ def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
 
 def _compare(stage: RecordedStage, session: Session) -> Found:
     """``--compare``: two recordings, and neither framework."""
+    for flag, value, usual in (("device", session.options.device, "cpu"), ("paging", session.options.paging, "auto")):
+        if value != usual:
+            raise BadInput(f"--{flag} {value} is for running a model, and --compare runs none. Leave it out.")
     (left, theirs), (right, ours) = (_recorded(stage, session, side) for side in SIDES)
     provenance = require_comparable(left.provenance, right.provenance,
                                     same_framework=session.options.allow_same_framework)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from convert.__main__ import family_named, load_family
+from convert.__main__ import families, family_named, load_family
 from convert.checkpoint import Checkpoint, open_checkpoint, opened, read_config
 from convert.direction import target_config
 from convert.errors import BadInput
@@ -197,12 +197,10 @@ def load_run(name: str | None, reports: Path, family: Path | None = None) -> Run
         there = f"The runs there: {', '.join(runs)}." if runs else "Convert a model first: python -m convert.gptj"
         raise BadInput(f"there is no run {name} in {reports}. {there}")
     conversion = load_conversion(reports / name)
-    try:
-        found = load_family(family) if family else family_named(conversion.family)
-    except BadInput as error:
-        hint = "" if family else (f" Run {name} was converted with a family file: give it again, python -m align --run "
-                                  f"{name} --family FILE")
-        raise BadInput(f"{error}{hint}") from error
+    if family is None and conversion.family not in families():
+        raise BadInput(f"there is no family {conversion.family!r} here: run {name} was converted with a family file of "
+                       f"your own. Give it again: --run {name} --family FILE")
+    found = load_family(family) if family else family_named(conversion.family)
     run = Run(conversion, found, reports / name)
     if conversion.head not in {head.architecture for head in run.family.heads}:
         raise BadInput(f"run {name} has head {conversion.head}, which family {run.family.name} does not have.")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import errors
+from convert.cli import described
 
 if TYPE_CHECKING:
 
@@ -149,6 +150,8 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
         os.environ.setdefault(flag, value)
     import warnings
     warnings.simplefilter("ignore")
+    if options.run is None:
+        print(_latest(options))
     if options.only:
         from .recording import record
         with _progress(stage.name) as advance:
@@ -202,6 +205,15 @@ def _session(options: argparse.Namespace, advance: Callable[[str], None] = lambd
     return Session(load_run(options.run, Path(options.reports), family), options, advance)
 
 
+def _latest(options: argparse.Namespace) -> str:
+    """Which run is taken where none is named."""
+    from convert.report import latest_run, load_conversion
+    reports = Path(options.reports)
+    conversion = load_conversion(reports / latest_run(reports))
+    return (f"run {conversion.run}: the latest conversion, of {conversion.finished[:16].replace('T', ' ')} UTC. "
+            "--run NAME takes another.")
+
+
 @contextmanager
 def _progress(stage: str) -> Iterator[Callable[[str], None]]:
     """What is being done right now, on stderr; quiet where stderr is not a terminal."""
@@ -217,7 +229,9 @@ def _progress(stage: str) -> Iterator[Callable[[str], None]]:
 
 
 def _parser(stage: Stage | RecordedStage) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m align.{stage.name}", description=stage.purpose)
+    program = f"python -m align.{stage.name}"
+    parser = described(program, f"{stage.purpose} The exit code is the verdict: 0 aligned, 1 diverged.", (
+        program, f"{program} --run gpt-j-6b --target paddlenlp", f"{program} --run my --family examples/my_gpt.py"))
     add_flags(parser)
     stage.flags(parser)
     return parser
@@ -226,17 +240,20 @@ def _parser(stage: Stage | RecordedStage) -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every stage takes."""
     add = parser.add_argument
-    add("--run", help="the run's name; default the latest conversion")
+    add("--run", metavar="NAME", help="which conversion, by the last component of its output, as gpt-j-6b; default the "
+        "latest")
     add("--target", default="models", metavar="models|paddlenlp|MODULE:BUILD",
-        help="which Paddle net: ours in models/ (default), PaddleNLP's class, or what a function of yours builds")
-    add("--device", default="cpu", help="cpu (default) or gpu:0, for the Paddle side")
+        help="which Paddle net: ours in models/ (default), PaddleNLP's class, or what a function of yours builds, as "
+        "my_net:build")
+    add("--device", default="cpu", help="what the Paddle side computes on, as gpu:0; default cpu")
     add("--paging", choices=("auto", "on", "off"), default="auto",
-        help="bring weights in block by block; auto (default): where the models do not fit into memory")
+        help="whether weights come in block by block, as on; default auto: where the models do not fit into memory")
     add("--only", choices=("reference", "candidate"),
         help="record one side, where its framework is; the reference comes first")
     add("--compare", action="store_true", help="judge what --only has recorded; needs neither framework")
     add("--allow-same-framework", action="store_true", help="let both sides be of one framework; the report says so")
     add("--trust-remote-code", action="store_true", help="run the code that a checkpoint brings along, where "
         "that is the torch side; it can do whatever you can, so read it first")
-    add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own")
-    add("--reports", metavar="DIR", default="reports", help="where the runs are; default reports")
+    add("--family", metavar="FILE", help="the family file that the run was converted with, if it is your own, as "
+        "examples/my_gpt.py")
+    add("--reports", metavar="DIR", default="reports", help="where the runs are, as ../reports; default reports")

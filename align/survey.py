@@ -126,6 +126,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _run(names: Sequence[str], readme: Path | None) -> int:
+    if readme is not None:
+        _around_the_table(readme)
     chosen = list(cases(names))
     rows = []
     for number, case in enumerate(chosen, 1):
@@ -159,11 +161,19 @@ def _quietly(command: Any, subject: Any, arguments: Sequence[str]) -> tuple[int,
 
 
 def _insert(readme: Path, text: str) -> None:
-    content = readme.read_text("utf-8")
-    if BEGIN not in content or END not in content:
-        raise errors.BadInput(f"{readme} has no {BEGIN} … {END} to put the table between. Add the two lines.")
-    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    before, after = _around_the_table(readme)
     readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}", "utf-8")
+
+
+def _around_the_table(readme: Path) -> tuple[str, str]:
+    """What stands before and behind the markers."""
+    if not readme.is_file():
+        raise errors.BadInput(f"--readme {readme} does not exist. Give a file that has {BEGIN} and {END} in it.")
+    before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise errors.BadInput(f"{readme} has no {BEGIN} … {END} to put the table between. Add the two lines.")
+    return before, after
 
 
 def _cell(text: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ BUILDERS = {".jsonl": ("json", {}), ".json": ("json", {}), ".csv": ("csv", {}), 
             ".parquet": ("parquet", {}), ".txt": ("text", {})}
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
 MASKED_SHARE = 0.15
+SPLIT = "test"
 Row = Mapping[str, Any]
 
 
@@ -120,7 +123,7 @@ def load_tokenizer(directory: Path) -> Any | None:
         raise BadInput(f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
-def load_rows(dataset: str | None, split: str, limit: int, task: str = "") -> tuple[str, list[Row]]:
+def load_rows(dataset: str | None, split: str | None, limit: int, task: str = "") -> tuple[str, list[Row]]:
     """(name, rows): at most ``limit``, in order. Raises :class:`BadInput` when the set cannot be had.
 
     Without ``dataset``, what ships with the project for ``task``.
@@ -132,16 +135,49 @@ def load_rows(dataset: str | None, split: str, limit: int, task: str = "") -> tu
     builder, options = BUILDERS.get(Path(path).suffix, (None, {}))
     if builder and not Path(path).is_file():
         raise BadInput(f"the data set {path} does not exist.")
-    import datasets
-    datasets.disable_progress_bars()
-    try:
-        loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split, **options) if builder else
-                  datasets.load_dataset(path, configuration or None, split=split))
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise BadInput(f"the data set {dataset} (split {split}) cannot be loaded: "
-                       f"{type(error).__name__}: {first}") from error
+    if builder and split:
+        raise BadInput(f"--split {split}: {path} is a file, which has no splits; all of it is read. Leave it out.")
+    split = split or SPLIT
+    with _silent():
+        import datasets
+        datasets.disable_progress_bars()
+        try:
+            loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split, **options) if builder else
+                      datasets.load_dataset(path, configuration or None, split=split))
+        except Exception as error:
+            raise BadInput(f"the data set {dataset} (split {split}) {_unavailable(error)}") from error
     return f"{dataset} ({split})", list(loaded.select(range(min(limit, len(loaded)))))
+
+
+def _unavailable(error: Exception) -> str:
+    """Why a set cannot be had; the library's own words where it is not for want of a connection."""
+    first = next(iter(str(error).splitlines()), "").rstrip(".")
+    if isinstance(error, (ConnectionError, *_offline())):
+        return ("is not here, and the hub cannot be reached. Connect, set HF_ENDPOINT to a mirror, or give a file: "
+                "--dataset rows.jsonl")
+    return f"cannot be loaded: {type(error).__name__}: {first}."
+
+
+def _offline() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from requests.exceptions import ConnectionError as Unreached
+    from requests.exceptions import Timeout
+    return LocalEntryNotFoundError, OfflineModeIsEnabled, Unreached, Timeout
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing of what the libraries log reaches the terminal: what matters of it is in the error that they raise."""
+    from huggingface_hub.utils import logging as of_the_hub
+    loggers = [logging.getLogger("datasets"), of_the_hub.get_logger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def columns(rows: Sequence[Row], **kinds: type) -> None:

@@ -152,7 +152,7 @@ def test_both_sides_agree_with_a_stride(workshop, run):
     (HEAD, ("--stride", "96"), "leaves tokens without anything before them in windows of 96"),
     (HEAD, ("--stride", "64", "--max-length", "64"), "give a smaller one"),
     (HEAD, ("--stride", "0"), "not a whole number above 0"),
-    ("BertForMaskedLM", ("--stride", "8"), "this head is none"),
+    ("BertForMaskedLM", ("--stride", "8"), "BertForMaskedLM is none"),
 ])
 def test_a_stride_that_cannot_be_is_refused(workshop, head, flags, told):
     outcome = workshop.align("metric", head, *flags)

@@ -125,6 +125,24 @@ def metric(shop, *flags):
     return shop.align("metric", "tiny", *flags)
 
 
+def test_pictures_may_be_given_by_their_paths(shop, monkeypatch):
+    """As people write such a file, and as the README has it; the same pictures by their bytes are the same inputs."""
+    monkeypatch.chdir(shop.root)
+    for number in range(3):
+        (shop.root / f"{number}.png").write_bytes(encoded(draw(number), "RGB"))
+    (shop.root / "rows.jsonl").write_text("".join(
+        json.dumps({"image": f"{number}.png", "label": number}) + "\n" for number in range(3)))
+    outcome = metric(shop, "--dataset", "rows.jsonl")
+    assert all_aligned({"metric": outcome})
+    rows = [{"image": {"bytes": encoded(draw(number), "RGB"), "path": None}, "label": number} for number in range(3)]
+    Dataset.from_list(rows).to_parquet(shop.root / "same.parquet")
+    assert metric(shop, "--dataset", "same.parquet").report["inputs_digest"] == outcome.report["inputs_digest"]
+    (shop.root / "1.png").unlink()
+    missing = metric(shop, "--dataset", "rows.jsonl")
+    assert missing.code == 2 and "row 1 of the data set has an image that is no picture" in missing.stderr
+    assert "1.png" in missing.stderr
+
+
 def test_a_set_with_an_image_column_is_measured_in_the_words_of_sklearn(shop, parquet):
     outcome = metric(shop, "--dataset", str(parquet), "--columns", "image=photo,label=thing")
     assert all_aligned({"metric": outcome})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import paddle
 import pytest
 from align_fixtures import STAGES, Workshop
 
@@ -215,4 +216,67 @@ def test_a_run_of_a_family_file_asks_for_the_file_again(workshop):
     file = workshop.reports / run / "convert.json"
     file.write_text(file.read_text().replace('"family": "gptj"', '"family": "mine"'))
     outcome = workshop.align("forward", run)
-    assert outcome.code == 2 and f"python -m align --run {run} --family FILE" in outcome.stderr
+    assert refused(outcome, 2, "was converted with a family file of your own", f"--run {run} --family FILE")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_which_run_is_taken_where_none_is_named_is_the_first_that_is_said(tmp_path, stage):
+    workshop = Workshop(tmp_path)
+    for run in ("older", "newer"):
+        workshop.make("BertForMaskedLM", run)
+    finished = json.loads((workshop.reports / "newer" / "convert.json").read_text())["finished"]
+    told = f"run newer: the latest conversion, of {finished[:10]} {finished[11:16]} UTC. --run NAME takes another."
+    outcome = workshop.align(stage, None)
+    assert (outcome.code, outcome.stdout.splitlines()[0]) == (0, told)
+    assert "the latest conversion" not in workshop.align(stage, "older").stdout
+
+
+@pytest.mark.parametrize("flags, told", [
+    (("--stride", "8"), "BertForMaskedLM is none"), (("--prefix", "say: "), "BertForMaskedLM does not translate"),
+    (("--split", "train"), "--split train is of a set that --dataset names, and there is none"),
+])
+def test_a_flag_of_another_kind_of_metric(workshop, flags, told):
+    assert refused(workshop.align("metric", "bert", *flags), 2, told, "Leave it out" if "--split" not in flags else "")
+
+
+def test_a_prefix_where_no_text_is_read(tmp_path):
+    workshop = Workshop(tmp_path)
+    workshop.make("T5ForConditionalGeneration", "t5")
+    assert refused(workshop.align("metric", "t5", "--prefix", "say: "), 2, "this checkpoint has no tokenizer")
+
+
+def test_a_split_of_a_file(workshop, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a row"}) + "\n")
+    outcome = workshop.align("metric", "bert", "--dataset", str(tmp_path / "rows.jsonl"), "--split", "train")
+    assert refused(outcome, 2, "--split train:", "is a file, which has no splits")
+
+
+def test_a_gpu_that_is_not_there(workshop):
+    """What there is, and what to do; the machine that tests run on has none."""
+    if paddle.is_compiled_with_cuda():
+        pytest.skip("this Paddle could use one")
+    assert refused(workshop.align("forward", "bert", "--device", "gpu:0"), 2, paddle.__version__,
+                   "is built for the CPU alone, and a GPU needs paddlepaddle-gpu. Leave --device out: the CPU is the")
+
+
+@pytest.mark.parametrize("built, there, told", [
+    (True, 2, "it finds gpu:0 to gpu:1 and the CPU. Give one of these"), (True, 0, "it finds no GPU here. Leave"),
+])
+def test_gpus_of_another_number(workshop, monkeypatch, built, there, told):
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: built)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(paddle, "set_device", lambda device: 1 / 0)
+    assert refused(workshop.align("forward", "bert", "--device", "gpu:7"), 2, "--device gpu:7 cannot be used", told)
+
+
+def test_a_set_of_the_hub_where_there_is_no_network(workshop, tmp_path):
+    """The libraries retry and log it; the user is told once. Port 9 of this machine answers nobody."""
+    program = (f"import sys, time; time.sleep = lambda seconds: None; sys.argv[1:] = ['--run', 'bert', '--reports', "
+               f"{str(workshop.reports)!r}, '--dataset', 'owner/words']; import runpy; "
+               "runpy.run_module('align.metric', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env={
+        **os.environ, "PYTHONPATH": str(PROJECT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0"})
+    assert done.returncode == 2
+    assert done.stderr == ("error: the data set owner/words (split test) is not here, and the hub cannot be reached. "
+                           "Connect, set HF_ENDPOINT to a mirror, or give a file: --dataset rows.jsonl\n")

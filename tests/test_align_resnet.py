@@ -260,6 +260,15 @@ def test_a_tensor_that_is_not_there_is_named(name, says):
         make_plan(FAMILY, config_of(header), header)
 
 
+def test_a_wrong_depth_of_a_stage_is_told_with_both_numbers(shop):
+    source = checkpoint(shop, "depths", layer_type="basic")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "depths": [2, 1, 3, 1]}))
+    code, _, said = call(convert, FAMILY, ["--source", str(source), "--output", str(shop.root / "depths")])
+    assert code == 2 and ("config.json (depths) says 3 layers, model.safetensors holds 2 (resnet.encoder.stages.2."
+                          "layers.0 to resnet.encoder.stages.2.layers.1)") in said
+
+
 def test_paddlenlp_has_no_resnet(shop):
     run = make(shop, "no-paddlenlp", layer_type="basic")
     outcome = shop.align("forward", run, "--target", "paddlenlp")
@@ -272,6 +281,16 @@ def test_a_size_that_cannot_be_is_refused(shop, flags, says):
     run = make(shop, "sizes", layer_type="basic") if not shop.output("sizes").is_dir() else "sizes"
     outcome = shop.align("forward", run, *flags)
     assert outcome.code == 2 and says in outcome.stderr
+
+
+@pytest.mark.parametrize("flag, value, says", [
+    ("--stride", "8", f"{HEAD} is none"), ("--max-length", "8", f"the inputs of {HEAD} are pictures"),
+    ("--prefix", "say: ", f"{HEAD} does not translate")])
+def test_flags_of_texts_are_refused_for_pictures(shop, flag, value, says):
+    run = make(shop, "texts", layer_type="basic") if not shop.output("texts").is_dir() else "texts"
+    outcome = shop.align("metric", run, flag, value)
+    assert (outcome.code, outcome.report) == (2, {}) and outcome.stderr.count("\n") == 1
+    assert outcome.stderr.startswith(f"error: {flag} ") and says in outcome.stderr
 
 
 def test_feature_maps_of_one_place_are_recorded_before_the_shortcut_is_added_into_them(shop):

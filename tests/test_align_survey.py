@@ -33,12 +33,19 @@ def test_every_head_that_paddlenlp_has_and_every_variant_is_a_case():
         (family.demo["architectures"][0], variant) for variant in family.variants]
 
 
-@pytest.mark.parametrize("text", ["no markers\n", f"{survey.BEGIN}\n", f"{survey.END}\n"])
-def test_a_readme_without_markers_is_refused(text, workdir, monkeypatch):
-    monkeypatch.setattr(survey, "cases", lambda names: iter(()))
+@pytest.mark.parametrize("text", ["no markers\n", f"{survey.BEGIN}\n", f"{survey.END}\n",
+                                  f"{survey.END}\n{survey.BEGIN}\n"])
+def test_a_readme_without_markers_is_refused_before_anything_is_run(text, workdir, monkeypatch):
+    monkeypatch.setattr(survey, "survey", lambda case: pytest.fail("a case was run"))
     readme = workdir / "README.md"
     readme.write_text(text, "utf-8")
     code, told, said = call(survey.main, ["--family", "gptj", "--readme", str(readme)])
     assert (code, told) == (2, "")
     assert said.startswith(f"error: {readme} has no <!-- paddlenlp -->") and said.count("\n") == 1
     assert readme.read_text("utf-8") == text
+
+
+def test_a_readme_that_is_not_there_is_refused_before_anything_is_run(workdir, monkeypatch):
+    monkeypatch.setattr(survey, "survey", lambda case: pytest.fail("a case was run"))
+    code, told, said = call(survey.main, ["--family", "gptj", "--readme", "none.md"])
+    assert (code, told) == (2, "") and said.startswith("error: --readme none.md does not exist.")

@@ -97,6 +97,24 @@ def test_inputs_are_chosen_where_the_reference_is_recorded(shop):
         assert refused.code == 2 and "--only reference" in refused.stderr
 
 
+@pytest.mark.parametrize("flags, told", [
+    (("--limit", "3"), "--limit: what the sides are fed is chosen where the reference is recorded"),
+    (("--max-length", "40", "--batch-size", "2"), "--max-length and --batch-size: what the sides are fed")])
+@pytest.mark.parametrize("then", [("--only", "candidate"), ("--compare",)])
+def test_rows_are_chosen_where_the_reference_is_recorded(shop, flags, told, then):
+    recorded(shop, stage="metric")
+    refused = shop.align("metric", "bert", *then, *flags)
+    assert refused.code == 2 and told in refused.stderr and "--only reference" in refused.stderr
+
+
+@pytest.mark.parametrize("flag, value", [("--device", "gpu:0"), ("--paging", "on")])
+def test_flags_of_a_model_that_runs_are_refused_where_none_does(shop, flag, value):
+    recorded(shop)
+    refused = shop.align("forward", "bert", "--compare", flag, value)
+    assert (refused.code, refused.stderr.count("\n")) == (2, 1)
+    assert f"{flag} {value} is for running a model, and --compare runs none" in refused.stderr
+
+
 def recorded(shop, family="bert", stage="forward"):
     for side in ("reference", "candidate"):
         assert shop.align(stage, family, "--only", side).code == 0
