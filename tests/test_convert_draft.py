@@ -319,8 +319,8 @@ def test_the_only_one_of_its_shape_is_not_sure_where_an_axis_is_short_and_names_
 def test_the_readme_says_how_many_tensors_come_out_right(pair, tmp_path):
     english, chinese = (" ".join((PROJECT / name).read_text("utf-8").split())
                         for name in ("README.md", "README.zh.md"))
-    found = re.search(r"all but (\d+) of BERT's (\d+) and (\d+) of OPT's (\d+) tensors come out right, and nothing that "
-                      "is marked sure is wrong", english)
+    found = re.search(r"all but (\d+) of BERT's (\d+) and (\d+) of OPT's (\d+) tensors come out right, and nothing "
+                      "that is marked sure is wrong", english)
     in_chinese = "除 BERT 的 {1} 个张量中的 {0} 个和 OPT 的 {3} 个张量中的 {2} 个以外全部正确"
     assert found and in_chinese.format(*found.groups()) in chinese
     for name, wrong, many in (("bert", *found.group(1, 2)), ("opt", *found.group(3, 4))):
