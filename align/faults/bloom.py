@@ -23,12 +23,10 @@ from .wrong_weights import (
     noise,
     of_both,
     of_part,
-    parts_in_order,
     permute_heads,
     several,
     transpose,
     typical_element,
-    whole_parts,
 )
 
 NAMES = Names("bloom", "bloom.h.{}", dict(
@@ -66,10 +64,7 @@ def wrong_weights(n: Names) -> Faults:
 def wrong_parts(n: Names) -> Faults:
     """Of the linear that is for q, k and v."""
     middle, named, fused = n.at(MID), n.named(MID, "qkv"), n("qkv", MID)
-    for kind, turn in (("holds q, k, v one behind the other", whole_parts(n)),
-                       ("k, v, q in each head", parts_in_order(n, 1, 2, 0)),
-                       ("v and k swapped", parts_in_order(n, 0, 2, 1))):
-        yield weights(n, kind, of_both(fused, turn), middle, (*named, *n.attention(MID)), "swapped", also="permuted")
+    yield from transformer.fused_orders(n)
     yield weights(n, "heads permuted everywhere", several(
         of_both(fused, heads_in_order(n, 2, 0, 3, 1)), change(n.weight("out", MID), permute_heads(n, 0))), middle,
         (*named, *n.named(MID, "out"), *n.attention(MID)),

@@ -113,6 +113,11 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "dilation": ("dilation",),
     "pooling kind": ("pooling-kind",),
     "late shortcut": ("residual-placement",),
+    "relative positions": ("relative-positions",),
+    "rotary frequencies": ("rotary-frequencies",),
+    "residual scale": ("residual-scale",),
+    "logits scale": ("logits-scale",),
+    "loss": ("loss",),
 }
 """The words of this file, and the kinds of explanation that say the same."""
 

@@ -52,11 +52,12 @@ def code(names: Names, kind: str, break_net: Break, block: str, expected: Patter
                   words(explanation), why=why, also=words(also) or frozenset(), changes=names.changes, stage=stage)]
 
 
-def config(names: Names, kind: str, block: str, expected: Patterns, explanation: str | None = None,
-           **changes: Any) -> list[Fault]:
+def config(names: Names, kind: str, block: str, expected: Patterns, explanation: str | None = None, *,
+           stage: str = "forward", **changes: Any) -> list[Fault]:
     """A config that says something else."""
     return [Fault(kind, names.family, "config", ", ".join(f"{key}={value}" for key, value in changes.items()),
-                  in_config(**changes), block, frozenset(expected), words(explanation), changes=names.changes)]
+                  in_config(**changes), block, frozenset(expected), words(explanation), changes=names.changes,
+                  stage=stage)]
 
 
 def in_checkpoint(edit: Edit, names: Names) -> Plant:

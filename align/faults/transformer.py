@@ -43,6 +43,8 @@ from .wrong_weights import (
     int8,
     low_rank,
     noise,
+    of_both,
+    parts_in_order,
     permute_heads,
     permute_units,
     random_element,
@@ -53,6 +55,7 @@ from .wrong_weights import (
     typical_element,
     unused_row,
     used_rows,
+    whole_parts,
     without_head,
 )
 
@@ -92,6 +95,15 @@ def heads_permuted_everywhere(n: Names) -> Faults:
         *(change(name, permute_heads(n, -1)) for part in "qkv" for name in n.parameters(part, MID)),
         change(n.weight("out", MID), permute_heads(n, 0))), n.named(MID, "q", "k", "v", "out"),
         "heads are summed, in any order", also="permuted")
+
+
+def fused_orders(n: Names) -> Faults:
+    """Of one linear for q, k and v, whose rows go head by head."""
+    for kind, turn in (("holds q, k, v one behind the other", whole_parts(n)),
+                       ("k, v, q in each head", parts_in_order(n, 1, 2, 0)),
+                       ("v and k swapped", parts_in_order(n, 0, 2, 1))):
+        yield weights(n, kind, of_both(n("qkv", MID), turn), n.at(MID), (*n.named(MID, "qkv"), *n.attention(MID)),
+                      "swapped", also="permuted")
 
 
 def wrong_layers(n: Names) -> Faults:

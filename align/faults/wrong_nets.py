@@ -14,6 +14,7 @@ from paddle.nn import functional as F
 
 from models.activation import activation
 from models.attention import heads_first
+from models.loss import cross_entropy
 
 from .fault import NotPlanted
 from .names import MID, Names, below
@@ -273,3 +274,11 @@ def one_too_far(positions: Any, mask: Any) -> Any:
 
 def counted_without_padding(positions: Any, mask: Any) -> Any:
     return paddle.clip(paddle.cumsum(mask, axis=1) - 1, min=0)
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
+
+
+def mean_over_all(logits: Any, labels: Any) -> Any:
+    """The loss as PaddlePaddle's own cross entropy divides it: by the positions without a label, too."""
+    return cross_entropy(logits, labels) * (labels != -100).astype(logits.dtype).mean()
