@@ -62,7 +62,7 @@ NAMES = Net("chatglm", "chatglm.transformer.layers.{}", dict(
     down="mlp.dense_4h_to_h", norm="input_layernorm", norm2="post_attention_layernorm"),
     "chatglm.transformer.word_embeddings.weight", "chatglm.transformer.word_embeddings", "", heads=2)
 UNTIED = replace(NAMES, changes=(("tie_word_embeddings", False),))
-FINAL, HEAD = "chatglm.transformer.final_layernorm", ("lm_head*", "logits")
+FINAL, HEAD = "chatglm.transformer.final_layernorm", ("lm_head", "lm_head.decoder_weight", "logits")
 
 
 def wrong_weights(n: Names) -> Faults:
@@ -118,12 +118,12 @@ def wrong_attention(n: Names) -> Faults:
             ("softmax in bf16", dict(softmax=softmax_in_bf16), None, "softmax"),
             ("softmax over the queries", dict(softmax=softmax_over_queries), "softmax", None),
             ("a temperature for each head", dict(temperature=0.01), None, None),
-            ("mask missing", dict(hiding=paddle.zeros_like), None, "no mask"),
-            ("mask inverted", dict(hiding=lambda masked: ~masked), None, "mask polarity"),
-            ("context causal", dict(hiding=causal), None, "causal"),
-            ("answer sees itself", dict(hiding=as_the_last_query), None, "causal"),
-            ("padding seen", dict(hiding=lambda masked: masked & ~as_the_last_query(masked)), None, "padding"),
-            ("answer sees one ahead", dict(hiding=see_one_ahead), None, "causal offset"),
+            ("mask missing", dict(hiding=paddle.zeros_like), "no mask", None),
+            ("mask inverted", dict(hiding=lambda masked: ~masked), "mask polarity", None),
+            ("context causal", dict(hiding=causal), "causal after all", None),
+            ("answer sees itself", dict(hiding=as_the_last_query), "causal", None),
+            ("padding seen", dict(hiding=lambda masked: masked & ~as_the_last_query(masked)), "padding", None),
+            ("answer sees one ahead", dict(hiding=see_one_ahead), "causal offset", None),
             ("mask of -5", dict(hidden=-5.0), None, "mask value")):
         yield code(n, kind, attending(**variant), middle, n.attention(MID), explanation, also=also)
     yield code(n, "q, k and v cut as wholes", running(n("attn", MID), cut_as_wholes), middle,

@@ -81,6 +81,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "no mask": ("mask-missing",),
     "causal": ("causal-mask-missing",),
     "causal offset": ("causal-mask-shifted",),
+    "causal after all": ("causal-mask-added",),
     "position": ("position-offset",),
     "token types": ("token-types",),
     "dropout": ("dropout",),

@@ -80,7 +80,7 @@ DECODER = stack("t5.decoder.block.{}", "layer.2", cross="layer.1.EncDecAttention
     f"cross {part}": f"layer.1.EncDecAttention.{name}" for part, name in zip(("q", "k", "v", "out"), "qkvo",
                                                                            strict=True)})
 ONE_TABLE = replace(ENCODER, changes=(("feed_forward_proj", "relu"), ("tie_word_embeddings", True)))
-HEAD = ("lm_head", "lm_head.*", "logits")
+HEAD = ("lm_head", "lm_head.weight", "logits")
 FINAL = {"encoder": "t5.encoder.final_layer_norm", "decoder": "t5.decoder.final_layer_norm"}
 
 
@@ -149,7 +149,9 @@ def wrong_code(n: Stack) -> Faults:
     yield transformer.activation(n, "relu", "relu")
     yield transformer.clipped(n, gelu_tanh)
     yield code(n, "gate left out", running(mlp, ungated), middle, n.acting(MID))
-    yield code(n, "activation on the gate", running(mlp, acting_on_the_gate), middle, n.acting(MID))
+    yield code(n, "activation on the gate", running(mlp, acting_on_the_gate), middle,
+               (*n.acting(MID), *n.named(MID, "up", "gate")), also="swapped",
+               why="what wi_0 and wi_1 in each other's place compute, to the bit")
     for kind, layer, value in (("of a late block", LAST, 1e-5), ("1e-3 in one block", MID, 1e-3)):
         yield code(n, f"epsilon {kind}", setting(n("norm2", layer), epsilon=value), n.at(layer),
                    n.named(layer, "norm2"), "epsilon")
@@ -190,8 +192,8 @@ def wrong_attention_of_the_decoder(n: Stack) -> Faults:
         yield code(n, kind, in_stack("padding_mask", make), first, n.cross(0), explanation)
     yield code(n, "scores of the attention to the encoder divided", attending(
         MID, "cross", scale=lambda width: width**-0.5), middle, n.cross(MID), "scale")
-    yield code(n, "heads of the attention to the encoder halved", heads(n.heads // 2, MID, "cross"), middle,
-               n.cross(MID), "heads")
+    yield code(n, "heads of the attention to the encoder halved", heads(n.heads // 2, 0, "cross"), first,
+               n.cross(0), "heads")
     states = (f"{middle}: the encoder's states*", *n.named(MID, "cross k", "cross v"))
     yield code(n, "decoder looks at itself", running(f"{middle}.layer.1", looking_at_itself), middle, states)
     yield code(n, "encoder's states not normed", states_not_normed, first,
@@ -223,8 +225,7 @@ def wrong_head(n: Stack) -> Faults:
         yield code(n, f"final norm of the {side} missing", left_out(norm), norm, (f"{norm}*",), "norm missing")
     yield code(n, "head scaled though it is untied", projecting(
         lambda net, hidden: net.lm_head(hidden * net.config.d_model**-0.5)), "logits", HEAD, "logits scale")
-    yield code(n, "head tied to the words", projecting(lambda net, hidden: by_words(net, hidden)), "logits", HEAD,
-               "untied")
+    yield code(n, "head tied to the words", projecting(by_words), "logits", HEAD, "untied")
 
 
 def wrong_config(n: Stack) -> Faults:
