@@ -238,8 +238,11 @@ SAMPLE = {
                              "is gelu (erf) instead of gelu_new (tanh approximation)"),
     "norm subtracts the mean/t5/net": (f"{ENCODER}.1.layer.0.layer_norm", "subtracts the mean, as a layer norm"),
     "head scaled though it is untied/t5/net": ("lm_head", "is multiplied by 0.125"),
-    "head not scaled though it is tied/t5/net": ("t5.shared", "is multiplied by 8"),
+    "head not scaled though it is tied/t5/net": ("logits", "is multiplied by 8"),
     "epsilon 1e-5 of the config/t5/config": (f"{ENCODER}.0 layer norms", "has epsilon 1e-05 instead of 1e-06"),
+    "k and v of the attention to the encoder swapped/t5/net-weights": (
+        f"{DECODER}.1.layer.1.EncDecAttention.k.weight", "are swapped"),
+    "blocks run in the wrong order/t5/net": (f"{ENCODER}.1", None),
     "decoder start of the config/t5/config": ("loss.labels-only", None),
     "q and k swapped/t5/net-weights": (f"{ENCODER}.1.{ATTENTION}.q.weight", "are swapped"),
     "range of distances that none is in/t5/checkpoint": (

@@ -333,10 +333,6 @@ class Fed(Place):
         self._calls[self.path] = ((given, *arguments[1:]), named) if arguments else ((), {**named,
                                                                                           "hidden_states": given})
 
-    @property
-    def sublayers(self) -> list[tuple[str, str]]:
-        return []
-
 
 def _is_linear(module: Any) -> bool:
     """Also transformers' ``Conv1D``, and one's own of that name: a linear whose weight is [in, out]."""
