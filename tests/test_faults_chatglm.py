@@ -6,7 +6,7 @@ from chatglm_fixtures import save_checkpoint
 
 from align.faults.chatglm import FAULTS
 from align.selftest import prove
-from models import chatglm
+from models import heads
 from models.loss import cross_entropy
 
 TRUST = "--trust-remote-code"
@@ -50,5 +50,5 @@ def test_planted_faults_are_caught_named_and_explained(proof):
 def test_a_loss_that_is_not_shifted_is_diverged_at_the_loss_alone(tmp_path, monkeypatch, stage):
     workshop = Workshop(tmp_path)
     run = workshop.convert("chatglm", save_checkpoint(workshop.root / "source"), "sound")
-    monkeypatch.setattr(chatglm, "causal_lm_loss", cross_entropy)
+    monkeypatch.setattr(heads, "causal_lm_loss", cross_entropy)
     assert workshop.align(stage, run, TRUST).code == (1 if stage == "loss" else 0)

@@ -16,6 +16,7 @@ import paddle
 from paddle.nn import functional as F
 
 import models.chatglm
+import models.heads
 from models import activation
 from models.loss import cross_entropy
 
@@ -348,7 +349,7 @@ def without_residual(block: Any) -> Callable[..., Any]:
 
 def with_loss(function: Callable[[Any, Any], Any]) -> Break:
     def break_net(names: Names, net: Any) -> None:
-        during(net, models.chatglm, "causal_lm_loss", lambda original: function)
+        during(net, models.heads, "causal_lm_loss", lambda original: function)
     return break_net
 
 

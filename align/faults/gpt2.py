@@ -59,7 +59,7 @@ def wrong_code(n: Names) -> Faults:
     yield from transformer.norm_of_n_minus_1(n)
     yield from transformer.wrong_scores(n)
     yield from transformer.wrong_causal_masks(n)
-    yield from transformer.padding_ignored(n, "causal_mask", causal_only)
+    yield from transformer.padding_ignored(n, "causal_and_padding_mask", causal_only)
     yield from transformer.wrong_heads(n)
     for share in (0.1, 0.01):
         yield transformer.dropout(n, "dropout2", share, f"{n('norm2', MID)} dropout")
