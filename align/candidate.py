@@ -299,10 +299,13 @@ class _Isolated(_Listener):
 
 
 class _Small(_Listener):
-    """Every module but a norm is fed what entered torch's, made small; of the first row."""
+    """Every module is fed what entered torch's, of the first row; but for norms it is made small."""
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        return small_input(self.known.entering[name][:1]) if self._is_asked(name) else None
+        if self._is_asked(name):
+            return small_input(self.known.entering[name][:1])
+        entered = None if name in self.places.sublayers else self.known.entering.get(name)
+        return None if entered is None else entered[:1]
 
     def answered(self, name: str, array: np.ndarray) -> None:
         if self._is_asked(name):

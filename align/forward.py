@@ -13,7 +13,7 @@ import numpy as np
 from convert.errors import BadInput
 
 from .compare import TensorResult, compare, missing
-from .diagnose import Explanation, diagnose
+from .diagnose import Explanation, diagnose, wrong_inside
 from .floor import YARDSTICK, look_again
 from .inputs import LENGTH, ROWS, SIDES, Inputs, positive, seeded, sides
 from .inside import PROBE, Places
@@ -77,16 +77,20 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
         session.reference.steps(found.inputs, SECOND_LOOK)))
     tensors, sublayers = found.results()
     bad = first_bad(tensors, session.run)
+    diagnosis = _diagnosis(session, found.inputs, bad)
     named = _named(sublayers, bad, session.run)
+    if named and named.endswith(SMALL) and not (diagnosis or session.options.compare):
+        named = _on_small_input(session, found.inputs, named)
     probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
     notes = [*found.notes, *_told(found.inputs), *notes, *unjudged(session.run, found.present, [*probes, *sublayers]),
              *agreement(found.outputs["reference"], found.outputs["candidate"]), *config_lint(session.run),
              *(differences(**found.described) if len(found.described) == 2 else [])]
     if session.options.compare and (named or session.weights_divergence):
         notes.append("Why was not looked for: python -m align.diagnose does, where both frameworks are installed.")
-    return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=_diagnosis(session, found.inputs, bad))
+    return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=diagnosis)
 
 
+SMALL = ": on a small input"
 PARTS = ("inside", "arriving", "small")
 COMPARED = {RECORDED, "isolated", *PARTS}
 KINDS: tuple[Kind, ...] = ("propagated", "isolated")
@@ -252,10 +256,17 @@ def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run
     """The first failing sublayer or operation, unless a module or a norm's epsilon fails in an earlier module."""
     inside = next((part.name for part in sublayers if not part.passed), None)
     whole = bad and bad.name.removesuffix(PROBE) in Places.of(run).inside - Places.of(run).sublayers.keys()
-    place = bad and bad.name.replace(PROBE, ": on a small input" if whole else ": epsilon")
+    place = bad and bad.name.replace(PROBE, SMALL if whole else ": epsilon")
     if inside is None or place is None:
         return inside or place
     return place if position(place, run) < position(inside, run) else inside
+
+
+def _on_small_input(session: Session, inputs: Inputs, named: str) -> str:
+    """``named``, or the part of that module that is at fault."""
+    session.advance(f"looking into {named}")
+    inside = wrong_inside(session, inputs, named.removesuffix(SMALL))
+    return f"{inside}{SMALL}" if inside else named
 
 
 def _diagnosis(session: Session, inputs: Inputs, bad: TensorResult | None) -> Explanation | None:

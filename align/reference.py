@@ -213,6 +213,15 @@ class _Plain(_Listener):
         entered = None if name in self.places.sublayers else self.step.view("entering").get(name)
         return None if entered is None or name in self.step.view("small input") else small_input(entered[:1])
 
+    def first_row(self, name: str) -> np.ndarray | None:
+        """What a recorded module is fed in the pass of the first row: :meth:`small_row`; a norm, what entered it, so
+        that whoever reads its output reads the plain pass's.
+        """
+        small = self.small_row(name)
+        if small is not None or name in self.places.sublayers or name not in self.step.view("small input"):
+            return small
+        return self.step.view("entering")[name][:1]
+
     def take(self) -> Step:
         """What has been told since the last time."""
         step, self.step = self.step, Step()
@@ -220,14 +229,14 @@ class _Plain(_Listener):
 
 
 class _Small(_Listener):
-    """The first row alone; every module is fed what entered it in the plain pass, made small."""
+    """The first row alone; every module but a norm is fed what entered it in the plain pass, made small."""
 
     def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
         super().__init__(inputs.first, places)
         self.plain = plain
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        return self.plain.small_row(name)
+        return self.plain.first_row(name)
 
     def answered(self, name: str, array: np.ndarray) -> None:
         if self.plain.small_row(name) is not None:
@@ -246,8 +255,8 @@ class _Pooled(_Listener):
     """The passes of the noise floor: three copies of every row, one below the other, and the first row once more.
 
     The first copy goes its own way (``propagated``); the second is fed, at each recorded module, what entered the plain
-    pass's (``isolated``); the third also at each sublayer (``inside``); the last row is fed the same, made small. The
-    first of these passes is the oracle.
+    pass's (``isolated``); the third also at each sublayer (``inside``); the last row is fed the same, made small where
+    it is no norm. The first of these passes is the oracle.
     """
 
     def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
@@ -264,8 +273,8 @@ class _Pooled(_Listener):
         if name in self.places.sublayers:
             self._add("arriving", name, inside)
             return np.concatenate([own, alone, given, row])
-        small = self.plain.small_row(name)
-        return np.concatenate([own, given, given, row if small is None else small])
+        first = self.plain.first_row(name)
+        return np.concatenate([own, given, given, row if first is None else first])
 
     def answered(self, name: str, array: np.ndarray) -> None:
         own, alone, inside, row = (

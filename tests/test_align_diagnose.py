@@ -395,6 +395,28 @@ def test_the_relation_between_two_arrays(held, kind):
     assert difference(W, np.ascontiguousarray(held), tuple, 2).kind == kind
 
 
+FUSED = np.random.default_rng(7).standard_normal((24, 8)).astype(np.float32)
+PARTS = FUSED.reshape(2, 3, 4, 8)
+"""q, k and v of two heads, four rows each."""
+
+
+@pytest.mark.parametrize("held,told", [
+    (np.stack([PARTS[:, part] for part in range(3)]), "holds all of q, then k, then v, and not head by head"),
+    (PARTS[:, [2, 0, 1]], "holds v, q, k in each head, in this order"),
+    (FUSED.reshape(3, 2, 4, 8).swapaxes(0, 1), "holds q, k and v head by head, and not one behind the other"),
+    (FUSED.reshape(3, 8, 8)[[1, 0, 2]], "holds k, q, v, in this order"),
+])
+def test_a_fused_matrix_is_told_by_its_layout(held, told):
+    found = difference(FUSED, held.reshape(24, 8), tuple, 2)
+    assert (found.kind, found.told) == ("qkv-order", told)
+
+
+def test_rows_of_a_matrix_that_is_not_fused_are_permuted_ones():
+    """16 rows for 8 columns are no q, k and v."""
+    held = FUSED[:16].reshape(2, 2, 4, 8).swapaxes(0, 1).reshape(16, 8)
+    assert difference(FUSED[:16], held, tuple, 2).kind == "permuted-weight"
+
+
 def test_the_catalogue_is_data_and_shares_nothing_with_the_nets():
     import inspect
 

@@ -1,11 +1,9 @@
 """T5 through conversion and every stage: heads, variants, files, paging, PaddleNLP's classes, wrong nets, BLEU."""
 
 import json
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
-import paddle
 import pytest
 import torch
 from align_fixtures import Workshop, all_aligned, save_checkpoint
@@ -13,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 import models.t5
+from align.faults.t5 import FAULTS
 from align.inputs import seeded
 from align.scores import texts_of
+from align.selftest import prove
 from align.texts import DATA, pieces_of
 from convert.errors import BadInput
 from convert.t5 import FAMILY
@@ -223,131 +223,46 @@ def test_paddlenlp_knows_three_activations(workshop):
     assert outcome.code == 2 and "gelu is not supported" in outcome.stderr
 
 
-# Wrong nets -----------------------------------------------------------------------------------------------------------
+# Planted faults -------------------------------------------------------------------------------------------------------
 
-def in_attention(change):
-    """``change(attention, key, value, bias)`` gives what the attention is called with instead."""
-    plain = models.t5.T5Attention.forward
-
-    def forward(self, hidden, key, value, bias):
-        return plain(self, hidden, *change(self, key, value, bias))
-    return patch.object(models.t5.T5Attention, "forward", forward)
-
-
-def one_way(distance, bidirectional, buckets, max_distance, right=models.t5.relative_position_bucket):
-    return right(distance, False, buckets, max_distance)
-
-
-def no_cross_mask(attention, key, value, bias):
-    return key, value, bias if bias is None or bias.shape[2] > 1 else None
-
-
-def scaled(attention, key, value, bias):
-    return key / key.shape[-1] ** 0.5, value, bias
-
-
-@contextmanager
-def as_attribute(owner, name, value):
-    with patch.object(owner, name, value):
-        yield
-
-
-def relu_for_gelu():
-    return as_attribute(models.t5.T5DenseGatedActDense, "forward", lambda self, hidden: self.wo(
-        paddle.nn.functional.relu(self.wi_0(hidden)) * self.wi_1(hidden)))
-
-
-def erf_for_tanh():
-    return as_attribute(models.t5.T5DenseGatedActDense, "forward", lambda self, hidden: self.wo(
-        paddle.nn.functional.gelu(self.wi_0(hidden)) * self.wi_1(hidden)))
-
-
-def centred_norm():
-    plain = models.t5.RMSNorm.forward
-    return as_attribute(models.t5.RMSNorm, "forward", lambda self, x: plain(self, x - x.mean(-1, keepdim=True)))
-
-
-def other_epsilon():
-    plain = models.t5.RMSNorm.__init__
-    return as_attribute(models.t5.RMSNorm, "__init__", lambda self, width, epsilon: plain(self, width, 1e-5))
-
-
-def scaled_head():
-    return as_attribute(models.t5.T5ForConditionalGeneration, "project", lambda self, hidden: self.lm_head(
-        hidden * 32**-0.5))
-
-
-ENCODER, DECODER = "t5.encoder.block.0", "t5.decoder.block.0"
-TABLE = "layer.0.SelfAttention.relative_attention_bias"
-ENCODER_ATTENTION = f"{ENCODER}: attention: relative positions, mask, softmax, before layer.0.SelfAttention.o"
-DECODER_ATTENTION = f"{DECODER}: attention: relative positions, mask, softmax, before layer.0.SelfAttention.o"
-CROSS_ATTENTION = f"{DECODER}: attention: mask, softmax, before layer.1.EncDecAttention.o"
-ACTIVATION = f"{ENCODER}: activation, before layer.1.DenseReluDense.wo"
-NETS = {
-    "one-way distances in the encoder": (
-        lambda: patch.object(models.t5, "relative_position_bucket", one_way), f"{ENCODER}.{TABLE}",
-        "relative positions are one for all keys behind the query, as a decoder's"),
-    "scores scaled": (lambda: in_attention(scaled), ENCODER_ATTENTION,
-                      "scale divides the scores by the root of the head width, which the reference does not"),
-    "padding not masked": (lambda: in_attention(no_cross_mask), CROSS_ATTENTION,
-                           "layer.1.EncDecAttention mask is missing: every query sees every key"),
-    "no causal mask": (
-        lambda: patch.object(models.t5, "causal_mask", lambda mask, queries, keys, dtype: models.t5.padding_mask(
-            mask, dtype)), DECODER_ATTENTION, "mask is not causal: queries see the keys behind them"),
-    "relu for gelu": (relu_for_gelu, ACTIVATION, "activation is relu instead of gelu_new (tanh approximation)"),
-    "erf for tanh": (erf_for_tanh, ACTIVATION, "activation is gelu (erf) instead of gelu_new (tanh approximation)"),
-    "centred norm": (centred_norm, f"{ENCODER}.layer.0.layer_norm", "subtracts the mean, as a layer norm"),
-    "epsilon 1e-5 for 1e-6": (other_epsilon, f"{ENCODER}.layer.0.layer_norm", "has epsilon 1e-05 instead of 1e-06"),
-    "head scaled though it is untied": (scaled_head, "logits", "lm_head is multiplied by 0.176777"),
+ENCODER, DECODER, ATTENTION = "t5.encoder.block", "t5.decoder.block", "layer.0.SelfAttention"
+SAMPLE = {
+    "distances one way/t5/net": (f"{ENCODER}.0.{ATTENTION} relative positions",
+                                 "are one for all keys behind the query, as a decoder's"),
+    "scores divided/t5/net": (f"{ENCODER}.1.{ATTENTION} scale",
+                              "divides the scores by the root of the head width, which the reference does not"),
+    "padding of the encoder ignored/t5/net": (f"{DECODER}.0.layer.1.EncDecAttention mask",
+                                              "is missing: every query sees every key"),
+    "causal mask missing/t5/net": (f"{DECODER}.0.{ATTENTION} mask", "is not causal: queries see the keys behind them"),
+    "gelu with erf/t5/net": (f"{ENCODER}.1.layer.1.DenseReluDense activation",
+                             "is gelu (erf) instead of gelu_new (tanh approximation)"),
+    "norm subtracts the mean/t5/net": (f"{ENCODER}.1.layer.0.layer_norm", "subtracts the mean, as a layer norm"),
+    "head scaled though it is untied/t5/net": ("lm_head", "is multiplied by 0.125"),
+    "head not scaled though it is tied/t5/net": ("logits", "is multiplied by 8"),
+    "epsilon 1e-5 of the config/t5/config": (f"{ENCODER}.0 layer norms", "has epsilon 1e-05 instead of 1e-06"),
+    "k and v of the attention to the encoder swapped/t5/net-weights": (
+        f"{DECODER}.1.layer.1.EncDecAttention.k.weight", "are swapped"),
+    "blocks run in the wrong order/t5/net": (f"{ENCODER}.1", None),
+    "decoder start of the config/t5/config": ("loss.labels-only", None),
+    "q and k swapped/t5/net-weights": (f"{ENCODER}.1.{ATTENTION}.q.weight", "are swapped"),
+    "range of distances that none is in/t5/checkpoint": (
+        f"{ENCODER}.0.{ATTENTION}.relative_attention_bias.weight", "no output of these inputs shows it"),
 }
 
 
-@pytest.mark.parametrize("fault", NETS)
-def test_a_wrong_net_is_named_at_the_operation_and_explained(workshop, plain, fault):
-    plant, named, why = NETS[fault]
-    with plant():
-        outcome = workshop.align("forward", plain)
-    assert outcome.code == 1
-    assert outcome.report["named"] == named
-    assert why in outcome.report["diagnosis"]["sentence"]
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    return prove([fault for fault in FAULTS if fault.name in SAMPLE], tmp_path_factory.mktemp("planted"))
 
 
-def swapped(tensors):
-    names = [f"t5.encoder.block.1.layer.0.SelfAttention.{part}.weight" for part in "qk"]
-    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
-    return names
-
-
-def one_ulp(tensors):
-    name = f"{DECODER}.{TABLE}.weight"
-    tensors[name][3, 1] = np.nextafter(tensors[name][3, 1], np.float32(np.inf))
-    return [name]
-
-
-def rolled_table(tensors):
-    tensors["t5.shared.weight"] = np.roll(tensors["t5.shared.weight"], 1, axis=0)
-    return ["t5.shared.weight"]
-
-
-@pytest.mark.parametrize("fault", [swapped, one_ulp, rolled_table], ids=lambda fault: fault.__name__)
-def test_a_wrong_weight_is_named_exactly(workshop, fault):
-    run = workshop.convert("t5", workshop.root / "source-plain", f"wrong-{fault.__name__}")
-    file = workshop.output(run) / "model.safetensors"
-    tensors = load_file(file)
-    wrong = fault(tensors)
-    save_file({name: np.array(array, order="C") for name, array in tensors.items()}, file, {"format": "np"})
-    outcome = workshop.align("weights", run)
-    assert outcome.code == 1 and sorted(outcome.failing) == sorted(wrong)
-    outcome = workshop.align("forward", run)
-    assert (outcome.code, outcome.report["first_divergence"]) == (1, sorted(wrong)[-1])
-
-
-def test_a_wrong_shift_of_the_labels_is_seen_by_the_loss(workshop, plain):
-    def shift_left(self, labels):
-        return paddle.concat([labels[:, 1:], paddle.zeros_like(labels[:, :1])], axis=1).clip(min=0)
-    with patch.object(models.t5.T5ForConditionalGeneration, "shift_right", shift_left):
-        outcome = workshop.align("loss", plain)
-    assert outcome.failing == ["loss.labels-only", "loss.labels-only.per_token"]
+def test_planted_faults_are_caught_named_and_explained(proof):
+    assert (proof.false_alarms, len(proof.outcomes)) == ([], len(SAMPLE))
+    for outcome in proof.outcomes:
+        named, sentence = SAMPLE[outcome.fault.name]
+        assert outcome.caught and outcome.in_right_block and outcome.named_right, (outcome.fault.name, outcome.named)
+        assert outcome.named == named, outcome.fault.name
+        told = outcome.result.diagnosis
+        assert (told is None) if sentence is None else sentence in told.sentence, (outcome.fault.name, told)
 
 
 # Translation ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ..oracle import Float64, Reordered
 from ..parts import Parts, by_module, index_of, part_of_output, whole
 from ..reference import Reference, outputs_of
 from ..tolerance import REORDERED_RUNS
+from ..torch_side import is_rms_norm
 from . import surgery
 from .surgery import Change, first_of
 
@@ -215,12 +216,13 @@ class Place:
 
     @cached_property
     def norms(self) -> list[Layer]:
-        return [layer for path, module in self.modules(torch.nn.LayerNorm) for layer in self._layers(path, module)]
+        return [layer for path, module in self.modules(torch.nn.Module) for layer in self._layers(path, module)
+                if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)) or is_rms_norm(module)]
 
     def _layers(self, path: str, module: Any) -> list[Layer]:
         known, above = self.reference.run.paddle_names, f"{self.path}." if self.path else ""
         of = {name: key for key, name in known.items()}
-        turned = not isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm))
+        turned = _is_linear(module) and not isinstance(module, torch.nn.Linear)
         held = [kind for kind in ("weight", "bias") if module._parameters.get(kind) is not None]
         parts = [key for key in known if whole(key) == f"{above}{path}.weight" != key]
         if not parts:
@@ -330,10 +332,6 @@ class Fed(Place):
         given = self._entering(name, entering)
         self._calls[self.path] = ((given, *arguments[1:]), named) if arguments else ((), {**named,
                                                                                           "hidden_states": given})
-
-    @property
-    def sublayers(self) -> list[tuple[str, str]]:
-        return []
 
 
 def _is_linear(module: Any) -> bool:

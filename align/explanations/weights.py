@@ -5,6 +5,7 @@ Relations are tried from the most particular to the least, and the first that ho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def difference(expected: np.ndarray, held: np.ndarray, peers: Peers, heads: int 
             return Difference("swapped-weights", f"holds {name}", name)
         if peer.ndim == 2 and peer.T.shape == held.shape and np.array_equal(peer.T, held):
             return Difference("swapped-weights", f"holds {name}, transposed", name)
-    return _permuted(expected, held, heads) or _shifted(expected, held) or _changed(expected, held)
+    return (_fused(expected, held, heads) or _permuted(expected, held, heads) or _shifted(expected, held)
+            or _changed(expected, held))
 
 
 def parts_of(pieces: list[np.ndarray], held: list[np.ndarray], heads: int) -> str | None:
@@ -133,6 +135,22 @@ def _scaled(expected: np.ndarray, held: np.ndarray) -> Difference | None:
     if np.allclose(right, left + offset, rtol=2.0**-22, atol=2.0**-23 * float(np.abs(left).max())):
         return Difference("shifted-weight", f"has {offset:.6g} added to every element")
     return None
+
+
+def _fused(expected: np.ndarray, held: np.ndarray, heads: int | None) -> Difference | None:
+    """One linear's rows for q, k and v, laid out otherwise than head by head or part by part."""
+    if not heads or expected.ndim != 2 or len(expected) != 3 * expected.shape[1] or len(expected) % (3 * heads):
+        return None
+    by_head = expected.reshape(heads, 3, -1, expected.shape[1])
+    by_part = expected.reshape(3, heads, -1, expected.shape[1])
+    layouts = {"holds all of q, then k, then v, and not head by head": by_head.swapaxes(0, 1),
+               "holds q, k and v head by head, and not one behind the other": by_part.swapaxes(0, 1)}
+    for order in list(itertools.permutations(range(3)))[1:]:
+        told = f"holds {', '.join('qkv'[number] for number in order)}"
+        layouts |= {f"{told} in each head, in this order": by_head[:, order],
+                    f"{told}, in this order": by_part[list(order)]}
+    return next((Difference("qkv-order", told) for told, layout in layouts.items()
+                 if np.array_equal(layout.reshape(held.shape), held)), None)
 
 
 def _permuted(expected: np.ndarray, held: np.ndarray, heads: int | None) -> Difference | None:

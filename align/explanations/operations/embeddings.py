@@ -15,6 +15,8 @@ from .variant import Idea, Variant
 
 def token_types(place: Place) -> Iterator[Variant]:
     embeddings = {path.rpartition(".")[2]: (path, module) for path, module in place.modules(nn.Embedding)}
+    if place.traits.relative:
+        embeddings.pop(place.traits.relative.table, None)
     for name, (path, module) in embeddings.items():
         told = "is not added" if len(embeddings) > 1 else "is zero"
         kind = ("token-types" if "type" in name else

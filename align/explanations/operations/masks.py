@@ -27,7 +27,7 @@ def masks(place: Place) -> Iterator[Variant | Dial]:
 
 
 def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
-    """Of the argument ``name``, additive, [batch, 1, queries or 1, keys]."""
+    """Of the argument ``name``, [batch, 1, queries or 1, keys]: additive, or True where a query may not look."""
     captured = place.argument(name)
     length = captured.shape[-1]
     tokens = torch.from_numpy(place.mask_of(length))
@@ -46,16 +46,19 @@ def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
             return torch.where(visible, 0.0, lowest).to(given.dtype)
         return mask(make)
     causal = captured.shape[-2] > 1
-    seen = captured > MASKED
+    additive = captured.dtype != torch.bool
+    seen = captured > MASKED if additive else ~captured
     yield Variant("mask-missing", subject, "is missing: every query sees every key", hidden(torch.ones_like(seen)))
     if causal:
         yield Variant("causal-mask-missing", subject, "is not causal: queries see the keys behind them",
                       hidden(real.expand(seen.shape)))
-        yield Variant("padding-mask-missing", subject, "ignores the padding",
-                      hidden(tril[None, None].expand(seen.shape)))
-        for offset, told in ((1, "lets each query see one key ahead"), (-1, "hides each query's own key")):
-            shifted = torch.ones(length, length, dtype=torch.bool).tril(offset)
-            yield Variant("causal-mask-shifted", subject, told, hidden(shifted & real))
+        yield Variant("padding-mask-missing", subject, "ignores the padding", hidden(seen | (tril & ~real)))
+        if (seen & ~tril).any():
+            yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(seen & tril))
+        ahead = torch.cat([seen[:, :, 1:], seen[:, :, -1:]], 2)
+        for told, shifted in (("lets each query see one key ahead", ahead),
+                              ("hides each query's own key", seen & ~torch.eye(length, dtype=torch.bool))):
+            yield Variant("causal-mask-shifted", subject, told, hidden(shifted))
         yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden",
                       hidden(tril & ~real))
         yield Variant("mask-polarity", subject, "is inverted: what may be seen is hidden, and the other way round",
@@ -66,6 +69,8 @@ def _masks(place: Place, name: str, subject: str) -> Iterator[Variant | Dial]:
         if name == "attention_mask":
             yield Variant("causal-mask-added", subject, "is causal, which the reference's is not", hidden(tril & real))
         yield Variant("mask-polarity", subject, "is inverted: padding is seen and tokens are hidden", hidden(~real))
+    if not additive:
+        return
     yield Variant("mask-polarity", subject, "is added to the scores as ones and zeros",
                   mask(lambda given: seen.to(given.dtype)))
     groups = [("hidden keys", ~seen)]

@@ -108,11 +108,11 @@ def rounded(place: Place) -> Iterator[Variant]:
         for path, parameter in through.items():
             yield Variant(f"rounded-to-{name}", place.paddle(path), f"is rounded to {name}",
                           surgery.weights({path: parameter}))
-        yield Variant(f"rounded-to-{name}", place.name, f"rounds all of its weights to {name}",
-                      surgery.weights(through), len(through))
         matrices = {path: parameter for path, parameter in through.items() if parameter.ndim > 1}
-        yield Variant(f"rounded-to-{name}", place.name, f"rounds its matrices to {name}",
-                      surgery.weights(matrices), len(matrices))
+        for told, some in (("all of its weights", through), ("its matrices", matrices)):
+            if len(some) > 1:
+                yield Variant(f"rounded-to-{name}", place.name, f"rounds {told} to {name}", surgery.weights(some),
+                              len(some))
 
 
 def other_layers(place: Place) -> Iterator[Variant]:
@@ -121,11 +121,11 @@ def other_layers(place: Place) -> Iterator[Variant]:
                 if path in place.listed and type(module) is type(place.root) and path != place.path}
     if place.whole or not siblings:
         return
-    mine = dict(place.root.named_parameters())
+    mine = _tensors(place.root)
     names = {path: name for name, path in place.torch_paths.items()}
     for path, module in siblings.items():
-        theirs = dict(module.named_parameters())
-        if {name: tensor.shape for name, tensor in theirs.items()} == {name: t.shape for name, t in mine.items()}:
+        theirs = {name: tensor for name, tensor in _tensors(module).items() if name in mine}
+        if theirs and all(tensor.shape == mine[name].shape for name, tensor in theirs.items()):
             yield Variant("shifted-layers", place.name, f"uses the weights of {names[path]}", surgery.weights(theirs),
                           len(theirs))
             if abs(place.listed.index(path) - place.listed.index(place.path)) == 1:
@@ -143,9 +143,15 @@ def other_head_weights(place: Place) -> Iterator[Variant]:
     for path, module in place.modules(nn.Linear):
         for other, weight in tables.items():
             if weight is not module.weight and weight.shape == module.weight.shape and other != path:
-                yield Variant("tied-weights", f"{place.paddle(path)}.weight",
-                              f"is tied to {place.paddle(other)}.weight, which it is not in the reference",
+                yield Variant("tied-weights", place.paddle(f"{path}.weight"),
+                              f"is tied to {place.paddle(f'{other}.weight')}, which it is not in the reference",
                               surgery.weights({f"{path}.weight": weight}))
+
+
+def _tensors(module: Any) -> dict[str, Any]:
+    """Parameters, and the running statistics of batch norms."""
+    return dict(module.named_parameters()) | {
+        name: buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2].startswith("running_")}
 
 
 def _cut_per_head(parts: list[Any], heads: int) -> list[Any]:
