@@ -446,8 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 the promises hold, 1 they do not, 2 bad usage, 3 a framework is missing, 4 our fault."""
     parser = argparse.ArgumentParser(prog="python -m align.selftest",
                                      description="Plant known faults, run the real pipeline, and see whether it tells.",
-                                     epilog="ChatGLM's torch side is the code of paddle-parity's own demo checkpoint; "
-                                            "no other code is run.")
+                                     epilog="Where the torch side is code that a checkpoint brings along, it is "
+                                            "that of the demo checkpoint; no other code is run.")
     parser.add_argument("--only", metavar="PATTERN", action="append", default=[],
                         help="only faults whose kind/family/place matches, as '*gelu*' or '*/bert/net*'; repeatable")
     parser.add_argument("--list", action="store_true", help="list the faults and stop")

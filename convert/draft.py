@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     told = "a checkpoint directory, one file, or a .json that holds {name: shape}"
     add("--torch", metavar="CHECKPOINT", required=True,
-        help=f"torch's side, as checkpoints/bert: {told}; the config.json beside it gives sizes their names")
+        help=f"torch's side, as checkpoints/original: {told}; the config.json beside it gives sizes their names")
     add("--paddle", metavar="CHECKPOINT", required=True, help=f"Paddle's side, as my.pdparams: {told}")
     add("--output", metavar="FILE", help="the family file to write, as my_family.py; without it the draft is printed")
     return parser

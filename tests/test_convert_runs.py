@@ -317,10 +317,10 @@ def test_without_a_family_or_a_source(arguments, says, workdir):
 
 def test_a_family_that_there_is_not(source, workdir):
     config = json.loads((source / "config.json").read_text())
-    for kind in ("llama", "rules", "os.path", None):
+    for kind, says in (*((kind, repr(kind)) for kind in ("llama", "rules", "os.path")), (None, "names no model_type")):
         (source / "config.json").write_text(json.dumps(config | {"model_type": kind}))
         code, _, told = call(by_config.main, ["--source", str(source)])
-        assert code == 2 and repr(kind) in told and "--family FILE" in told
+        assert code == 2 and says in told and "--family FILE" in told
 
 
 # --- rules

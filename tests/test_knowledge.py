@@ -17,7 +17,8 @@ EXEMPT = {
     "convert/custom.py": "home-made GPT-2s are GPT-2s: their Paddle side is its net",
     "convert/demo.py": "transformers' names for kinds of tokenizers, which several families share",
 }
-EXAMPLES = re.compile(r"python -m convert\.\w+|convert/\w+\.py|[\w-]+/gpt-j-6b|\*/\w+/net\*|head=\"\w+\"")
+EXAMPLES = re.compile(r"python -m convert\.\w+|convert/\w+\.py|--source out/\w+|[\w-]+/gpt-j-6b|\*/\w+/net\*|"
+                      r"head=\"\w+\"")
 """In what is said to the user: a command, a file, a hub id, a pattern and an argument as examples."""
 
 
