@@ -37,8 +37,8 @@ LIMITS = {
 
 
 def loss_ceiling(value: np.ndarray, base: float) -> float:
-    """The relative error that a loss of torch's own outputs may have, whatever torch's noise is: ``LOSS`` for a mean,
-    ``TOKEN_LOSS`` for losses without reduction, of rms(value) + ``base``; see the unit of a loss in noise.py.
+    """The relative error that a loss of torch's own outputs may have: ``LOSS`` for a mean, ``TOKEN_LOSS`` for losses
+    without reduction, of rms(value) + ``base`` (see the unit of a loss in noise.py). No noisy reference lifts it.
     """
     size = float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))) if value.size else 0.0
     return (LOSS if value.ndim == 0 else TOKEN_LOSS) * ((size + base) / size if size else 1.0)
