@@ -125,11 +125,21 @@ class NoiseFloor:
             ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
             floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * (rows[0] + self.base) + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
+        elif x.shape[1] == 1 and x.shape[0] >= ENOUGH:
+            ratios["typical"] = self._typical_of_a_vector(e, unit)
         if x.shape[0] >= ENOUGH:
             spread = _spread_of_channels(columns[1], s, (x != 0) | (s != 0) | (e != 0))
             ratios["channel"] = _largest_ratio(columns[2], np.maximum(spread, unit * (columns[0] + self.base) + least))
         asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
+
+    def _typical_of_a_vector(self, e: np.ndarray, unit: float) -> float:
+        """median(e) / median(s) of what lives, so that no few chaotic tokens hide what is wrong with all the others."""
+        live = (self.oracle != 0) | (self.spread != 0) | (e != 0)
+        if live.sum() < ENOUGH:
+            return 0.0
+        x, s, e = (float(np.median(np.abs(array[live]))) for array in (self.oracle, self.spread, e))
+        return _ratio(e, max(s, unit * (x + self.base)))
 
 
 def is_few(rows: np.ndarray) -> bool:
@@ -148,7 +158,7 @@ class Pool:
 
     def add(self, run: np.ndarray) -> None:
         """``run``: what torch gave in float32, of the oracle's shape."""
-        error = _rows(run) - self._oracle
+        error = _finite(_rows(run) - self._oracle)
         self._squares += np.square(error)
         self._largest = max(self._largest, float(np.abs(error).max(initial=0.0)))
         self._runs += 1
@@ -161,6 +171,11 @@ class Pool:
         error = _rows(run) - self._oracle
         return NoiseFloor(self._oracle, np.sqrt((self._squares + np.square(error)) / (self._runs + 1)),
                           max(self._largest, float(np.abs(error).max(initial=0.0))))
+
+
+def _finite(error: np.ndarray) -> np.ndarray:
+    """NaN for what is not finite: a floor of NaN passes nothing, an infinite one everything."""
+    return np.where(np.isfinite(error), error, np.nan)
 
 
 def _rows(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from convert.rules import Config, Sizes
 
 from . import prompts
-from .inputs import Inputs
+from .inputs import Inputs, pad_token
 
 IGNORED = -100
 Labels = dict[str, np.ndarray]
@@ -42,6 +42,17 @@ def _token_labels(inputs: Inputs, classes: int, generator: np.random.Generator, 
     return np.where(ignored, IGNORED, labels)
 
 
+def _with_special_words(labels: np.ndarray, config: Config, sizes: Sizes) -> np.ndarray:
+    """The first labels [batch, tokens] are padding, the end of a text, the first word and the last: a loss that leaves
+    one of these out, as those do that ignore the padding's id, is another one.
+    """
+    told = [pad_token(config), config.get("eos_token_id"), 0, sizes["vocab"] - 1]
+    words = list(dict.fromkeys(word for word in told if isinstance(word, int) and 0 <= word < sizes["vocab"]))
+    places = np.argwhere((labels != IGNORED) & (np.arange(labels.shape[1]) > 0))[: len(words)]
+    labels[tuple(places.T)] = words[: len(places)]
+    return labels
+
+
 def _row_labels(inputs: Inputs, classes: int, generator: np.random.Generator, ignore: bool) -> np.ndarray:
     labels = generator.integers(0, classes, len(inputs.mask))
     return np.where(np.arange(len(labels)) == 1, IGNORED, labels) if ignore else labels
@@ -58,7 +69,7 @@ def numbers(labels: Labels) -> bool:
 
 def _vocabulary_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
                        ignore: bool) -> Labels:
-    return {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore)}
+    return {"labels": _with_special_words(_token_labels(inputs, sizes["vocab"], generator, ignore), config, sizes)}
 
 
 def _class_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
@@ -72,7 +83,7 @@ def _causal_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.r
     predicted = inputs.mask & np.roll(inputs.mask, 1, axis=1)
     ids = np.where(predicted, inputs.arrays["input_ids"], IGNORED)
     drop = generator.random(ids.shape) < 0.3
-    return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
+    return {"labels": _with_special_words(np.where(drop, IGNORED, ids) if ignore else ids, config, sizes)}
 
 
 def _answer_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
@@ -80,7 +91,7 @@ def _answer_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.r
     """A word is a label where it is part of the answer: the context is seen from everywhere."""
     ids = np.where(prompts.answers(inputs.arrays["attention_mask"]), inputs.arrays["input_ids"], IGNORED)
     drop = generator.random(ids.shape) < 0.3
-    return {"labels": np.where(drop, IGNORED, ids) if ignore else ids}
+    return {"labels": _with_special_words(np.where(drop, IGNORED, ids) if ignore else ids, config, sizes)}
 
 
 def _classification_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
@@ -140,7 +151,7 @@ def _span_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.ran
 
 def _pretraining_labels(inputs: Inputs, config: Config, sizes: Sizes, generator: np.random.Generator,
                         ignore: bool) -> Labels:
-    return {"labels": _token_labels(inputs, sizes["vocab"], generator, ignore),
+    return {**_vocabulary_labels(inputs, config, sizes, generator, ignore),
             "next_sentence_label": _row_labels(inputs, 2, generator, ignore)}
 
 

@@ -8,7 +8,7 @@ of the process, so everything is held against what it was when it was first look
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType, ModuleType
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 Parts = tuple[Any, ...]
 """A function, and what of it can be exchanged within it."""
-TORCH = ("functional", "modules.activation", "modules.dropout", "modules.linear", "modules.module",
-         "modules.normalization", "modules.sparse")
+TORCH = ("torch", "torch.nn.functional", "torch.nn.modules.module")
+LAYERS = "torch.nn.modules."
+HOOKS = "_global_"
+"""What torch calls its tables of hooks on every module there is."""
 INSTALLED = ("torch.", "transformers.")
 _first_seen: dict[str, Parts] = {}
 """Of what is installed, by name. Code of a checkpoint or of a family file is not: each reference executes it anew."""
@@ -61,9 +63,9 @@ class Unmodified:
         if classes is not None:
             import_module("transformers.activations")
             import torch
-            names = dict.fromkeys([*(cls.__module__ for cls in self._classes), "transformers.activations", "torch",
-                                   *(f"torch.nn.{name}" for name in TORCH)])
-            self._modules = [sys.modules[name] for name in names if name in sys.modules]
+            found = _used_by([*(cls.__module__ for cls in self._classes), "transformers.activations"])
+            layers = sorted(name for name in sys.modules if name.startswith(LAYERS))
+            self._modules = [sys.modules[name] for name in dict.fromkeys([*found, *TORCH, *layers])]
             self._classes.append(torch.Tensor)
         self._before = dict(self._functions())
         changed = _changed({name: _first_seen.setdefault(name, parts) for name, parts in self._before.items()
@@ -81,21 +83,41 @@ class Unmodified:
                            "--compare.")
 
     def _functions(self) -> Iterator[tuple[str, Parts]]:
-        """(name, function and its parts) of every function of the modules, of their classes and of their tables, and of
-        the reference's classes with what they inherit.
+        """(name, function and its parts) of every function of the modules, of their classes and of their tables.
+
+        With what they inherit: the reference's classes, and those that are no layers.
         """
         for module in self._modules:
             for name, value in vars(module).items():
                 told = f"{module.__name__}.{name}"
                 if isinstance(value, type) and value.__module__ == module.__name__:
-                    yield from _methods(told, vars(value))
-                elif isinstance(value, dict) and name.startswith("ACT2"):
-                    yield from ((f"{told}[{key!r}]", _parts(held)) for key, held in value.items())
+                    yield from _methods(told, vars(value) if "forward" in dir(value) else _with_inherited(value))
+                elif isinstance(value, dict) and name.startswith(HOOKS):
+                    yield told, tuple(value.values())
+                elif isinstance(value, dict) and not name.startswith("__"):
+                    yield from ((f"{told}[{key!r}]", _parts(held)) for key, held in dict.items(value)
+                                if callable(held))
                 elif callable(value) and not name.startswith("__"):
                     yield told, _parts(value)
         for cls in self._classes:
-            yield from _methods(_named(cls), {
-                name: held for base in reversed(cls.__mro__) for name, held in vars(base).items()})
+            yield from _methods(_named(cls), _with_inherited(cls))
+
+
+def _with_inherited(cls: type) -> dict[str, Any]:
+    return {name: held for base in reversed(cls.__mro__) if base is not object for name, held in vars(base).items()}
+
+
+def _used_by(names: Iterable[str]) -> list[str]:
+    """The modules of these names, and the loaded ones of transformers' that they have anything from, and so on."""
+    found, waiting = {}, [name for name in names if name in sys.modules]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = None
+            used = {getattr(value, "__module__", None) for value in list(vars(sys.modules[name]).values())}
+            waiting += sorted(one for one in used if isinstance(one, str) and one.startswith("transformers.")
+                              and one in sys.modules)
+    return list(found)
 
 
 def _methods(told: str, held: Any) -> Iterator[tuple[str, Parts]]:
@@ -121,4 +143,5 @@ def _are_same(before: Parts, now: Parts) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    """The shortest name, which is that of the class that the others have it from."""
+    return min(names, key=len) + (f" and {len(names) - 1} more" if len(names) > 1 else "")

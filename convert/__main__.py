@@ -56,11 +56,8 @@ def family_named(name: object) -> Family:
     is none.
     """
     stem = str(name).replace("-", "_")
-    if stem.isidentifier():
-        file = Path(__file__).with_name(f"{stem}.py")
-        module = importlib.import_module(f"convert.{stem}") if file.is_file() else None
-        if isinstance(getattr(module, "FAMILY", None), Family):
-            return module.FAMILY
+    if stem in families():
+        return importlib.import_module(f"convert.{stem}").FAMILY
     raise BadInput(f"there is no family {name!r}; there are {', '.join(families())}. Write one as a file, as "
                    "examples/my_gpt.py is, or have one drafted (python -m convert.draft --help), and give it with "
                    "--family FILE.")

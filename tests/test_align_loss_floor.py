@@ -12,7 +12,8 @@ import torch
 from align_fixtures import Workshop
 from torch.nn import functional as F
 
-from align import loss, tolerance
+import models.heads
+from align import loss, tasks, tolerance
 from align.floor import Quantity, floors_of
 from align.noise import EPS, LIMITS, Pool
 from align.oracle import Float64, Reordered
@@ -148,6 +149,44 @@ def test_no_noise_lifts_what_a_reduction_may_do():
     assert not judged(3.0, 3.0).passed
 
 
+@pytest.mark.parametrize("size", [2.0, 0.01])
+def test_the_least_that_a_reduction_may_be_off(size):
+    """1e-6 of the loss + 1, to both sides of it, under a noise that would allow anything."""
+    noisy = Pool(np.array(size), base=1.0)
+    noisy.add(np.array(size * 1.5))
+
+    def passes(off):
+        step, answer = Step(), Step()
+        mean = size + off * 1e-6 * (size + 1)
+        step.recorded["loss.plain"], step.view(loss.SUMS)["loss.plain"] = np.float64(size), np.array(size)
+        answer.recorded["loss.plain"], answer.view(loss.SUMS)["loss.plain"] = np.float64(mean), np.array(size)
+        return loss._judged("loss.plain", step, answer, {loss.PROPAGATED: {"loss.plain": noisy.floor()}}).passed
+    assert passes(0.5) and passes(-0.5) and not passes(2) and not passes(-2)
+
+
+def test_a_few_chaotic_tokens_do_not_hide_what_is_wrong_with_all_the_others():
+    """4 of 400 tokens repeat to 1e-3 only; all the others are off by 30 times what torch is off by."""
+    generator = np.random.default_rng(0)
+    exact = generator.uniform(3, 8, 400)
+    noise = np.where(np.arange(400) < 4, 1e-3, 1e-7) * exact
+    pool = Pool(exact, base=1.0)
+    for _ in range(5):
+        pool.add(exact + noise * generator.standard_normal(400))
+    right, wrong = (exact + factor * noise * generator.standard_normal(400) for factor in (
+        1.0, np.where(np.arange(400) < 4, 1.0, 30.0)))
+    for kind in LIMITS:
+        assert all(found.passed for found in pool.floor().judge(right, kind))
+        assert [found.test for found in pool.floor().judge(wrong, kind) if not found.passed] == ["typical"]
+
+
+@pytest.mark.parametrize("broken", [np.inf, np.nan])
+def test_a_run_of_torch_that_is_not_finite_allows_nothing(broken):
+    pool = Pool(np.ones(4), base=1.0)
+    for run in (np.ones(4), np.array([1.0, broken, 1.0, 1.0])):
+        pool.add(run)
+    assert not all(found.passed for found in pool.floor().judge(np.full(4, 1.5), "propagated"))
+
+
 # What is judged -------------------------------------------------------------------------------------------------------
 
 def test_the_classifier_whose_torch_repeats_to_1e_6_only_is_aligned(tmp_path, monkeypatch):
@@ -169,7 +208,13 @@ def test_the_classifier_whose_torch_repeats_to_1e_6_only_is_aligned(tmp_path, mo
     ("BertForSequenceClassification", {"num_labels": 3, "problem_type": "multi_label_classification"}),
     ("BertForPreTraining", {}), ("GPT2ForQuestionAnswering", {}), ("T5ForConditionalGeneration", {}),
     ("BertModel", {})])
-def test_every_kind_of_loss_has_a_floor(tmp_path, head, changes):
+def test_every_kind_of_loss_has_a_floor(tmp_path, monkeypatch, head, changes):
+    """And its terms add up to it."""
+    def terms_of(task, outputs, *rest):
+        terms = tasks.terms_of(task, outputs, *rest)
+        assert terms.sum() == pytest.approx(float(outputs["loss"]), rel=1e-5)
+        return terms
+    monkeypatch.setattr(loss, "terms_of", terms_of)
     shop = Workshop(tmp_path)
     outcome = shop.align("loss", shop.make(head, "net", **changes))
     assert (outcome.code, outcome.failing) == (0, [])
@@ -199,6 +244,17 @@ def test_a_mistake_in_the_loss_fails_the_means_that_show_it_and_no_loss_of_a_tok
     assert (outcome.code, set(outcome.failing)) == (1, cases)
     for name in cases:
         assert outcome.tensor(name)["isolated"]["rel_l2"] > 1e3 * tolerance.LOSS
+
+
+@pytest.mark.parametrize("word", [256, 0], ids=["padding and end", "first"])
+def test_a_loss_that_leaves_a_special_word_out_is_another_one(shop, monkeypatch, word):
+    """Of nets whose padding is the end of a text, the label of which is then never learned."""
+    def without(logits, labels):
+        return models.heads.cross_entropy(logits[:, :-1], paddle.where(
+            labels == word, paddle.full_like(labels, -100), labels)[:, 1:])
+    monkeypatch.setattr("models.heads.causal_lm_loss", without)
+    outcome = shop.align("loss", "gpt2")
+    assert outcome.code == 1 and {"loss.plain", "loss.padded"} <= set(outcome.failing)
 
 
 def changed(monkeypatch, change):

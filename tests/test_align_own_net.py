@@ -2,20 +2,24 @@
 
 import importlib
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 import torch
+import transformers
 from align_fixtures import save_checkpoint
 
 from align import lint
 from align.forward import STAGE as FORWARD
 from align.stage import main as align
+from align.unmodified import Unmodified
 from align.weights import STAGE as WEIGHTS
 from convert.bert import FAMILY as BERT
 from convert.cli import main as convert
+from convert.errors import BadInput
 from convert.gpt2 import FAMILY as GPT2
 from convert.gptj import FAMILY
 from convert.t5 import FAMILY as T5
@@ -376,6 +380,32 @@ def build(config, directory):
             setattr(held, method, whole[method])
         else:
             delattr(held, method)
+
+
+@pytest.mark.parametrize("patch,undo,named", [
+    ("torch.nn.modules.module.register_module_forward_hook(lambda module, given, found: None)",
+     "torch.nn.modules.module._global_forward_hooks.clear()", "torch.nn.modules.module._global_forward_hooks"),
+    ("transformers.loss.loss_utils.LOSS_MAPPING.update(ForCausalLM=lambda *given, **named: None)",
+     "transformers.loss.loss_utils.LOSS_MAPPING.update(ForCausalLM=transformers.loss.loss_utils.ForCausalLMLoss)",
+     "LOSS_MAPPING['ForCausalLM']"),
+    ("held['loss'] = torch.nn.CrossEntropyLoss.forward; torch.nn.CrossEntropyLoss.forward = lambda *given: None",
+     "torch.nn.CrossEntropyLoss.forward = held['loss']", "torch.nn.modules.loss.CrossEntropyLoss.forward"),
+    ("held['update'] = transformers.DynamicCache.update; transformers.DynamicCache.update = lambda *given: None",
+     "transformers.DynamicCache.update = held['update']", "transformers.cache_utils.DynamicCache.update"),
+])
+def test_so_is_one_that_changes_what_the_class_only_calls(patch, undo, named):
+    """Hooks on every module there is, a table of losses, a loss of torch's, the cache."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+    names = {"torch": torch, "transformers": transformers, "held": {}}
+    reference = Unmodified({GPT2LMHeadModel})
+    reference.require("patching:build")
+    exec(patch, names)
+    try:
+        with pytest.raises(BadInput, match=re.escape(named)):
+            reference.require("patching:build")
+    finally:
+        exec(undo, names)
+    reference.require("patching:build")
 
 
 def test_what_an_earlier_target_left_changed_is_told_to_every_later_one(tmp_path, monkeypatch, capsys):

@@ -617,6 +617,8 @@ def test_a_source_of_no_known_family_is_told_what_to_do(tmp_path, workdir):
 @pytest.mark.parametrize("config, says", [
     ({}, "names no model_type, so its family cannot be told. Name it, as python -m convert.gptj --source"),
     ({"model_type": "llama"}, "there is no family 'llama'; there are bert, bloom, chatglm, gpt2, gptj, opt, resnet,"),
+    ({"model_type": "draft"}, "there is no family 'draft'; there are bert,"),
+    ({"model_type": "a" * 400}, "there are bert, bloom, chatglm, gpt2, gptj, opt, resnet,"),
 ])
 def test_a_config_of_no_known_family_is_told_what_to_do(config, says, source, workdir):
     (source / "config.json").write_text(json.dumps(config))
