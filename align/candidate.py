@@ -303,9 +303,9 @@ class _Small(_Listener):
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         if self._is_asked(name):
-            return small_input(self.known.entering[name][:1])
+            return small_input(self.rows.first_of(self.known.entering[name]))
         entered = None if name in self.places.sublayers else self.known.entering.get(name)
-        return None if entered is None else entered[:1]
+        return None if entered is None else self.rows.first_of(entered)
 
     def answered(self, name: str, array: np.ndarray) -> None:
         if self._is_asked(name):
@@ -319,7 +319,7 @@ class _Inside(_Listener):
     """Every module and every sublayer is fed what entered torch's; what came to a sublayer is told too."""
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        if name in self.places.sublayers and name in self.known.entering:
+        if name in self.places.operations and name in self.known.entering:
             self.put("arriving", name, read())
         return self.known.entering.get(name)
 

@@ -121,7 +121,7 @@ class Comparison:
         self.notes: list[str] = []
         self.present: list[str] = []
         self.described: dict[str, Description] = {}
-        self.inputs = Inputs({})
+        self.inputs = run.inputs({})
         self.outputs: dict[str, dict[str, np.ndarray]] = {"reference": {}, "candidate": {}}
         self._run, self._places = run, Places.of(run)
         self._modules = {name for _, name in run.modules}
@@ -136,7 +136,7 @@ class Comparison:
         """Compare what can be compared now; returns a few words on how it goes."""
         self.notes += step.told.get("notes", [])
         self.present += step.told.get("present", [])
-        self.inputs = Inputs(step.view("inputs")) if step.view("inputs") else self.inputs
+        self.inputs = self._run.inputs(step.view("inputs")) if step.view("inputs") else self.inputs
         self._order += step.recorded
         for side, one in (("reference", step), ("candidate", answer)):
             self.described |= {side: one.told["described"]} if "described" in one.told else {}
@@ -219,7 +219,7 @@ class Comparison:
 
     def _told(self, view: str, name: str) -> str:
         """What a part is called in the report."""
-        return {RECORDED: name, "small": f"{name}{PROBE}", "arriving": self._places.sublayers.get(name, name),
+        return {RECORDED: name, "small": f"{name}{PROBE}", "arriving": self._places.operations.get(name, name),
                 "inside": f"{name}: output" if name in self._modules else name}[view]
 
 
