@@ -72,8 +72,8 @@ class Measured(TorchSide):
         """
         from .oracle import Float64, Reordered
         places = Places.of(self.run)
-        plain = _Plain(inputs, places)
-        small, pools = _Small(inputs, places, plain), _Pools(inputs, places, plain)
+        plain = Plain(inputs, places)
+        small, pools = SmallPlain(inputs, places, plain), Pools(inputs, places, plain)
         pooled = _Pooled(pools)
         passes = [lambda: self._listen(plain, inputs.arrays), lambda: self._listen(small, inputs.first.arrays)]
         for mode in (Float64(), *map(Reordered, range(1, reordered + 1))):
@@ -181,7 +181,7 @@ class _Listener:
     def projected(self, name: str, array: np.ndarray, linear: Any) -> None: ...
 
 
-class _Plain(_Listener):
+class Plain(_Listener):
     """The pass that everything is compared with."""
 
     def __init__(self, inputs: Inputs, places: Places) -> None:
@@ -237,10 +237,10 @@ class _Plain(_Listener):
         return step
 
 
-class _Small(_Listener):
+class SmallPlain(_Listener):
     """The first row alone; every module but a norm is fed what entered it in the plain pass, made small."""
 
-    def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
+    def __init__(self, inputs: Inputs, places: Places, plain: Plain) -> None:
         super().__init__(inputs.first, places)
         self.plain = plain
 
@@ -260,16 +260,21 @@ class _Head:
     scale: float
 
 
-class _Pools:
+class Pools:
     """The errors of the passes of the noise floor, by view and name. The first of these passes is the oracle."""
 
-    def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
+    def __init__(self, inputs: Inputs, places: Places, plain: Plain) -> None:
         self.rows, self.places, self.plain = inputs.rows, places, plain
+        self._recorded = dict(places.all)
         self._pools: dict[tuple[str, str], Pool] = {}
         self._entering_heads: dict[tuple[str, str], Pool] = {}
 
     def add(self, view: str, name: str, rows: np.ndarray) -> None:
         _put(self._pools, (view, name), rows)
+
+    def drop(self, view: str, name: str) -> None:
+        """Forget what has been added."""
+        self._pools.pop((view, name), None)
 
     def add_entering(self, view: str, head: str, rows: np.ndarray) -> None:
         """What entered a head, by torch's path."""
@@ -281,15 +286,19 @@ class _Pools:
         for (view, name), pool in self._pools.items():
             recorded = step.views["recorded" if view in ("propagated", "isolated") else view][name]
             pool.add(recorded)
-            few = self._few(view) if name not in self.places.names and is_few(recorded) else 0.0
+            few = self._few(view, name) if is_few(recorded) else 0.0
             floors.setdefault(view, {})[name] = replace(pool.floor(), few=few)
         self._pools = {}
         return floors
 
-    def _few(self, view: str) -> float:
-        """max(eps, rho) S of the heads, the largest where there are several; 0 where there is none."""
-        return max((max(EPS, self._entering_heads[view, name].with_run(head.entering).relative) * head.scale
-                    for name, head in self.plain.heads.items()), default=0.0)
+    def _few(self, view: str, name: str) -> float:
+        """max(eps, rho) S of an output's heads, the largest where there are several, or of the head that is recorded
+        as ``name``; 0 where there is none.
+        """
+        found = [(head, self._entering_heads.get((view, path))) for path, head in self.plain.heads.items()
+                 if name not in self.places.names or self._recorded.get(path) == name]
+        return max((max(EPS, pool.with_run(head.entering).relative) * head.scale for head, pool in found if pool),
+                   default=0.0)
 
 
 class _Pooled(_Listener):
@@ -300,7 +309,7 @@ class _Pooled(_Listener):
     it is no norm.
     """
 
-    def __init__(self, pools: _Pools) -> None:
+    def __init__(self, pools: Pools) -> None:
         self.pools, self.plain, self.rows, self.places = pools, pools.plain, pools.rows, pools.places
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
