@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.errors import BadInput
 from convert.rules import Family
 
 from .candidate import Inside, Isolated, Known, Own, SmallRow, blamed
@@ -84,6 +85,7 @@ class Outline:
     modules: list[tuple[str, str]] = field(default_factory=list)
     inside: dict[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
     probed: set[str] = field(default_factory=set)
+    shapes: list[dict[str, tuple[int, ...]]] = field(default_factory=list)
     family: Family = field(default_factory=lambda: Family("given", "", lambda config: {}, lambda config: {}, (), ()))
     plan: Any = field(default_factory=lambda: SimpleNamespace(moves=()))
     target_config: Mapping[str, Any] = field(default_factory=dict)
@@ -112,8 +114,8 @@ class Outline:
     def look_into(self, torch: Mapping[str, Call], paddle: Mapping[str, Call]) -> None:
         """Choose the modules to record, of those that both sides call and that give a floating tensor on both."""
         both = {path: self.pairing.modules[path] for path, call in torch.items()
-                if call.gives and path in self.pairing.modules and (found := paddle.get(self.pairing.modules[path]))
-                and found.gives}
+                if call.gives is not None and (found := paddle.get(self.pairing.modules.get(path, "")))
+                and found.gives is not None}
         chosen = [path for path in _outermost(self.pairing.torch.modules, both)]
         self.modules = sorted(((path, both[path]) for path in chosen), key=lambda pair: [*torch].index(pair[0]))
         leaves = [path for path in both if not any(other.startswith(f"{path}.") for other in both)]
@@ -123,6 +125,8 @@ class Outline:
                 self.inside[name] = tuple(
                     (leaf.removeprefix(f"{path}."), both[leaf].removeprefix(f"{name}."), "operations")
                     for leaf in inside)
+        self.shapes = [{both[path]: torch[path].gives for path in both},
+                       {name: paddle[name].gives for name in both.values()}]
         self.probed = {path for path, name in both.items() if torch[path].alone and paddle[name].alone}
 
 
@@ -149,10 +153,12 @@ def _is_stack(module: Any) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """How a module was called first: ``alone`` with one argument, and whether it ``gives`` a floating tensor."""
+    """How a module was called first: ``alone`` with one argument, and the shape of the floating tensor that it
+    ``gives``, None where that is none.
+    """
 
     alone: bool
-    gives: bool
+    gives: tuple[int, ...] | None
 
 
 def calls_of(side: Side, after_name: str, layers: Mapping[str, Any], inputs: Inputs,
@@ -166,10 +172,21 @@ def calls_of(side: Side, after_name: str, layers: Mapping[str, Any], inputs: Inp
 
     def left(name: str, layer: Any, output: Any) -> None:
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        found[name] = Call(arguments[name], is_floating(first))
+        found[name] = Call(arguments[name], tuple(map(int, first.shape)) if is_floating(first) else None)
     with hooked(layers, after_name, ((path, path) for path in layers if path), entered, left), heard_by(_Nobody()):
-        side.outputs(inputs.arrays)
+        try:
+            side.outputs(inputs.arrays)
+        except BadInput as error:
+            raise Stumbled(str(error), {name: found[name] for name in arguments if name in found}) from error
     return {name: found[name] for name in arguments if name in found}
+
+
+class Stumbled(BadInput):
+    """A pass that failed, with the calls that went well until then."""
+
+    def __init__(self, told: str, calls: dict[str, Call]) -> None:
+        super().__init__(told)
+        self.calls = calls
 
 
 class _Nobody:
@@ -213,7 +230,7 @@ class GivenModule(Measured):
         self.run, self.model, self.version, self.positional = run, module, torch.__version__, positional
         self.told: Outputs | None = None
 
-    def outputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    def returned(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         import torch
         given = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         with torch.no_grad(), blamed(f"the torch module {type(self.model).__name__}"):

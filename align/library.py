@@ -25,7 +25,7 @@ from .diagnose import Explanation, diagnose
 from .evidence import compare_bits
 from .explanations.weights import difference
 from .forward import judged
-from .given import GivenInputs, GivenLayer, GivenModule, Outline
+from .given import Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled
 from .inputs import Inputs
 from .inside import PROBE
 from .pairing import Layout, Names, Pairing, Weight
@@ -111,11 +111,11 @@ def load_weights(torch_module: Any, paddle_layer: Any, names: Names | None = Non
 
 def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
     """What each of Paddle's tensors is to hold."""
-    for match in pairing.proposed:
-        if match.doubts:
-            pairs = {left.names[0]: right.names[0] for left, right in match.pairs}
-            raise BadInput(f"which weight is which would be a guess ({'; '.join(match.doubts)}). If it is right, say "
-                           f"so: names={pairs}")
+    doubts = [doubt for match in pairing.proposed for doubt in match.doubts if not doubt.startswith("square")]
+    if doubts:
+        pairs = {ours: theirs for match in pairing.proposed for left, right in match.pairs
+                 for ours, theirs in zip(left.names, right.names, strict=True)}
+        raise BadInput(f"which weight is which would be a guess ({doubts[0]}). If it is right, say so: names={pairs}")
     for side, absent, net in (("Paddle layer", pairing.only_torch, pairing.torch),
                               ("torch module", pairing.only_paddle, pairing.paddle)):
         left = [name for name in absent if name in net.parameters]
@@ -205,14 +205,27 @@ def _bench(pairing: Pairing, module: Any, layer: Any, arrays: dict[str, np.ndarr
     run, inputs = Outline(pairing), GivenInputs(arrays)
     reference = GivenModule(run, module, positional)
     bench = Bench(run, reference, GivenLayer(run, layer, positional, reference), inputs)
-    run.look_into(reference.calls(inputs), bench.candidate.calls(inputs))
+    called = reference.calls(inputs)
+    try:
+        run.look_into(called, bench.candidate.calls(inputs))
+    except Stumbled as error:
+        raise BadInput(f"{error}{_parted(pairing, called, error.calls)}") from error
     return bench
+
+
+def _parted(pairing: Pairing, torch: Mapping[str, Call], paddle: Mapping[str, Call]) -> str:
+    """Where the shapes parted before a pass failed."""
+    for path, call in torch.items():
+        name = pairing.modules.get(path, "")
+        if name in paddle and None not in (call.gives, paddle[name].gives) and call.gives != paddle[name].gives:
+            return f" Before that, {name} gave {list(paddle[name].gives)}, and torch's {path} {list(call.gives)}."
+    return ""
 
 
 def _behaviour(bench: Bench) -> Findings:
     """Every module and output, and what more there is to say."""
-    shapes = [{name: (array.shape, array.dtype) for name, array in side.told.arrays.items()}
-              for side in (bench.reference, bench.candidate)]
+    shapes = [known | {name: array.shape for name, array in side.told.arrays.items()}
+              for known, side in zip(bench.run.shapes, (bench.reference, bench.candidate), strict=True)]
     others = bench.reference.told.others
     steps = list(bench.reference.steps(bench.inputs))
     answers = bench.candidate.answers(bench.inputs, steps)
@@ -229,13 +242,14 @@ def _described(bench: Bench, pairs: Iterator[tuple[Step, Step]]) -> Iterator[tup
         yield step, answer
 
 
-def _of_one_shape(result: TensorResult, reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> TensorResult:
-    """An output fails whose shapes differ, also where the same rows can be made of both."""
+def _of_one_shape(result: TensorResult, reference: Mapping[str, tuple[int, ...]],
+                  candidate: Mapping[str, tuple[int, ...]]) -> TensorResult:
+    """What has another shape fails, also where the same rows can be made of both."""
     left, right = reference.get(result.name), candidate.get(result.name)
-    if left is None or right is None or left == right or not result.passed:
+    if left is None or right is None or left == right:
         return result
-    return replace(result, passed=False, failure=f"{result.name}: the shape is {list(right[0])}, the reference's "
-                   f"{list(left[0])}")
+    return replace(result, passed=False, failure=f"{result.name}: the shape is {list(right)}, the reference's "
+                   f"{list(left)}")
 
 
 def _why(bench: Bench, inputs: Inputs, bad: TensorResult | None) -> Explanation | None:

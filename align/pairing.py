@@ -19,6 +19,8 @@ import xxhash
 from convert.errors import BadInput
 from convert.matching import Match, Matching, Side, match
 
+from .untouched import is_filled
+
 Told = str | Sequence[str] | None
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], Told]
 Layout = Literal["same", "transposed"]
@@ -51,7 +53,7 @@ class Net:
         for path, module in self.modules.items():
             for table in ("_parameters", "_buffers"):
                 for word, tensor in getattr(module, table).items():
-                    if tensor is not None:
+                    if tensor is not None and is_filled(tensor):
                         name = f"{path}.{word}".lstrip(".")
                         self.tensors[name] = tensor
                         self.parameters |= {name} if table == "_parameters" else set()

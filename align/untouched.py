@@ -20,7 +20,7 @@ def untouched(modules: Iterable[Any]) -> Iterator[None]:
     held = [(vars(module), dict(vars(module)), [(table, dict(table)) for table in vars(module).values()
                                                 if isinstance(table, dict)]) for module in modules]
     buffers = [(buffer, buffer.detach().clone()) for attributes, _, _ in held
-               for buffer in attributes.get("_buffers", {}).values() if buffer is not None]
+               for buffer in attributes.get("_buffers", {}).values() if buffer is not None and is_filled(buffer)]
     try:
         yield
     finally:
@@ -47,6 +47,11 @@ def same_luck() -> Iterator[None]:
         np.random.set_state(held[1])
         torch.set_rng_state(held[2])
         paddle.set_rng_state(held[3])
+
+
+def is_filled(tensor: Any) -> bool:
+    """Whether a tensor has values; Paddle's recurrent nets keep one that is made when they train."""
+    return not hasattr(tensor, "_is_initialized") or tensor._is_initialized()
 
 
 def _fill(buffer: Any, values: Any) -> None:
