@@ -69,7 +69,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """
     if session.options.compare:
         _refuse_other_inputs(session)
-    return judged(session, pairs, _diagnosis, _on_small_input)
+    return judged(session, pairs, _diagnosis, look_into)
 
 
 def judged(session: Session, pairs: Iterable[tuple[Step, Step]], explain: Explain, look_inside: LookInside) -> Findings:
@@ -271,7 +271,7 @@ def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run
     return place if position(place, run) < position(inside, run) else inside
 
 
-def _on_small_input(session: Session, inputs: Inputs, named: str) -> str:
+def look_into(session: Session, inputs: Inputs, named: str) -> str:
     """``named``, or the part of that module that is at fault."""
     session.advance(f"looking into {named}")
     inside = wrong_inside(session, inputs, named.removesuffix(SMALL))

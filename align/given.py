@@ -16,6 +16,7 @@ import numpy as np
 
 from convert.errors import BadInput
 from convert.rules import Family
+from convert.traits import Traits
 
 from .candidate import Inside, Isolated, Known, Own, SmallRow, blamed
 from .inputs import Inputs, Rows
@@ -86,12 +87,19 @@ class Outline:
     inside: dict[str, tuple[tuple[str, str, str], ...]] = field(default_factory=dict)
     probed: set[str] = field(default_factory=set)
     shapes: list[dict[str, tuple[int, ...]]] = field(default_factory=list)
-    family: Family = field(default_factory=lambda: Family("given", "", lambda config: {}, lambda config: {}, (), ()))
     plan: Any = field(default_factory=lambda: SimpleNamespace(moves=()))
     target_config: Mapping[str, Any] = field(default_factory=dict)
     intended_config: Mapping[str, Any] = field(default_factory=dict)
     wiring: Mapping[str, Any] = field(default_factory=dict)
     tied: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def family(self) -> Family:
+        """No family: what torch's own activations compute is all that is known."""
+        gelus = {module.approximate for module in self.pairing.torch.modules.values()
+                 if type(module).__name__ == "GELU" and hasattr(module, "approximate")}
+        known = {"GELU": {"none": "gelu", "tanh": "gelu_new"}[next(iter(gelus))]} if len(gelus) == 1 else {}
+        return Family("given", "", lambda config: {}, lambda config: {}, (), (), traits=Traits(activations=known))
 
     @property
     def before(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ from .compare import TensorResult, missing
 from .diagnose import Explanation, diagnose
 from .evidence import compare_bits
 from .explanations.weights import difference
-from .forward import judged
+from .forward import judged, look_into
 from .given import Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled
 from .inputs import Inputs
 from .inside import PROBE
@@ -229,7 +229,8 @@ def _behaviour(bench: Bench) -> Findings:
     others = bench.reference.told.others
     steps = list(bench.reference.steps(bench.inputs))
     answers = bench.candidate.answers(bench.inputs, steps)
-    findings = judged(bench, _described(bench, zip_longest(steps, answers, fillvalue=Step())), _why)
+    findings = judged(bench, _described(bench, zip_longest(steps, answers, fillvalue=Step())), _why,
+                      _inside)
     tensors = [_of_one_shape(result, *shapes) for result in findings.tensors]
     more = [f"Outputs that hold no floating-point numbers are not compared: {', '.join(others)}."] if others else []
     return replace(findings, tensors=tensors, notes=[*findings.notes, *more])
@@ -265,6 +266,14 @@ def _why(bench: Bench, inputs: Inputs, bad: TensorResult | None) -> Explanation 
         return diagnose(bench, inputs, bad.name)
     except Exception:
         return None
+
+
+def _inside(bench: Bench, inputs: Inputs, named: str) -> str:
+    """``named``, or the part of that module that is at fault, where its parts can be run by themselves."""
+    try:
+        return look_into(bench, inputs, named)
+    except Exception:
+        return named
 
 
 @contextmanager

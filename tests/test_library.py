@@ -100,6 +100,7 @@ def test_swapped_weights_say_whose_they_are():
 def test_another_gelu_is_named():
     result = align_models(*mlps(tanh=True), (drawn(32, 24),))
     assert result.first_divergence == "act"
+    assert "act activation is gelu_new (tanh approximation) instead of gelu (erf)" in result.diagnosis.sentence
     assert next(tensor for tensor in result.tensors if tensor.name == "fc2").isolated.rel_l2 < 1e-6
 
 
