@@ -151,7 +151,7 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     import warnings
     warnings.simplefilter("ignore")
     if options.run is None:
-        print(_latest(options))
+        print(latest_told(options))
     if options.only:
         from .recording import record
         with _progress(stage.name) as advance:
@@ -205,7 +205,7 @@ def _session(options: argparse.Namespace, advance: Callable[[str], None] = lambd
     return Session(load_run(options.run, Path(options.reports), family), options, advance)
 
 
-def _latest(options: argparse.Namespace) -> str:
+def latest_told(options: argparse.Namespace) -> str:
     """Which run is taken where none is named."""
     from convert.report import latest_run, load_conversion
     reports = Path(options.reports)
