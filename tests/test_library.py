@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -469,6 +470,19 @@ def test_the_result_is_that_of_align_forward(tmp_path: Path):
     assert (content["reference"]["framework"], content["candidate"]["framework"]) == ("torch", "paddle")
     assert content["reference"]["weights_digest"] != content["candidate"]["weights_digest"]
     assert "mine: forward **aligned**" in (tmp_path / "forward.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_what_the_readme_shows(readme, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / readme).read_text("utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "align_models" in block)
+    monkeypatch.chdir(tmp_path)
+    known: dict = {}
+    exec(code, known)
+    assert "1 has epsilon 1e-06 instead of 1e-05" in capsys.readouterr().out
+    assert (tmp_path / "reports/mine/forward.json").is_file() and code.count("\n") <= 12
+    with pytest.raises(AssertionError, match="First divergence: 1"):
+        known["assert_aligned"](known["mine"], known["ours"], known["inputs"])
 
 
 def test_the_package_imports_nothing_heavy():
