@@ -18,7 +18,7 @@ from convert import errors
 from convert.cli import described
 
 from .page import stage_names
-from .stage import add_flags, latest_told
+from .stage import RecordedStage, add_flags, latest_told
 
 if TYPE_CHECKING:
     from .done import Done
@@ -59,25 +59,24 @@ def _run_all(options: argparse.Namespace) -> int:
         options.run = latest_run(Path(options.reports))
     run = load_run(options.run, Path(options.reports), Path(options.family) if options.family else None)
     directory = run.directory if options.target == "models" else run.directory / options.target.replace(":", ".")
-    done, codes = Done.of(run, directory, options), {}
+    done, codes, passed_by = Done.of(run, directory, options), {}, {}
     for name in stage_names():
-        if (options.only or options.compare) and not _is_recorded(name):
+        stage = import_module(f"{__package__}.{name}").STAGE
+        if (options.only or options.compare) and not isinstance(stage, RecordedStage):
+            continue
+        if lacking := stage.lacking(run):
+            passed_by[name] = lacking
+            print(f"{name}: passed by. {lacking}", flush=True)
             continue
         codes[name] = _carry_out(name, options, done)
         if codes[name] == errors.INTERRUPTED:
             return errors.INTERRUPTED
         if codes[name] and not options.keep_going:
             break
-    _tell(codes, options)
+    _tell(codes, passed_by, options)
     if options.submission:
         print(f"submission: {lay_out(directory, Path(options.submission))}")
     return max(codes.values(), default=errors.BAD_INPUT)
-
-
-def _is_recorded(stage: str) -> bool:
-    """Whether the two sides of a stage can be recorded apart."""
-    from .stage import RecordedStage
-    return isinstance(import_module(f"{__package__}.{stage}").STAGE, RecordedStage)
 
 
 def _carry_out(stage: str, options: argparse.Namespace, done: Done) -> int:
@@ -108,11 +107,11 @@ def _flags(options: argparse.Namespace) -> list[str]:
             for word in ([action.option_strings[-1]] if value is True else [action.option_strings[-1], str(value)])]
 
 
-def _tell(codes: dict[str, int], options: argparse.Namespace) -> None:
+def _tell(codes: dict[str, int], passed_by: dict[str, str], options: argparse.Namespace) -> None:
     """How each stage ended, and which were not come to."""
     if options.only:
         return
-    left = [name for name in stage_names() if name not in codes and not options.compare]
+    left = [name for name in stage_names() if name not in codes.keys() | passed_by.keys() and not options.compare]
     print("; ".join([*(f"{name} {NEXT.get(code, 'aligned')}" for name, code in codes.items()),
                      *[f"not carried out: {', '.join(left)} (--keep-going does)"] * bool(left)]) + ".", flush=True)
 

@@ -52,7 +52,7 @@ def require_free(place: Path) -> None:
 def lay_out(reports: Path, place: Path) -> Path:
     """Copy what the stages left in ``reports`` to ``place``, which appears whole; returns its README."""
     require_free(place)
-    parts = [_part(stage, reports) for stage in ORDER if stage in STEPS]
+    parts = [_part(stage, reports) for stage in sorted(STEPS, key=STEPS.__getitem__) if stage in ORDER]
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as staging:
         staged = Path(staging) / "staged"

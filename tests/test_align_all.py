@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,15 @@ def test_shared_flags_are_passed_on(stubbed, monkeypatch):
         words = command[3:]
         assert words[words.index("--target") + 1] == "paddlenlp" and words[words.index("--paging") + 1] == "off"
         assert "--trust-remote-code" in words and "--keep-going" not in words and "--run" in words
+
+
+def test_a_stage_for_which_a_run_has_nothing_is_passed_by(stubbed, monkeypatch, capsys):
+    from align import metric
+    monkeypatch.setattr(metric, "STAGE", replace(metric.STAGE, lacking=lambda run: f"{run.name} has no tokenizer."))
+    assert stubbed.run() == 0
+    assert stubbed.started == [name for name in stage_names() if name != "metric"]
+    out = capsys.readouterr().out
+    assert "metric: passed by. gptj has no tokenizer." in out and "not carried out" not in out
 
 
 def test_a_run_that_does_not_exist_is_bad_input(stubbed, capsys):
