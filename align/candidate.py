@@ -103,8 +103,8 @@ class Candidate(Side):
         every sublayer is fed so too; ``small`` from it and from one of the first row, where modules are fed that made
         small. All are rows of real tokens.
         """
-        places, known = Places.of(self.run), _Known()
-        asked = [(inputs, _Own), (inputs, _Isolated), (inputs.first, _Small), (inputs, _Inside)]
+        places, known = Places.of(self.run), Known()
+        asked = [(inputs, Own), (inputs, Isolated), (inputs.first, SmallRow), (inputs, Inside)]
         listeners = [kind(some, places, known) for some, kind in asked]
 
         def taken() -> Step:
@@ -223,7 +223,7 @@ def blamed(net: str) -> Iterator[None]:
 
 # What the hooks of a pass tell ----------------------------------------------------------------------------------------
 
-class _Known:
+class Known:
     """What the reference has told so far: what entered its modules and sublayers, and which modules it is done with."""
 
     def __init__(self) -> None:
@@ -247,10 +247,10 @@ class _Known:
             self.small.pop(name, None)
 
 
-class _Listener:
+class Listener:
     """``arrived(name, read)`` returns what a module is to be fed instead, whole arrays."""
 
-    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
+    def __init__(self, inputs: Inputs, places: Places, known: Known) -> None:
         self.rows, self.places, self.known = inputs.rows, places, known
         self.views: dict[str, dict[str, np.ndarray]] = {}
 
@@ -266,11 +266,13 @@ class _Listener:
 
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None: ...
 
+    def projected(self, name: str, array: np.ndarray, linear: Any) -> None: ...
+
     def put(self, view: str, name: str, array: np.ndarray) -> None:
         self.views.setdefault(view, {})[name] = self.rows(name, array)
 
 
-class _Own(_Listener):
+class Own(Listener):
     """The net's own pass."""
 
     def answered(self, name: str, array: np.ndarray) -> None:
@@ -278,10 +280,10 @@ class _Own(_Listener):
             self.put(RECORDED, name, array)
 
 
-class _Isolated(_Listener):
+class Isolated(Listener):
     """Every module is fed what entered torch's."""
 
-    def __init__(self, inputs: Inputs, places: Places, known: _Known) -> None:
+    def __init__(self, inputs: Inputs, places: Places, known: Known) -> None:
         super().__init__(inputs, places, known)
         self.fed: set[str] = set()
 
@@ -298,14 +300,14 @@ class _Isolated(_Listener):
         self.put("isolated", name, array)
 
 
-class _Small(_Listener):
+class SmallRow(Listener):
     """Every module is fed what entered torch's, of the first row; but for norms it is made small."""
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
         if self._is_asked(name):
-            return small_input(self.known.entering[name][:1])
+            return small_input(self.rows.first_of(self.known.entering[name]))
         entered = None if name in self.places.sublayers else self.known.entering.get(name)
-        return None if entered is None else entered[:1]
+        return None if entered is None else self.rows.first_of(entered)
 
     def answered(self, name: str, array: np.ndarray) -> None:
         if self._is_asked(name):
@@ -315,11 +317,11 @@ class _Small(_Listener):
         return name in self.known.entering and name not in self.places.sublayers and name not in self.known.small
 
 
-class _Inside(_Listener):
+class Inside(Listener):
     """Every module and every sublayer is fed what entered torch's; what came to a sublayer is told too."""
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
-        if name in self.places.sublayers and name in self.known.entering:
+        if name in self.places.operations and name in self.known.entering:
             self.put("arriving", name, read())
         return self.known.entering.get(name)
 

@@ -120,13 +120,18 @@ def _bitwise(move: Move, source: Checkpoint, array: np.ndarray) -> TensorResult:
     expected = expected_of(move, source)
     scalar = expected.size == array.size == 1
     inverted = array.reshape(expected.shape) if scalar else move.turn_back(array)
-    result = compare(move.target, expected, np.array(inverted, order="C"), EXACT)
-    if result.passed and not np.array_equal(bits_of(expected), bits_of(inverted)):
-        return replace(result, passed=False,
-                       failure=f"{move.target}: equal in value, but not in its bits (-0.0 and 0.0)")
+    result = compare_bits(move.target, expected, inverted)
     if result.passed or move.filling:
         return result
     return replace(result, failure=f"{result.failure}{_transposed_hint(expected, inverted)}")
+
+
+def compare_bits(name: str, expected: np.ndarray, held: np.ndarray) -> TensorResult:
+    """Two arrays in one layout, which are to be equal in every bit."""
+    result = compare(name, expected, np.array(held, order="C"), EXACT)
+    if result.passed and not np.array_equal(bits_of(expected), bits_of(held)):
+        return replace(result, passed=False, failure=f"{name}: equal in value, but not in its bits (-0.0 and 0.0)")
+    return result
 
 
 def _equal_in_parts(move: Move, source: Checkpoint, array: np.ndarray) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -69,6 +69,13 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """
     if session.options.compare:
         _refuse_other_inputs(session)
+    return judged(session, pairs, _diagnosis, look_into)
+
+
+def judged(session: Session, pairs: Iterable[tuple[Step, Step]], explain: Explain, look_inside: LookInside) -> Findings:
+    """:func:`judge` with ``explain`` to say why the first bad place, if there is one, is bad, and ``look_inside`` to
+    name what is bad in a module that is so on a small input.
+    """
     found = Comparison(session.run)
     for step, answer in pairs:
         session.advance(found.add(step, answer))
@@ -77,10 +84,10 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
         session.reference.steps(found.inputs, SECOND_LOOK)))
     tensors, sublayers = found.results()
     bad = first_bad(tensors, session.run)
-    diagnosis = _diagnosis(session, found.inputs, bad)
+    diagnosis = explain(session, found.inputs, bad)
     named = _named(sublayers, bad, session.run)
     if named and named.endswith(SMALL) and not (diagnosis or session.options.compare):
-        named = _on_small_input(session, found.inputs, named)
+        named = look_inside(session, found.inputs, named)
     probes = [tensor for tensor in tensors if tensor.name.endswith(PROBE)]
     notes = [*found.notes, *_told(found.inputs), *notes, *unjudged(session.run, found.present, [*probes, *sublayers]),
              *agreement(found.outputs["reference"], found.outputs["candidate"]), *config_lint(session.run),
@@ -90,6 +97,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     return Findings(tensors, notes, sublayers=sublayers, named=named, diagnosis=diagnosis)
 
 
+Explain = Callable[[Session, Inputs, TensorResult | None], Explanation | None]
+LookInside = Callable[[Session, Inputs, str], str]
 SMALL = ": on a small input"
 PARTS = ("inside", "arriving", "small")
 COMPARED = {RECORDED, "isolated", *PARTS}
@@ -121,7 +130,7 @@ class Comparison:
         self.notes: list[str] = []
         self.present: list[str] = []
         self.described: dict[str, Description] = {}
-        self.inputs = Inputs({})
+        self.inputs = run.inputs({})
         self.outputs: dict[str, dict[str, np.ndarray]] = {"reference": {}, "candidate": {}}
         self._run, self._places = run, Places.of(run)
         self._modules = {name for _, name in run.modules}
@@ -136,7 +145,7 @@ class Comparison:
         """Compare what can be compared now; returns a few words on how it goes."""
         self.notes += step.told.get("notes", [])
         self.present += step.told.get("present", [])
-        self.inputs = Inputs(step.view("inputs")) if step.view("inputs") else self.inputs
+        self.inputs = self._run.inputs(step.view("inputs")) if step.view("inputs") else self.inputs
         self._order += step.recorded
         for side, one in (("reference", step), ("candidate", answer)):
             self.described |= {side: one.told["described"]} if "described" in one.told else {}
@@ -219,7 +228,7 @@ class Comparison:
 
     def _told(self, view: str, name: str) -> str:
         """What a part is called in the report."""
-        return {RECORDED: name, "small": f"{name}{PROBE}", "arriving": self._places.sublayers.get(name, name),
+        return {RECORDED: name, "small": f"{name}{PROBE}", "arriving": self._places.operations.get(name, name),
                 "inside": f"{name}: output" if name in self._modules else name}[view]
 
 
@@ -262,7 +271,7 @@ def _named(sublayers: Sequence[TensorResult], bad: TensorResult | None, run: Run
     return place if position(place, run) < position(inside, run) else inside
 
 
-def _on_small_input(session: Session, inputs: Inputs, named: str) -> str:
+def look_into(session: Session, inputs: Inputs, named: str) -> str:
     """``named``, or the part of that module that is at fault."""
     session.advance(f"looking into {named}")
     inside = wrong_inside(session, inputs, named.removesuffix(SMALL))

@@ -58,6 +58,10 @@ class Rows:
         """The same for the first row of the batch alone."""
         return Rows(tuple(mask[:1] for mask in self.masks), 1)
 
+    def first_of(self, array: np.ndarray) -> np.ndarray:
+        """The first row of the batch alone, of a whole array."""
+        return array[:1]
+
 
 @dataclass(frozen=True)
 class Inputs:

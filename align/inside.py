@@ -14,7 +14,8 @@ not by its input's: for its probe the running statistics are small too, mean 0 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -34,16 +35,22 @@ class Places:
 
     modules: list[tuple[str, str]]
     found: list[Module]
+    before: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run) -> Places:
         inside = {name: sublayers_of(run, name) for _, name in run.modules}
-        return cls(run.modules, [found for found in inside.values() if found])
+        return cls(run.modules, [found for found in inside.values() if found], run.before)
 
     @cached_property
     def sublayers(self) -> dict[str, str]:
         """What is told of the operation before each sublayer, by the sublayer's name."""
         return {name: f"{module}: {operation}" for (_, module), parts in self.found for _, name, operation in parts}
+
+    @cached_property
+    def operations(self) -> dict[str, str]:
+        """What is told of what arrives at a sublayer, or at a module ``before`` which something is to be judged."""
+        return {**self.before, **self.sublayers}
 
     @cached_property
     def inside(self) -> set[str]:
@@ -64,9 +71,11 @@ class Places:
     @cached_property
     def judged(self) -> list[str]:
         """The names under which the parts of modules are reported."""
-        return [told for (_, module), parts in self.found
-                for told in (*(name for _, sublayer, operation in parts
-                               for name in (f"{module}: {operation}", sublayer)), f"{module}: output")]
+        inside = {module: (*(name for _, sublayer, operation in parts
+                             for name in (f"{module}: {operation}", sublayer)), f"{module}: output")
+                  for (_, module), parts in self.found}
+        return [told for _, module in self.modules
+                for told in (*([self.before[module]] if module in self.before else []), *inside.get(module, ()))]
 
 
 def small_input(array: np.ndarray) -> np.ndarray:

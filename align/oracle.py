@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .reorderings import REORDERED
+
 LINEAR = {F.linear}
 MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}
 ADDED_MATMUL = {torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm}
@@ -80,6 +82,8 @@ class Reordered(TorchFunctionMode):
         if func in ELEMENTWISE_LOSSES and args[0].shape == args[1].shape and kwargs.get("reduction") != "none":
             order = self._order(args[0].numel())
             return func(*(each.reshape(-1)[order] for each in args[:2]), *args[2:], **kwargs)
+        if func in REORDERED:
+            return REORDERED[func](self._order, func, *args, **kwargs)
         if func in MEAN and -1 in (*args[1:2], kwargs.get("dim")):
             return func(args[0][..., self._order(args[0].shape[-1])], *args[1:], **kwargs)
         return func(*args, **kwargs)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ ORDER = ("convert", "weights", "data", "forward", "metric", "loss", "backward", 
 CORE = ("weights", "forward", "metric", "loss")
 ALIGNED, DIVERGED, INCOMPLETE = "aligned", "diverged", "incomplete"
 SHOWN_FAILURES = 20
+
+
+def stage_names() -> list[str]:
+    """The stages that there are, in the guide's order."""
+    found = {name: find_spec(f"{__package__}.{name}") for name in ORDER}
+    return [name for name, spec in found.items() if spec and spec.origin]
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,7 @@ def _view(directory: Path) -> dict[str, Any]:
         "head": str(content.get("head") or "–"),
         "target": next((str(stage.content["target"]) for stage in checked if stage.content.get("target")), None),
         "state": DIVERGED if diverged else ALIGNED if sound else INCOMPLETE,
+        "absent": [name for name in stage_names() if name not in {stage.name for stage in stages}],
         "stages": stages, "checked": checked, "missing": missing, "doubts": doubts, "first": first,
         "agreeing": [stage.name for stage in checked if stage.state == ALIGNED],
         "diverged": diverged, "closest": _closest(checked),

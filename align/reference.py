@@ -40,30 +40,10 @@ OURS = str(Path(__file__).parent)
 Arrays = dict[str, np.ndarray]
 
 
-class Reference(TorchSide):
-    """The model that is right by definition. ``paged``: its weights come in module by module, and leave again."""
+class Measured(TorchSide):
+    """A torch module that is right by definition: what it gives, module by module, with its own rounding error."""
 
-    def __init__(self, run: Run, paged: bool = False, *, trust_remote_code: bool = False) -> None:
-        for framework in ("torch", "transformers"):
-            require(framework)
-        import torch
-        self.run = run
-        self.version = torch.__version__
-        _ = run.hashing if paged else run.source_digest
-        cls, config = (None, None) if run.head.reference else _class_and_config(run, trust_remote_code)
-        with blamed("the checkpoint's own code") if run.family.remote_code else nullcontext():
-            empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
-        self.model = empty if empty is not None else _load(run, cls, config)
-        _forget_tables(self.model)
-        self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
-                               dict(self.model.named_parameters()),
-                               {path for path, module in self.model.named_modules() if not any(module.children())})
-        if paged:
-            self._pages = _pages_of(run, self.model, self._gates)
-        elif empty is not None:
-            _pages_of(run, self.model, [])
-        for gate in self._gates:
-            self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
+    _gates: Sequence[str] = ()
 
     @cached_property
     def _heads(self) -> set[str]:
@@ -92,8 +72,9 @@ class Reference(TorchSide):
         """
         from .oracle import Float64, Reordered
         places = Places.of(self.run)
-        plain = _Plain(inputs, places)
-        small, pooled = _Small(inputs, places, plain), _Pooled(inputs, places, plain)
+        plain = Plain(inputs, places)
+        small, pools = SmallPlain(inputs, places, plain), Pools(inputs, places, plain)
+        pooled = _Pooled(pools)
         passes = [lambda: self._listen(plain, inputs.arrays), lambda: self._listen(small, inputs.first.arrays)]
         for mode in (Float64(), *map(Reordered, range(1, reordered + 1))):
             def run(mode: Any = mode) -> None:
@@ -106,7 +87,7 @@ class Reference(TorchSide):
                 walks.advance()
                 step = plain.take()
                 step.told, told = told, {}
-                step.floors = pooled.take(step)
+                step.floors = pools.take(step)
                 self._leave()
                 yield step
 
@@ -139,7 +120,11 @@ class Reference(TorchSide):
         return [pair for pair in modules if self._is_probed(found.get(pair[0]))]
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: self.run.batch_first(name, array) for name, array in outputs_of(self.model, arrays).items()}
+        return {name: self.run.batch_first(name, array) for name, array in self.returned(arrays).items()}
+
+    def returned(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """The floating tensors that the model returns, as it does."""
+        return outputs_of(self.model, arrays)
 
     def _is_probed(self, module: Any) -> bool:
         import torch
@@ -158,6 +143,32 @@ class Reference(TorchSide):
             yield
 
 
+class Reference(Measured):
+    """The model that is right by definition. ``paged``: its weights come in module by module, and leave again."""
+
+    def __init__(self, run: Run, paged: bool = False, *, trust_remote_code: bool = False) -> None:
+        for framework in ("torch", "transformers"):
+            require(framework)
+        import torch
+        self.run = run
+        self.version = torch.__version__
+        _ = run.hashing if paged else run.source_digest
+        cls, config = (None, None) if run.head.reference else _class_and_config(run, trust_remote_code)
+        with blamed("the checkpoint's own code") if run.family.remote_code else nullcontext():
+            empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
+        self.model = empty if empty is not None else _load(run, cls, config)
+        _forget_tables(self.model)
+        self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
+                               dict(self.model.named_parameters()),
+                               {path for path, module in self.model.named_modules() if not any(module.children())})
+        if paged:
+            self._pages = _pages_of(run, self.model, self._gates)
+        elif empty is not None:
+            _pages_of(run, self.model, [])
+        for gate in self._gates:
+            self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
+
+
 class _Listener:
     """What the hooks of a pass tell, by Paddle's names. ``arrived`` returns what the module is to be fed instead."""
 
@@ -174,7 +185,7 @@ class _Listener:
     def projected(self, name: str, array: np.ndarray, linear: Any) -> None: ...
 
 
-class _Plain(_Listener):
+class Plain(_Listener):
     """The pass that everything is compared with."""
 
     def __init__(self, inputs: Inputs, places: Places) -> None:
@@ -186,7 +197,7 @@ class _Plain(_Listener):
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> None:
         array = self.step.view("entering")[name] = read().copy()
-        if name in self.places.sublayers:
+        if name in self.places.operations:
             self.step.view("arriving")[name] = self.rows(name, array)
 
     def answered(self, name: str, array: np.ndarray) -> None:
@@ -211,7 +222,9 @@ class _Plain(_Listener):
     def small_row(self, name: str) -> np.ndarray | None:
         """The first row of what entered a recorded module, made small; None for a norm, which is probed on all rows."""
         entered = None if name in self.places.sublayers else self.step.view("entering").get(name)
-        return None if entered is None or name in self.step.view("small input") else small_input(entered[:1])
+        if entered is None or name in self.step.view("small input"):
+            return None
+        return small_input(self.rows.first_of(entered))
 
     def first_row(self, name: str) -> np.ndarray | None:
         """What a recorded module is fed in the pass of the first row: :meth:`small_row`; a norm, what entered it, so
@@ -220,7 +233,7 @@ class _Plain(_Listener):
         small = self.small_row(name)
         if small is not None or name in self.places.sublayers or name not in self.step.view("small input"):
             return small
-        return self.step.view("entering")[name][:1]
+        return self.rows.first_of(self.step.view("entering")[name])
 
     def take(self) -> Step:
         """What has been told since the last time."""
@@ -228,10 +241,10 @@ class _Plain(_Listener):
         return step
 
 
-class _Small(_Listener):
+class SmallPlain(_Listener):
     """The first row alone; every module but a norm is fed what entered it in the plain pass, made small."""
 
-    def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
+    def __init__(self, inputs: Inputs, places: Places, plain: Plain) -> None:
         super().__init__(inputs.first, places)
         self.plain = plain
 
@@ -251,27 +264,66 @@ class _Head:
     scale: float
 
 
+class Pools:
+    """The errors of the passes of the noise floor, by view and name. The first of these passes is the oracle."""
+
+    def __init__(self, inputs: Inputs, places: Places, plain: Plain) -> None:
+        self.rows, self.places, self.plain = inputs.rows, places, plain
+        self._recorded = dict(places.all)
+        self._pools: dict[tuple[str, str], Pool] = {}
+        self._entering_heads: dict[tuple[str, str], Pool] = {}
+
+    def add(self, view: str, name: str, rows: np.ndarray) -> None:
+        _put(self._pools, (view, name), rows)
+
+    def drop(self, view: str, name: str) -> None:
+        """Forget what has been added."""
+        self._pools.pop((view, name), None)
+
+    def add_entering(self, view: str, head: str, rows: np.ndarray) -> None:
+        """What entered a head, by torch's path."""
+        _put(self._entering_heads, (view, head), rows)
+
+    def take(self, step: Step) -> dict[str, dict[str, Any]]:
+        """The floors by view and name, with the plain pass, which ``step`` holds, among the pooled ones."""
+        floors: dict[str, dict[str, Any]] = {}
+        for (view, name), pool in self._pools.items():
+            recorded = step.views["recorded" if view in ("propagated", "isolated") else view][name]
+            pool.add(recorded)
+            few = self._few(view, name) if is_few(recorded) else 0.0
+            floors.setdefault(view, {})[name] = replace(pool.floor(), few=few)
+        self._pools = {}
+        return floors
+
+    def _few(self, view: str, name: str) -> float:
+        """max(eps, rho) S of an output's heads, the largest where there are several, or of the head that is recorded
+        as ``name``; 0 where there is none.
+        """
+        found = [(head, self._entering_heads.get((view, path))) for path, head in self.plain.heads.items()
+                 if name not in self.places.names or self._recorded.get(path) == name]
+        return max((max(EPS, pool.with_run(head.entering).relative) * head.scale for head, pool in found if pool),
+                   default=0.0)
+
+
 class _Pooled(_Listener):
     """The passes of the noise floor: three copies of every row, one below the other, and the first row once more.
 
     The first copy goes its own way (``propagated``); the second is fed, at each recorded module, what entered the plain
     pass's (``isolated``); the third also at each sublayer (``inside``); the last row is fed the same, made small where
-    it is no norm. The first of these passes is the oracle.
+    it is no norm.
     """
 
-    def __init__(self, inputs: Inputs, places: Places, plain: _Plain) -> None:
-        super().__init__(inputs, places)
-        self.plain = plain
-        self.pools: dict[tuple[str, str], Pool] = {}
-        self.entering_heads: dict[tuple[str, str], Pool] = {}
+    def __init__(self, pools: Pools) -> None:
+        self.pools, self.plain, self.rows, self.places = pools, pools.plain, pools.rows, pools.places
 
     def arrived(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         array, given = read(), self.plain.step.view("entering")[name]
         if not self._is_copied(array, given.shape[0] if given.ndim else 0):
             return given
         own, alone, inside, row = self._parts(array)
-        if name in self.places.sublayers:
+        if name in self.places.operations:
             self._add("arriving", name, inside)
+        if name in self.places.sublayers:
             return np.concatenate([own, alone, given, row])
         first = self.plain.first_row(name)
         return np.concatenate([own, given, given, row if first is None else first])
@@ -290,21 +342,10 @@ class _Pooled(_Listener):
     def probed(self, name: str, norm: Callable[[np.ndarray], np.ndarray]) -> None:
         self._add("small", name, norm(self.plain.step.view("small input")[name]))
 
-    def take(self, step: Step) -> dict[str, dict[str, Any]]:
-        """The floors by view and name, with the plain pass, which ``step`` holds, among the pooled ones."""
-        floors: dict[str, dict[str, Any]] = {}
-        for (view, name), pool in self.pools.items():
-            recorded = step.views["recorded" if view in ("propagated", "isolated") else view][name]
-            pool.add(recorded)
-            few = self._few(view) if name not in self.places.names and is_few(recorded) else 0.0
-            floors.setdefault(view, {})[name] = replace(pool.floor(), few=few)
-        self.pools = {}
-        return floors
-
     def projected(self, name: str, array: np.ndarray, linear: Any) -> None:
         own, alone, *_ = self._parts(array)
         for view, part in (("propagated", own), ("isolated", alone)):
-            _put(self.entering_heads, (view, name), self.rows(name, part))
+            self.pools.add_entering(view, name, self.rows(name, part))
 
     def _is_copied(self, array: np.ndarray, length: int) -> bool:
         """Whether the copies lie one below the other, where the plain pass's array has ``length`` rows; a table of
@@ -317,13 +358,8 @@ class _Pooled(_Listener):
         rows = array.shape[0] // (3 * self.rows.batch + 1) * self.rows.batch
         return np.split(array, [rows, 2 * rows, 3 * rows])
 
-    def _few(self, view: str) -> float:
-        """max(eps, rho) S of the heads, the largest where there are several; 0 where there is none."""
-        return max((max(EPS, self.entering_heads[view, name].with_run(head.entering).relative) * head.scale
-                    for name, head in self.plain.heads.items()), default=0.0)
-
     def _add(self, view: str, name: str, array: np.ndarray, rows: Rows | None = None) -> None:
-        _put(self.pools, (view, name), (rows or self.rows)(name, array))
+        self.pools.add(view, name, (rows or self.rows)(name, array))
 
 
 def _put(pools: dict[tuple[str, str], Pool], key: tuple[str, str], rows: np.ndarray) -> None:

@@ -61,8 +61,9 @@ class StageResult:
         """One sentence for each failing tensor."""
         return [tensor.failure for tensor in [*self.tensors, *self.sublayers] if tensor.failure]
 
-    def save(self, reports: Path) -> Path:
+    def save(self, directory: Path | str) -> Path:
         """Write ``<stage>.json`` and ``<stage>.md``; returns the Markdown's path."""
+        reports = Path(directory)
         reports.mkdir(parents=True, exist_ok=True)
         (reports / f"{self.stage}.json").write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False), "utf-8")
         (reports / f"{self.stage}.md").write_text(self.markdown(), "utf-8")

@@ -22,6 +22,7 @@ from convert.rules import Config, Family, Head, Layers, Rule, Sizes
 from convert.stream import chunks_of, digest_of
 from convert.traits import Wiring
 
+from .inputs import Inputs
 from .parts import part_name
 
 Told = TypeVar("Told")
@@ -147,6 +148,15 @@ class Run:
 
     def _by_path(self, told: Mapping[str, Told]) -> dict[str, Told]:
         return {paddle: told[template] for _, paddle, template in self._modules if template in told}
+
+    @property
+    def before(self) -> dict[str, str]:
+        """What is told of what arrives at a recorded module: families say such things of sublayers only."""
+        return {}
+
+    def inputs(self, arrays: Mapping[str, np.ndarray]) -> Inputs:
+        """What the models of this run are fed."""
+        return Inputs(arrays)
 
     @cached_property
     def _modules(self) -> list[tuple[str, str, str]]:

@@ -106,12 +106,16 @@ class Session:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage by name: ``find`` looks and compares. ``flags`` adds options of its own."""
+    """A stage by name: ``find`` looks and compares. ``flags`` adds options of its own.
+
+    ``lacking`` says what a run does not have that this stage would look at, so that ``python -m align`` passes it by.
+    """
 
     name: str
     purpose: str
     find: Callable[[Session], Findings]
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    lacking: Callable[[Run], str | None] = lambda run: None
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class RecordedStage:
     """A stage whose two sides are recorded, together or in two environments, and then judged.
 
     ``candidate`` learns from the steps of the reference what it is to be fed, and answers each of them; what it has
-    left to say comes as one answer more.
+    left to say comes as one answer more. ``lacking`` is a :class:`Stage`'s.
     """
 
     name: str
@@ -128,6 +132,7 @@ class RecordedStage:
     candidate: Callable[[Session, Iterable[Step]], Iterator[Step]]
     judge: Callable[[Session, Iterable[tuple[Step, Step]]], Findings]
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    lacking: Callable[[Run], str | None] = lambda run: None
 
 
 def main(stage: Stage | RecordedStage, arguments: Sequence[str] | None = None) -> int:
@@ -151,7 +156,7 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     import warnings
     warnings.simplefilter("ignore")
     if options.run is None:
-        print(_latest(options))
+        print(latest_told(options))
     if options.only:
         from .recording import record
         with _progress(stage.name) as advance:
@@ -205,7 +210,7 @@ def _session(options: argparse.Namespace, advance: Callable[[str], None] = lambd
     return Session(load_run(options.run, Path(options.reports), family), options, advance)
 
 
-def _latest(options: argparse.Namespace) -> str:
+def latest_told(options: argparse.Namespace) -> str:
     """Which run is taken where none is named."""
     from convert.report import latest_run, load_conversion
     reports = Path(options.reports)

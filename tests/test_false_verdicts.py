@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from align.__main__ import run_all
 from align.forward import STAGE as FORWARD
 from align.stage import main as align
 from convert import bert, gptj, writer
@@ -123,14 +122,6 @@ def test_tensors_that_fit_two_heads_are_not_guessed(desk, torch_model, capsys):
     (desk / "source/config.json").write_text(json.dumps(config))
     assert convert(["--source", "source"]) == 2
     assert "BertForSequenceClassification and BertForTokenClassification" in capsys.readouterr().err
-
-
-def test_every_stage_in_order_stops_at_the_first_that_is_not_aligned(desk, capsys):
-    assert convert(["--source", str(demo("gptj"))]) == 0
-    assert run_all([]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": aligned." in line] == [
-        "weights", "forward", "metric", "loss"]
-    assert run_all(["--run", "absent"]) == 2
 
 
 def test_a_damaged_report_of_another_run_does_not_hide_the_latest(desk):

@@ -20,7 +20,7 @@ from ..inside import sublayers_of
 from ..noise import NoiseFloor, Pool
 from ..oracle import Float64, Reordered
 from ..parts import Parts, by_module, index_of, part_of_output, whole
-from ..reference import Reference, outputs_of
+from ..reference import Reference
 from ..tolerance import REORDERED_RUNS
 from ..torch_side import is_rms_norm
 from . import surgery
@@ -105,7 +105,7 @@ class Place:
                     answers = iter(self._answers[path])
                     stubs.enter_context(surgery.forward(
                         path, lambda module, run, answers=answers: lambda *_, **__: _as(next(answers), dtype))(root))
-                return self._real(self.name, outputs_of(root, self.inputs.arrays)[self.name])
+                return self._real(self.name, self.reference.returned(self.inputs.arrays)[self.name])
 
     def with_change(self, change: Change) -> np.ndarray:
         """:meth:`run` with ``change`` in force."""
@@ -279,7 +279,7 @@ class Place:
         hook = root.get_submodule(self.start).register_forward_hook(reached)
         try:
             with suppress(_Reached):
-                outputs_of(root, self.inputs.arrays)
+                self.reference.returned(self.inputs.arrays)
         finally:
             hook.remove()
         return found[0]
@@ -303,7 +303,7 @@ class Place:
                 hooks.callback(self.model.get_submodule(path).register_forward_hook(
                     lambda _, arguments, named, output, path=path: heard(path, arguments, named, output),
                     with_kwargs=True).remove)
-            outputs_of(self.model, self.inputs.arrays)
+            self.reference.returned(self.inputs.arrays)
         return calls, answers
 
 

@@ -1,0 +1,87 @@
+"""What of a run was carried out already, and whether it would come out the same today."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from convert.errors import ALIGNED, DIVERGED
+from convert.report import versions
+
+from .runs import Run
+
+FILE = "carried_out.txt"
+READ_WHOLE = 64 << 20
+PACKAGES = ("torch", "transformers", "tokenizers", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy")
+CODE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Done:
+    """``key`` stands for everything that a stage of this run depends on, None where that is not known.
+
+    In ``directory`` a line each says which stage came to which exit code under which key, and what its report was; one
+    that was carried out anew by itself, perhaps with flags of its own, has another report and counts as not done.
+    """
+
+    directory: Path
+    key: str | None
+
+    @classmethod
+    def of(cls, run: Run, directory: Path, options: argparse.Namespace) -> Done:
+        """A net of the user's own is made by code that is not known here, so it is never known to be the same."""
+        if ":" in options.target:
+            return cls(directory, None)
+        hasher = xxhash.xxh3_128()
+        for name in ("run", "target", "device", "paging", "allow_same_framework", "trust_remote_code"):
+            hasher.update(f"{name} {getattr(options, name)}\n".encode())
+        for package, version in versions(*PACKAGES).items():
+            hasher.update(f"{package} {version}\n".encode())
+        files = [*([Path(options.family)] if options.family else []), run.directory / "convert.json"]
+        files += [file for package in ("align", "convert", "models") for file in (CODE / package).rglob("*")
+                  if file.is_file() and "__pycache__" not in file.parts]
+        for place in (run.source, run.output):
+            files += [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
+        for file in sorted(set(files)):
+            hasher.update(f"{file} {_state(file)}\n".encode())
+        return cls(directory, hasher.hexdigest())
+
+    def code(self, stage: str) -> int | None:
+        """How ``stage`` ended under this key; None where it has to be carried out."""
+        key, report, code = self._lines().get(stage, ("", "", ""))
+        return int(code) if key == self.key and report == self._report(stage) and code.isdecimal() else None
+
+    def put(self, stage: str, code: int) -> None:
+        """Note how ``stage`` ended; what gave no verdict is not done."""
+        lines = self._lines()
+        lines.pop(stage, None)
+        report = self._report(stage)
+        if self.key and report and code in (ALIGNED, DIVERGED):
+            lines[stage] = (self.key, report, str(code))
+        if lines or (self.directory / FILE).exists():
+            text = "".join(f"{name} {' '.join(words)}\n" for name, words in lines.items())
+            (self.directory / FILE).write_text(text, "utf-8")
+
+    def _lines(self) -> dict[str, tuple[str, str, str]]:
+        try:
+            words = [line.split() for line in (self.directory / FILE).read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError):
+            return {}
+        return {line[0]: (line[1], line[2], line[3]) for line in words if len(line) == 4}
+
+    def _report(self, stage: str) -> str | None:
+        try:
+            return xxhash.xxh3_128((self.directory / f"{stage}.json").read_bytes()).hexdigest()
+        except OSError:
+            return None
+
+
+def _state(file: Path) -> str:
+    """A file's digest; of one that is too large to be read for this, its size and when it was written."""
+    seen = file.stat()
+    if seen.st_size > READ_WHOLE:
+        return f"{seen.st_size} {seen.st_mtime_ns}"
+    return xxhash.xxh3_128(file.read_bytes()).hexdigest()

@@ -1,0 +1,145 @@
+"""The results of a run as PaddlePaddle's paper-reproduction guide wants them handed in: ``pipeline/Step1`` to ``5``.
+
+The names are the guide's (``docs/lwfx/ArticleReproduction_NLP.md`` and ``_CV.md`` of PaddlePaddle/models, section
+2.2.3, and the folders of its BERT example): ``forward``, ``metric``, ``loss``, ``bp_align``, ``train_align``, each as
+``_torch.npy``, ``_paddle.npy`` and ``_diff.log``. What the guide has no name for goes by the stage's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.errors import BadInput
+from convert.report import SCHEMA
+
+from .page import ORDER, stage_names
+
+STEPS = {"weights": 1, "forward": 1, "data": 2, "metric": 2, "loss": 3, "backward": 4, "optimizer": 4, "train": 5,
+         "generate": 5}
+ASKED = {"forward": "forward", "metric": "metric", "loss": "loss", "backward": "bp_align", "train": "train_align"}
+"""What the guide asks for, and calls so."""
+MARK = "<!-- laid out by python -m align --submission -->"
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stage's place: its files by name, each from where, and what is said of those that are not there."""
+
+    stage: str
+    folder: str
+    files: Mapping[str, Path]
+    absent: str | None
+    report: Mapping[str, Any]
+
+
+def require_free(place: Path) -> None:
+    """:class:`BadInput` where ``place`` holds something that was not laid out by :func:`lay_out`."""
+    if place.is_dir() and not any(place.iterdir()):
+        return
+    ours = (place / README).is_file() and MARK in (place / README).read_text("utf-8", "replace")
+    if place.exists() and not ours:
+        raise BadInput(f"--submission {place}: there is something else at that place, which is left as it is. Give a "
+                       "directory that does not exist yet.")
+
+
+def lay_out(reports: Path, place: Path) -> Path:
+    """Copy what the stages left in ``reports`` to ``place``, which appears whole; returns its README."""
+    require_free(place)
+    parts = [_part(stage, reports) for stage in sorted(STEPS, key=STEPS.__getitem__) if stage in ORDER]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as staging:
+        staged = Path(staging) / "staged"
+        for part in parts:
+            (staged / part.folder).mkdir(parents=True, exist_ok=True)
+            for name, source in part.files.items():
+                shutil.copyfile(source, staged / part.folder / name)
+        for name in ("convert.json", "convert.md"):
+            source = next((one for one in (reports / name, reports.parent / name) if one.is_file()), None)
+            if source:
+                shutil.copyfile(source, staged / name)
+        if (reports / "index.html").is_file():
+            shutil.copyfile(reports / "index.html", staged / "index.html")
+        (staged / README).write_text(_readme(reports, parts), "utf-8")
+        if place.exists():
+            shutil.rmtree(place)
+        staged.rename(place)
+    return place / README
+
+
+def _part(stage: str, reports: Path) -> Part:
+    folder, name = f"pipeline/Step{STEPS[stage]}", ASKED.get(stage, stage)
+    report = _report(reports / f"{stage}.json")
+    if report is None:
+        absent = "not carried out" if stage in stage_names() else "there is no such stage yet"
+        return Part(stage, folder, {}, absent, {})
+    files = {f"{stage}.{kind}": reports / f"{stage}.{kind}" for kind in ("md", "json")}
+    traces = {f"{name}_{side}.npy": reports / "traces" / f"{stage}_{side}.npy" for side in ("torch", "paddle")}
+    stale = [side for side in ("torch", "paddle")
+             if not _is_of(reports / "traces" / f"{stage}_{side}.provenance", report)]
+    absent = None
+    if stage == "weights":
+        return Part(stage, folder, _there(files), absent, report)
+    if stale:
+        absent = f"no recording of {' and '.join(stale)} belongs to this report"
+    else:
+        files |= traces | {f"{name}_diff.log": reports / "traces" / f"{stage}_diff.txt"}
+        lost = [one for one, source in files.items() if not source.is_file()]
+        absent = f"{', '.join(lost)}: not written; reprod_log is not installed" if lost else None
+    return Part(stage, folder, _there(files), absent, report)
+
+
+def _there(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: source for name, source in files.items() if source.is_file()}
+
+
+def _report(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("schema") == SCHEMA else None
+
+
+def _is_of(provenance: Path, report: Mapping[str, Any]) -> bool:
+    """Whether a recording was made on the inputs that the report tells of."""
+    try:
+        told = json.loads(provenance.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("inputs_digest") == report.get("inputs_digest")
+
+
+def _readme(reports: Path, parts: list[Part]) -> str:
+    first: Mapping[str, Any] = next((part.report for part in parts if part.report), {})
+    return "\n".join([
+        MARK, f"# {first.get('run', reports.name)}: {first.get('head', 'model')}, torch against Paddle", "",
+        "Laid out as PaddlePaddle's paper-reproduction guide asks. `*_torch.npy` and `*_paddle.npy` open with "
+        "`ReprodDiffHelper().load_info`; `*_diff.log` is its comparison of the two. The verdict is not taken from "
+        "that: it is `verdict` in each stage's `.json`, judged by torch's own rounding error, and told in its `.md`. "
+        "`convert.md` says which weight became which, `index.html` shows everything on one page.", "",
+        "| step | what | verdict | largest rel-L2 | files |", "| --- | --- | --- | --- | --- |", *map(_row, parts), "",
+        *_absences(parts)]) + "\n"
+
+
+def _row(part: Part) -> str:
+    errors = [tensor.get("rel_l2") for tensor in part.report.get("tensors", ()) if tensor.get("rel_l2") is not None]
+    verdict = part.report.get("verdict", "–")
+    where = f", first at `{part.report['first_divergence']}`" if part.report.get("first_divergence") else ""
+    files = ", ".join(f"`{name}`" for name in part.files) or f"none: {part.absent}"
+    return (f"| {part.folder.removeprefix('pipeline/')} | {part.stage} | {verdict}{where} "
+            f"| {f'{max(errors):.1e}' if errors else '–'} | {files} |")
+
+
+def _absences(parts: list[Part]) -> Iterator[str]:
+    """What the guide asks for and is not here, and why."""
+    told = [f"- `{part.folder}/{ASKED[part.stage]}_*`: {part.absent}." for part in parts
+            if part.absent and part.stage in ASKED]
+    yield from ["Asked for by the guide, and not here:", "", *told] if told else ["Nothing that the guide asks for is "
+                                                                                "absent."]

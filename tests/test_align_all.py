@@ -1,0 +1,203 @@
+"""``python -m align``: all stages, each in its own process; what is repeated, what is not, and what is handed in."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from align_fixtures import Workshop
+from reprod_log import ReprodDiffHelper
+
+from align import __main__ as program
+from align.done import FILE, Done
+from align.page import ORDER, stage_names
+from align.submission import MARK, lay_out, require_free
+from convert.errors import BadInput
+from convert.report import SCHEMA
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Workshop:
+    """One conversion, its stages carried out once, for the tests that only look."""
+    made = Workshop(tmp_path_factory.mktemp("all"))
+    made.make("GPTJForCausalLM", "gptj", tokenizer=True)
+    return made
+
+
+@pytest.fixture
+def stubbed(tmp_path, monkeypatch):
+    """A run whose stages write a report and end as told, and the list of those that were started."""
+    made = Workshop(tmp_path)
+    made.make("GPTJForCausalLM", "gptj")
+    started: list[str] = []
+    codes: dict[str, int] = {}
+
+    def run(command: list[str], **_):
+        stage = command[2].removeprefix("align.")
+        started.append(stage)
+        (made.reports / "gptj" / f"{stage}.json").write_text(json.dumps({"stage": stage, "code": codes.get(stage, 0)}))
+        return SimpleNamespace(returncode=codes.get(stage, 0))
+    monkeypatch.setattr(program.subprocess, "run", run)
+    return SimpleNamespace(workshop=made, started=started, codes=codes, run=lambda *flags: program.run_all(
+        ["--run", "gptj", "--reports", str(made.reports), *flags]))
+
+
+def test_the_stages_are_those_of_the_guide_that_there_are():
+    files = {file.stem for file in Path(program.__file__).parent.glob("*.py")}
+    assert stage_names() == [name for name in ORDER if name in files]
+    assert stage_names()[:1] == ["weights"] and {"forward", "metric", "loss"} <= set(stage_names())
+
+
+def test_all_stages_of_a_real_run_and_what_is_handed_in(workshop, tmp_path, capfd):
+    place = tmp_path / "to-review"
+    code = program.run_all(["--run", "gptj", "--reports", str(workshop.reports), "--submission", str(place)])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert [line.split(":")[0] for line in out.splitlines() if ": aligned." in line] == stage_names()
+    page = (workshop.reports / "gptj" / "index.html").read_text("utf-8")
+    assert all(f">{name}<" in page for name in stage_names())
+    for step, name in ((1, "forward"), (2, "metric"), (3, "loss")):
+        folder = place / "pipeline" / f"Step{step}"
+        helper = ReprodDiffHelper()
+        torch, paddle = (helper.load_info(str(folder / f"{name}_{side}.npy")) for side in ("torch", "paddle"))
+        assert torch.keys() == paddle.keys() and all(np.allclose(torch[key], paddle[key], atol=1e-4) for key in torch)
+        assert "check passed: True" in (folder / f"{name}_diff.log").read_text("utf-8")
+    readme = (place / "README.md").read_text("utf-8")
+    for step, name in ((4, "bp_align"), (5, "train_align")):
+        assert (place / "pipeline" / f"Step{step}").is_dir()
+        assert (f"pipeline/Step{step}/{name}_*" in readme) is not (
+            place / "pipeline" / f"Step{step}" / f"{name}_torch.npy").is_file()
+    rows = [line for line in readme.splitlines() if line.startswith("| Step")]
+    told = {word for row in rows for word in re.findall(r"`([\w.]+)`", row)}
+    assert {file.name for file in (place / "pipeline").rglob("*") if file.is_file()} <= told
+
+    again = program.run_all(["--run", "gptj", "--reports", str(workshop.reports), "--submission", str(place)])
+    out = capfd.readouterr().out
+    assert again == 0 and out.count("as before") == len(stage_names()) and ": aligned." not in out
+
+
+def test_what_is_done_and_unchanged_is_not_repeated(stubbed):
+    assert stubbed.run() == 0 and stubbed.started == stage_names()
+    stubbed.started.clear()
+    assert stubbed.run() == 0 and stubbed.started == []
+    assert stubbed.run("--again") == 0 and stubbed.started == stage_names()
+
+
+@pytest.mark.parametrize("change", [
+    lambda run: next(run.source.glob("*.safetensors")).write_bytes(b"x"),
+    lambda run: (run.output / "config.json").write_text("{}"),
+    lambda run: (run.directory / "forward.json").write_text("{}"),
+])
+def test_what_has_changed_is_repeated(stubbed, change):
+    from align.runs import load_run
+    assert stubbed.run() == 0
+    stubbed.started.clear()
+    change(load_run("gptj", stubbed.workshop.reports))
+    assert stubbed.run() == 0 and "forward" in stubbed.started
+
+
+def test_other_flags_and_nets_of_ones_own_are_repeated(stubbed):
+    assert stubbed.run() == 0
+    stubbed.started.clear()
+    assert stubbed.run("--paging", "on") == 0 and stubbed.started == stage_names()
+    (stubbed.workshop.reports / "gptj" / "my.net").mkdir()
+    for _ in range(2):
+        stubbed.started.clear()
+        assert stubbed.run("--target", "my:net") == 0 and stubbed.started == stage_names()
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4])
+def test_stops_at_the_first_failure_with_its_code(stubbed, code, capsys):
+    stubbed.codes["forward"] = code
+    assert stubbed.run() == code
+    assert stubbed.started[-1] == "forward" and "loss" not in stubbed.started
+    assert re.search(r"forward \w.*not carried out: .*loss", capsys.readouterr().out)
+    stubbed.started.clear()
+    assert stubbed.run() == code
+    assert stubbed.started == ([] if code == 1 else ["forward"])
+
+
+def test_keep_going_ends_with_the_worst(stubbed):
+    stubbed.codes |= {"weights": 1, "metric": 3, "loss": 2}
+    assert stubbed.run("--keep-going") == 3 and stubbed.started == stage_names()
+
+
+def test_a_stage_that_the_system_ends_is_no_verdict(stubbed, capsys):
+    stubbed.codes["weights"] = -signal.SIGKILL
+    assert stubbed.run() == 4
+    assert "align.weights was ended by the system (signal 9)" in capsys.readouterr().err
+    assert not (stubbed.workshop.reports / "gptj" / FILE).exists()
+
+
+def test_an_interruption_ends_it_all(stubbed):
+    stubbed.codes["weights"] = 130
+    assert stubbed.run("--keep-going") == 130 and stubbed.started == ["weights"]
+
+
+def test_sides_apart_are_recorded_every_time_and_weights_are_left_out(stubbed):
+    for flags in (["--only", "reference"], ["--only", "candidate"], ["--compare"]):
+        stubbed.started.clear()
+        assert stubbed.run(*flags) == 0
+        assert "weights" not in stubbed.started and "forward" in stubbed.started
+
+
+def test_shared_flags_are_passed_on(stubbed, monkeypatch):
+    commands = []
+    monkeypatch.setattr(program.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(
+        returncode=0))
+    assert stubbed.run("--target", "paddlenlp", "--paging", "off", "--trust-remote-code", "--keep-going") == 0
+    for command in commands:
+        words = command[3:]
+        assert words[words.index("--target") + 1] == "paddlenlp" and words[words.index("--paging") + 1] == "off"
+        assert "--trust-remote-code" in words and "--keep-going" not in words and "--run" in words
+
+
+def test_a_stage_for_which_a_run_has_nothing_is_passed_by(stubbed, monkeypatch, capsys):
+    from align import metric
+    monkeypatch.setattr(metric, "STAGE", replace(metric.STAGE, lacking=lambda run: f"{run.name} has no tokenizer."))
+    assert stubbed.run() == 0
+    assert stubbed.started == [name for name in stage_names() if name != "metric"]
+    out = capsys.readouterr().out
+    assert "metric: passed by. gptj has no tokenizer." in out and "not carried out" not in out
+
+
+def test_a_run_that_does_not_exist_is_bad_input(stubbed, capsys):
+    assert program.run_all(["--run", "absent", "--reports", str(stubbed.workshop.reports)]) == 2
+    assert stubbed.started == [] and "there is no run absent" in capsys.readouterr().err
+
+
+def test_a_damaged_note_of_what_was_done_counts_as_nothing(tmp_path):
+    (tmp_path / FILE).write_bytes(b"\xff\xfe forward")
+    assert Done(tmp_path, "key").code("forward") is None
+
+
+def test_a_submission_replaces_only_its_own(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my own")
+    with pytest.raises(BadInput, match="something else"):
+        require_free(tmp_path / "mine")
+    with pytest.raises(BadInput, match="something else"):
+        lay_out(tmp_path, tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "my own"
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "README.md").write_text(MARK)
+    assert lay_out(tmp_path, tmp_path / "ours").is_file()
+
+
+def test_a_recording_of_other_inputs_is_not_handed_in(tmp_path):
+    reports = tmp_path / "reports"
+    (reports / "traces").mkdir(parents=True)
+    (reports / "forward.json").write_text(json.dumps(
+        {"schema": SCHEMA, "inputs_digest": "one", "verdict": "aligned"}))
+    for side, digest in (("torch", "one"), ("paddle", "two")):
+        (reports / "traces" / f"forward_{side}.npy").write_bytes(b"")
+        (reports / "traces" / f"forward_{side}.provenance").write_text(json.dumps({"inputs_digest": digest}))
+    readme = lay_out(reports, tmp_path / "out").read_text("utf-8")
+    assert not list((tmp_path / "out").rglob("*.npy"))
+    assert "`pipeline/Step1/forward_*`: no recording of paddle belongs to this report." in readme
