@@ -122,8 +122,11 @@ class Tokenizer:
 
     def words(self, text: str) -> list[int]:
         """Lines, tabs and runs of blanks are words of their own; images have the first ids, where there are any."""
+        return [self.offset + piece for piece in self.model.encode(self.folded(text))]
+
+    def folded(self, text: str) -> str:
+        """The text with a word's name for each line, tab and run of blanks."""
         for character, word in self.kind.spelled.items():
             text = text.replace(character, word)
         template, longest = self.kind.blanks
-        text = re.sub(f" {{2,{longest}}}", lambda found: template.format(len(found[0])), text)
-        return [self.offset + piece for piece in self.model.encode(text)]
+        return re.sub(f" {{2,{longest}}}", lambda found: template.format(len(found[0])), text)

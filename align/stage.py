@@ -128,6 +128,8 @@ class RecordedStage:
     candidate: Callable[[Session, Iterable[Step]], Iterator[Step]]
     judge: Callable[[Session, Iterable[tuple[Step, Step]]], Findings]
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    weights: bool = True
+    """Whether a net is part of it; what is only about data reads no weights."""
 
 
 def main(stage: Stage | RecordedStage, arguments: Sequence[str] | None = None) -> int:

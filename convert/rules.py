@@ -421,6 +421,8 @@ class Family:
     """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""
     """The package below ``paddlenlp.transformers``; ``name`` unless given."""
+    paddlenlp_tokenizer: str = ""
+    """The tokenizer's ``module:class`` below ``paddlenlp.transformers``, where PaddleNLP has one."""
     remote_code: bool = False
     """Whether torch's classes are in code that the checkpoint brings along."""
     time_first: Callable[[str], bool] = lambda name: False
