@@ -154,7 +154,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
         expected, given = of_step(step), of_step(answer)
         if SPECIAL_IDS in given:
             given[SPECIAL_IDS] = [np.where(expected[SPECIAL_IDS][0] >= 0, given[SPECIAL_IDS][0], -1)]
-        for name, rows in expected.items():
+        for name, rows in sorted(expected.items(), key=lambda item: item[0].endswith(f".{SPECIAL}")):
             compared = _compared(name, rows, given.get(name), step, answer)
             if compared is None:
                 continue
@@ -170,7 +170,7 @@ def _diagnosis(found: Sequence[TensorResult], cause: tuple[str, float, float] | 
     if cause is None:
         return None
     told, before, after = cause
-    name = next(tensor.name for tensor in found if not tensor.passed)
+    name = next(tensor.name for tensor in found if not tensor.passed and _is_explained(tensor.name))
     return Explanation("data", name, f"{told}: with that done on torch's side, the rows and batches that differ fall "
                        f"from {before:.1%} to none.", before, after)
 

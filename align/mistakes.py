@@ -8,6 +8,7 @@ those that were equal stay so. Two mistakes may be made at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,9 +33,10 @@ class Recipe:
     """How rows and batches are made. ``normalizer`` and ``pre_tokenizer`` belong to a fast tokenizer's
     machinery; they and the settings below them are put into the tokenizer while the recipe is followed.
 
-    ``edits`` change a row of its own, without what it makes of its special tokens; ``room`` is how many tokens more
-    than the limit a row of one text, and one of a pair, may have before they are edited; ``settled`` changes a batch.
-    ``one_by_one``: of a pair that is too long tokens are taken from the end of the longer text, one after the other.
+    ``prepared`` change a text before it is taken apart, ``edits`` its row behind, without what they make of special
+    tokens; ``room`` is how many tokens more than the limit a row of one text, and one of a pair, may have before they
+    are edited; ``settled`` changes a batch. ``one_by_one``: of a pair that is too long tokens are taken from the end of
+    the longer text, one after the other.
     """
 
     tokenizer: Any
@@ -46,6 +48,7 @@ class Recipe:
     split_special_tokens: bool = False
     truncation_side: str = "right"
     padding_side: str = "right"
+    prepared: tuple[Callable[[str], str], ...] = ()
     edits: tuple[Edit, ...] = ()
     room: tuple[int, int] = (0, 0)
     cuts: bool = True
@@ -72,10 +75,17 @@ class Recipe:
     def _encoded(self, texts: Sequence[Text], numbers: Sequence[int], limit: int | None) -> list[Row]:
         """Rows before they are edited, kept for recipes that differ in nothing that they hang on."""
         held = (texts, self.tokenizer, self.normalizer, self.pre_tokenizer)
-        key = (*map(id, held), tuple(numbers), self.split_special_tokens, limit and (limit, self.truncation_side))
+        key = (*map(id, held), tuple(numbers), self.split_special_tokens, limit and (limit, self.truncation_side),
+               self.prepared)
         if key not in self.seen:
-            self.seen[key] = held, _encoded(self.tokenizer, [texts[number] for number in numbers], limit, self.asked)
+            chosen = [self._prepared(texts[number]) for number in numbers]
+            self.seen[key] = held, _encoded(self.tokenizer, chosen, limit, self.asked)
         return self.seen[key][1]
+
+    def _prepared(self, text: Text) -> Text:
+        for change in self.prepared:
+            text = Text(text.group, change(text.text), text.pair if text.pair is None else change(text.pair))
+        return text
 
     def _edited(self, row: Row) -> Row:
         for edit in self.edits:
@@ -162,13 +172,16 @@ def suppositions(recipe: Recipe, slow: Callable[[], Any]) -> Iterator[tuple[tupl
 
     ``slow`` gives transformers' own tokenizer in Python for the same files.
     """
-    single = [*_of_letters(recipe), *_of_parting(recipe), *_of_special_tokens(recipe), *_of_lengths(recipe),
-              *_of_padding(recipe), *_of_decoders(recipe)]
-    known: list[Mistake] = [((told,), change) for told, change in (*_of_symbols(recipe), *_of_pairs(recipe))]
-    known += [_both(*two) for two in combinations(known, 2)]
-    known += [((told,), change) for told, change in _of_other_code(recipe, slow)]
-    alone: list[Mistake] = [((told,), change) for told, change in single]
-    for told, change in (*alone, *known, *(_both(one, other) for one, other in product(alone, known))):
+    letters, rest = ([((told,), change) for told, change in some] for some in (
+        (*_of_letters(recipe), *_of_parting(recipe)),
+        (*_of_special_tokens(recipe), *_of_lengths(recipe), *_of_padding(recipe), *_of_decoders(recipe))))
+    habits = [((told,), change) for told, change in (
+        *_of_symbols(recipe), *_of_blanks(recipe), *_of_blanks_around(recipe), *_of_pairs(recipe))]
+    known = [*habits, *(_both(*two) for two in combinations(habits, 2))]
+    older = [((told,), change) for told, change in _of_other_code(recipe, slow)]
+    older += [_both(*two) for two in product(older, habits)]
+    for told, change in (*letters, *rest, *known, *older, *(_both(*two) for two in (
+            *product((*letters, *rest), known), *product(rest, older)))):
         yield told, change(recipe)
 
 
@@ -233,8 +246,7 @@ def _of_parting(recipe: Recipe) -> Changes:
             yield ("no space is put before a text" if prefix else "a space is put before a text (prefix space)",
                    lambda old: replace(old, pre_tokenizer=level))
         if not prefix:
-            yield "a space is put before every text (prefix space)", lambda old: replace(
-                old, tokenizer=_Spaced(old.tokenizer))
+            yield "a space is put before every text, also where there is one (prefix space)", _prepares(" {}".format)
     if "Metaspace" in kinds and len(kinds) == 1:
         always = kinds["Metaspace"]["prepend_scheme"] == "always"
         yield ("no space is put before a text" if always else "a space is put before every part of a text",
@@ -249,6 +261,28 @@ def _of_symbols(recipe: Recipe) -> Changes:
     apart = pre_tokenizers.Split(Regex(SYMBOLS), "isolated")
     yield "symbols are split off like punctuation", lambda old: replace(
         old, pre_tokenizer=pre_tokenizers.Sequence([old.pre_tokenizer, apart]))
+
+
+def _of_blanks(recipe: Recipe) -> Changes:
+    if "Metaspace" not in _kinds(recipe.pre_tokenizer):
+        return
+    yield "tabs, lines and every run of blanks are one space", _prepares(lambda text: " ".join(text.split()))
+    end = recipe.tokenizer.eos_token_id
+
+    def once(row: Row) -> Row:
+        added = (row[IDS] == end) & (row[SPECIAL] == 1)
+        again = added & np.roll((row[IDS] == end) & (row[SPECIAL] == 0), 1)
+        return {name: array[~again] for name, array in row.items()}
+    yield f"no {recipe.tokenizer.eos_token} (EOS) is put behind a text that ends with one", lambda old: replace(
+        old, edits=(*old.edits, once))
+
+
+def _of_blanks_around(recipe: Recipe) -> Changes:
+    if "ByteLevel" not in _kinds(recipe.pre_tokenizer):
+        return
+    written = re.compile(rf"\s*({'|'.join(map(re.escape, recipe.tokenizer.all_special_tokens))})\s*")
+    yield "blanks around special tokens that are written out in a text are dropped", _prepares(
+        lambda text: written.sub(r"\1", text))
 
 
 def _of_pairs(recipe: Recipe) -> Changes:
@@ -394,24 +428,8 @@ def _of_other_code(recipe: Recipe, slow: Callable[[], Any]) -> Changes:
            f"{type(recipe.tokenizer).__name__}"), lambda old: replace(old, tokenizer=found)
 
 
-class _Spaced:
-    """A tokenizer that puts a space before every text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        object.__setattr__(self, "_tokenizer", tokenizer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._tokenizer, name, value)
-
-    def __call__(self, *texts: Sequence[str], **given: Any) -> Any:
-        return self._tokenizer(*[[_spaced(text) for text in some] for some in texts], **given)
-
-
-def _spaced(text: str) -> str:
-    return text if text[:1].isspace() or not text else f" {text}"
+def _prepares(change: Callable[[str], str]) -> Change:
+    return lambda old: replace(old, prepared=(*old.prepared, change))
 
 
 def _unfolded(tokenizer: Any) -> Any:

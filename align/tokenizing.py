@@ -37,9 +37,12 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def fields_of(run: Run) -> tuple[str, ...]:
-    """What the model takes of a text's row, and which of its tokens are special. ChatGLM's mask is made of a batch."""
+    """What the model takes of a text's row, and which of its tokens are special.
+
+    ChatGLM's mask is made of a batch, and the code that it brings along does not say which tokens are special.
+    """
     types = (TYPES,) if run.sizes.get("types", 0) > 1 else ()
-    return (IDS, *types, SPECIAL) if run.head.inputs == "prompts" else (IDS, *types, MASK, SPECIAL)
+    return (IDS, *types) if run.head.inputs == "prompts" else (IDS, *types, MASK, SPECIAL)
 
 
 # The reference --------------------------------------------------------------------------------------------------------

@@ -405,7 +405,8 @@ class Family:
     variants: Mapping[str, Config] = field(default_factory=dict)
     """By name, what can be otherwise in ``demo`` and changes the numbers."""
     tokenizer: str = "none"
-    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece, pictures (a preprocessor) or none."""
+    """Of the built-in checkpoint: wordpiece, byte-level, byte-level fast, sentencepiece, prompts, pictures (a
+    preprocessor) or none."""
     unsupported: Callable[[Config], str | None] = lambda config: None
     """Why a config cannot be converted."""
     additions: Callable[[Config], Config] = lambda config: {}
