@@ -301,11 +301,13 @@ def _of_special_tokens(recipe: Recipe) -> Changes:
     yield "special tokens that are written out in a text are not recognised", lambda old: replace(
         old, split_special_tokens=True)
     first, last, special = _around_texts(recipe)
-    spelled = tokenizer.convert_ids_to_tokens
-    for number in first:
-        yield f"{spelled(number)} (BOS) is missing before a text", _without(special, number)
-    for number in last:
-        yield f"{spelled(number)} (EOS) is missing behind a text", _without(special, number)
+    roles = {tokenizer.cls_token_id: " (BOS)", tokenizer.sep_token_id: " (EOS)", tokenizer.bos_token_id: " (BOS)",
+             tokenizer.eos_token_id: " (EOS)"}
+    for numbers, where in ((first, "before"), (last, "behind")):
+        for number in numbers:
+            role = " (BOS)" if where == "before" else roles.get(number, "")
+            yield (f"{tokenizer.convert_ids_to_tokens(number)}{role} is missing {where} a text",
+                   _without(special, number))
     if len(first) + len(last) > 1:
         yield "no special token is put around a text", _without(special, *first, *last)
     if not len(first) and tokenizer.bos_token_id is not None:

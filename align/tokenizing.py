@@ -96,6 +96,7 @@ def glm_tokenizer(directory: Path) -> Any:
     class ChatGLM(PreTrainedTokenizer):
         """A slow tokenizer: texts are parted at special tokens by transformers, all else by the SentencePiece model."""
 
+        model_input_names = (IDS, MASK)
         vocab_size = property(lambda self: offset + model.get_piece_size())
         fold = staticmethod(words.folded)
 

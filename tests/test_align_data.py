@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -23,17 +24,18 @@ from align.inputs import SEED
 from align.trace import load_trace
 
 BERT, GPT2, OPT_LM, T5 = "BertForMaskedLM", "GPT2LMHeadModel", "OPTForCausalLM", "T5ForConditionalGeneration"
-WORDS = ["un", "##aff", "##able", "##a", "a", "hello", "world", "cafe", "caf", "##é", "b", "##b", "你", "好", "##好", "!",
-         "Hello", "[", "]", "##s", "sep", "it"]
+WORDS = ["un", "##aff", "##able", "##a", "a", "hello", "world", "cafe", "caf", "##é", "b", "##b", "你", "好", "##好",
+         "!", "Hello", "[", "]", "##s", "sep", "it"]
 WORDS_OF = {word: 5 + number for number, word in enumerate(WORDS)}
-TEXTS = [{"text": "Hello world"}, {"text": "Café"}, {"text": "你好 hello"}, {"text": "unaffable"}, {"text": "a [SEP] b!"},
-         {"text": "a", "next": "b a"}, {"text": " ".join(["hello"] + ["a"] * 18 + ["world"])},
+TEXTS = [{"text": "Hello world"}, {"text": "Café"}, {"text": "你好 hello"}, {"text": "unaffable"},
+         {"text": "a [SEP] b!"}, {"text": "a", "next": "b a"}, {"text": " ".join(["hello"] + ["a"] * 18 + ["world"])},
          {"text": "hello a b world"}]
 
 
 def recorded(workshop, run):
     """What each side recorded, by its framework."""
-    return {side: load_trace(workshop.reports / run / "traces", "data", side, "").arrays for side in ("torch", "paddle")}
+    traces = workshop.reports / run / "traces"
+    return {side: load_trace(traces, "data", side, "").arrays for side in ("torch", "paddle")}
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,8 @@ def test_wordpieces_worked_out_by_hand(workshop, bert, texts):
     types[5] = [0, 0, 0, 1, 1, 1]
     cut = [*rows[6][:11], sep]
     for arrays in recorded(workshop, bert).values():
-        assert arrays["data.input_ids"].tolist() == sum(rows, [])
-        assert arrays["data.token_type_ids"].tolist() == sum(types, [])
+        assert arrays["data.input_ids"].tolist() == [*chain(*rows)]
+        assert arrays["data.token_type_ids"].tolist() == [*chain(*types)]
         assert arrays["data.attention_mask"].tolist() == [1] * sum(map(len, rows))
         assert arrays["data.lengths"].tolist() == list(map(len, rows))
         assert arrays["cut.input_ids"].tolist() == cut
@@ -96,15 +98,16 @@ def test_wordpieces_worked_out_by_hand(workshop, bert, texts):
 def test_byte_pairs_merged_by_hand(workshop, run_of):
     """Merges by rank (Sennrich et al. 2016): l+o before lo+w before e+r; the blank belongs to the word behind it."""
     letters = [*bytes_to_unicode().values()]
-    vocabulary = {letter: number for number, letter in enumerate([*letters, "lo", "low", "er", "Ġlow", "<|endoftext|>"])}
+    pieces = [*letters, "lo", "low", "er", "Ġlow", "<|endoftext|>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
     run = run_of(GPT2, "merged", lambda source: spelled_bpe(
         source, vocabulary, ["l o", "lo w", "e r", "Ġ low"]), vocab_size=261)
     file = texts_file(workshop.root / "low.jsonl", [{"text": "lower low"}, {"text": "wol"}, {"text": "é"}])
     outcome = workshop.align("data", run, "--data", file)
     assert outcome.code == 0, outcome.report.get("failures")
-    v = vocabulary
+    expected = [vocabulary[piece] for piece in ("low", "er", "Ġlow", "w", "o", "l", "Ã", "©")]
     for arrays in recorded(workshop, run).values():
-        assert arrays["data.input_ids"].tolist() == [v[piece] for piece in ("low", "er", "Ġlow", "w", "o", "l", "Ã", "©")]
+        assert arrays["data.input_ids"].tolist() == expected
         assert arrays["data.lengths"].tolist() == [3, 3, 2]
 
 
@@ -398,19 +401,21 @@ def test_a_checkpoint_without_a_tokenizer(workshop):
     assert refused(workshop.align("data", run), "has no tokenizer (tokenizer.json, vocab.txt", "nothing to compare")
 
 
-def test_a_file_that_paddlenlp_wants_and_is_not_there(workshop, run_of):
+def test_a_file_that_paddlenlp_wants_and_is_not_there(workshop, run_of, texts):
     run = run_of(BERT, "no-vocabulary", lambda source: spelled_wordpiece(source, WORDS))
     (workshop.output(run) / "vocab.txt").unlink()
-    assert refused(workshop.align("data", run), "PaddleNLP's BertTokenizer cannot be loaded from", "It reads vocab.txt")
+    assert refused(workshop.align("data", run, "--data", texts), "PaddleNLP's BertTokenizer cannot be loaded from",
+                   "It reads vocab.txt")
 
 
 def test_what_cannot_be_followed(workshop, bert, texts, own, tmp_path):
     assert refused(workshop.align("data", bert, "--data", "gone.jsonl"), "the data set gone.jsonl does not exist")
     assert refused(workshop.align("data", bert, "--data", texts, "--columns", "text=nosuch"), "no column nosuch")
     assert refused(workshop.align("data", bert, "--data", texts, "--max-length", "4"), "4 tokens a row are too few")
-    assert refused(workshop.align("data", bert, "--tokenizer", "nosuch"), "is not of the form package.module:build")
-    assert refused(workshop.align("data", bert, "--tokenizer", "own_data:nosuch"), "cannot be used")
-    assert refused(workshop.align("data", bert, *own("broken")), "your own_data:broken failed", "no vocabulary")
+    few = ("data", bert, "--data", texts)
+    assert refused(workshop.align(*few, "--tokenizer", "nosuch"), "is not of the form package.module:build")
+    assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be used")
+    assert refused(workshop.align(*few, *own("broken")), "your own_data:broken failed", "no vocabulary")
     (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
     assert refused(workshop.align("data", bert, "--data", str(tmp_path / "numbers.jsonl")), "a text is needed")
 
