@@ -278,9 +278,10 @@ def _of_blanks(recipe: Recipe) -> Changes:
 
 
 def _of_blanks_around(recipe: Recipe) -> Changes:
-    if "ByteLevel" not in _kinds(recipe.pre_tokenizer):
+    special = recipe.tokenizer.all_special_tokens
+    if "ByteLevel" not in _kinds(recipe.pre_tokenizer) or not special:
         return
-    written = re.compile(rf"\s*({'|'.join(map(re.escape, recipe.tokenizer.all_special_tokens))})\s*")
+    written = re.compile(rf"\s*({'|'.join(map(re.escape, special))})\s*")
     yield "blanks around special tokens that are written out in a text are dropped", _prepares(
         lambda text: written.sub(r"\1", text))
 
@@ -321,6 +322,8 @@ def _around_texts(recipe: Recipe) -> tuple[list[int], list[int], tuple[list[int]
     rows, _ = replace(recipe, fields=(IDS, SPECIAL)).rows([Text("", "a"), Text("", "a", "a")])
     special = tuple(row[IDS][row[SPECIAL] == 1].tolist() for row in rows)
     inner = np.flatnonzero(rows[0][SPECIAL] == 0)
+    if not len(inner):
+        return [], [], special
     return rows[0][IDS][: inner[0]].tolist(), rows[0][IDS][inner[-1] + 1:].tolist(), special
 
 

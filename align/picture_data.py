@@ -19,8 +19,8 @@ from convert.errors import BadInput, require
 
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation
-from .inputs import DEVIATION, MEAN, Inputs
-from .pictures import GREY_DEVIATION, GREY_MEAN, PIXELS, PROCESSOR, as_array, drawn, load_processor
+from .inputs import Inputs
+from .pictures import PIXELS, PROCESSOR, as_array, drawn, load_processor
 from .sheets import digests
 from .stage import Findings, Session
 from .texts import columns, load_rows, renamed
@@ -47,17 +47,10 @@ class Plan:
     deviation: tuple[float, ...] | None
 
 
-def plan_of(directory: Path, channels: int) -> Plan:
-    """That of the ``preprocessor_config.json`` in ``directory``, or without one what torchvision evaluates with.
-
-    :class:`BadInput` for a processor whose steps are others.
-    """
-    file = directory / PROCESSOR
-    if not file.is_file():
-        mean, deviation = (MEAN, DEVIATION) if channels == 3 else (GREY_MEAN, GREY_DEVIATION)
-        return Plan(256, 2, (224, 224), 1 / 255, mean, deviation)
+def plan_of(directory: Path) -> Plan:
+    """That of the ``preprocessor_config.json`` in ``directory``; :class:`BadInput` for one whose steps are others."""
     try:
-        told = json.loads(file.read_text("utf-8"))
+        told = json.loads((directory / PROCESSOR).read_text("utf-8"))
         size, kind = told.get("size", {}), told.get("image_processor_type") or told.get("feature_extractor_type")
         size = {"shortest_edge": size} if isinstance(size, int) else size
         if str(kind).removesuffix("Fast") not in KINDS:
@@ -109,12 +102,15 @@ def reference(session: Session) -> Step:
     columns(rows, image=object)
     if not rows:
         raise BadInput(f"{name} has no row, so there is nothing to compare.")
+    if not (directory / PROCESSOR).is_file():
+        raise BadInput(f"the source of run {run.name}, {directory}, has no {PROCESSOR} that says how its pictures are "
+                       "prepared, so there is nothing to compare. Put it beside the checkpoint and convert again.")
     processor, told = load_processor(directory, channels)
     pictures = [as_array(row["image"], number, channels) for number, row in enumerate(rows)]
     session.advance("transformers' processor")
     step = _step(pictures, [processed(processor, picture, do_rescale=False, do_normalize=False).astype(np.uint8)
                             for picture in pictures], [processed(processor, picture) for picture in pictures])
-    plan, cropped = plan_of(directory, channels), _rows_of(step, CROPPED)
+    plan, cropped = plan_of(directory), _rows_of(step, CROPPED)
     counts = {f"picture.{number}.{CROPPED}": 1 for number in range(len(pictures))}
     mistakes = {told: [change(picture) for picture in pictures] for told, change in _of_place(plan)}
     step.told |= {"count": len(pictures), "counts": counts, "mistakes": list(mistakes), "notes": [
@@ -146,7 +142,7 @@ def candidate(session: Session, step: Step) -> Step:
     if "count" not in step.told:
         raise BadInput("the reference was recorded without its pictures, so the candidate cannot be fed them. Record "
                        "it again: python -m align.data --only reference")
-    plan = plan_of(session.run.output, session.run.sizes["channels"])
+    plan = plan_of(session.run.output)
     pictures = [step.view("pictures")[str(number)] for number in range(step.told["count"])]
     places = [transforms.Resize(plan.resize if isinstance(plan.resize, int) else list(plan.resize),
                                 interpolation=INTERPOLATIONS[plan.interpolation])] if plan.resize else []

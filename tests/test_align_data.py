@@ -1,8 +1,10 @@
 """``python -m align.data``: ids worked out by hand, every cause planted and named, loaders, refusals."""
 
 import json
+import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +234,28 @@ class Seen(Plain):
         return batch
 
 
+class Narrow(Plain):
+    def collate(self, rows):
+        batch = self.tokenizer.pad([dict(row) for row in rows], return_tensors="np")
+        batch["labels"] = batch.pop("label")
+        return {name: array.astype("int32") if name == "input_ids" else array for name, array in batch.items()}
+
+
+class Bucketed(Plain):
+    def collate(self, rows):
+        batch = self.tokenizer.pad(sorted(map(dict, rows), key=lambda row: row["label"]), return_tensors="np")
+        batch["labels"] = batch.pop("label")
+        return batch
+
+
+def narrow(directory):
+    return Narrow(BertTokenizer.from_pretrained(str(directory)))
+
+
+def bucketed(directory):
+    return Bucketed(BertTokenizer.from_pretrained(str(directory)))
+
+
 def plain(directory):
     return Plain(BertTokenizer.from_pretrained(str(directory)))
 
@@ -293,6 +317,18 @@ def test_rows_without_a_collator_are_padded_by_paddlenlps_pad(workshop, bert, te
     outcome = workshop.align("data", bert, "--data", texts, *own("plain"))
     failing = [name for name in outcome.failing if name != "special.ids"]
     assert failing == [] and "own_data.Plain" in outcome.stdout
+
+
+def test_a_loader_of_other_numbers_or_in_another_order(workshop, bert, texts, own):
+    """Neither is a tokenizer's doing, and neither is explained by one."""
+    narrow = workshop.align("data", bert, "--data", texts, *own("narrow"))
+    assert "batch.0.input_ids: the dtype is int32, the reference's int64" in narrow.report["failures"]
+    bucketed = workshop.align("data", bert, "--data", texts, "--batch-size", "4", *own("bucketed"))
+    order = np.random.default_rng(SEED).permutation(8).tolist()
+    place = next(place for place in range(4) if sorted(order[:4])[place] != order[place])
+    assert f"batches.order: text {place} is {sorted(order[:4])[place]}, the reference's {order[place]}" in (
+        bucketed.report["failures"])
+    assert narrow.report["diagnosis"] is bucketed.report["diagnosis"] is None
 
 
 def test_two_causes_at_once_are_named_where_one_is_paddlenlps_own(workshop, bert):
@@ -387,6 +423,19 @@ def test_each_side_by_itself_gives_the_same_report(workshop, bert, texts):
     assert apart.code == 1
     for key in ("tensors", "failures", "diagnosis", "named", "first_divergence", "inputs_digest", "notes"):
         assert apart.report[key] == together[key], key
+
+
+def test_a_comparison_needs_no_framework_and_the_reference_not_paddle(workshop, bert, texts):
+    def run(*flags, without):
+        hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in without)
+        program = f"import sys; {hidden}; import runpy; runpy.run_module('align.data', run_name='__main__')"
+        where = ("--run", bert, "--reports", str(workshop.reports))
+        return subprocess.run([sys.executable, "-c", program, *where, *flags],
+                              cwd=Path(corpus.__file__).parents[1], capture_output=True, text=True)
+    assert run("--data", texts, "--only", "reference", without=("paddle", "paddlenlp")).returncode == 0
+    assert workshop.align("data", bert, "--only", "candidate").code == 0
+    compared = run("--compare", without=("torch", "transformers", "tokenizers", "paddle", "paddlenlp"))
+    assert (compared.returncode, compared.stderr) == (0, "") and "data: aligned" in compared.stdout
 
 
 def refused(outcome, *words):

@@ -141,3 +141,13 @@ def test_a_processor_that_is_not_known_is_refused(workshop):
         file.write_text(before, "utf-8")
     assert outcome.code == 2 and outcome.report == {} and "is for a SegformerImageProcessor" in outcome.stderr
     assert workshop.align("data", "net", "--tokenizer", "a:b").code == 2
+
+
+def test_a_checkpoint_that_does_not_say_how_is_refused(workshop):
+    """torchvision's files say nothing; what torchvision itself does is not here to be run."""
+    source = workshop.root / "source-bare"
+    build_demo(FAMILY, source)
+    (source / "preprocessor_config.json").unlink()
+    workshop.convert("resnet", source, "bare")
+    outcome = workshop.align("data", "bare")
+    assert outcome.code == 2 and "has no preprocessor_config.json" in outcome.stderr and outcome.report == {}
