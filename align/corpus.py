@@ -45,11 +45,11 @@ def shipped(special: Iterable[str]) -> list[Text]:
 def _long() -> list[Text]:
     """The first of the passages as one text, parted as a pair with the longer part behind, and a word of 300 letters.
     """
-    passages = " ".join(row["text"] for row in load_rows(None, "", 64)[1])[:LETTERS]
+    passages = " ".join(row["text"] for row in load_rows(None, None, 64)[1])[:LETTERS]
     return [Text(LONG, passages), Text(LONG, passages[: LETTERS // 3], passages[LETTERS // 3:]), Text(LONG, "ab" * 150)]
 
 
-def own(dataset: str, split: str, limit: int, mapping: str | None) -> tuple[str, list[Text]]:
+def own(dataset: str, split: str | None, limit: int, mapping: str | None) -> tuple[str, list[Text]]:
     """(name, texts) of the user's set: its column ``text``, and ``next`` where a row has one to make a pair."""
     name, rows = load_rows(dataset, split, limit)
     renamed_rows: list[Row] = renamed(rows, mapping)

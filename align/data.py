@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import BadInput
+from convert.traits import Prompts
 
 from . import corpus, picture_data, prompts
 from .compare import TensorResult, missing
@@ -30,6 +31,7 @@ from .loading import (
 from .mistakes import Batch, Recipe, explained, recipe_of, suppositions
 from .sheets import Sheet, as_step, differing, digests, first_difference, of_step, result
 from .stage import Findings, RecordedStage, Session, main
+from .texts import SPLIT
 from .tokenizing import (
     IDS,
     MASK,
@@ -52,12 +54,16 @@ from .tokenizing import (
 )
 from .trace import Step
 
+ROWS, TOKENS, BATCH = 64, 128, 8
+OF_A_SET, CHOOSING = ("split", "columns", "limit"), ("data", "split", "columns", "limit", "max_length", "batch_size")
+"""The flags that say what is read of a set, and those that say what both sides are given."""
 CUT, DECODER, SPECIAL_IDS = "cut", "decoder", "special.ids"
 SUPPOSED = "supposed"
 
 
 def reference(session: Session) -> Iterator[Step]:
     """What transformers' tokenizer and torch's loader make of the texts, and what known mistakes would."""
+    _refuse_idle(session)
     if session.run.head.inputs == "pixels":
         yield picture_data.reference(session)
         return
@@ -70,8 +76,9 @@ def _texts_step(session: Session) -> Step:
     session.advance("transformers' tokenizer")
     tokenizer, fields = open_reference(run), fields_of(run)
     name, texts = (corpus.NAME, corpus.shipped(tokenizer.all_special_tokens)) if options.data is None else corpus.own(
-        options.data, options.split, options.limit, options.columns)
-    limit, special = min(options.max_length, run.sizes["positions"]), special_ids(tokenizer)
+        options.data, options.split, options.limit or ROWS, options.columns)
+    limit, special = min(options.max_length or TOKENS, run.sizes["positions"]), special_ids(tokenizer)
+    size = options.batch_size or BATCH
     least = tokenizer.num_special_tokens_to_add(True) + 2
     if limit < least:
         raise BadInput(f"{limit} tokens a row are too few: this tokenizer needs {least} for a pair. Give a larger "
@@ -83,16 +90,17 @@ def _texts_step(session: Session) -> Step:
     chosen = _batchable(session, cut)
     sheet = _texts_sheet(texts, whole, cut, longer, recipe.start) | batched(lambda drop_last: torch_batches(
         features(cut, range(len(texts)), [name for name in fields if name != SPECIAL]), _taken(chosen),
-        options.batch_size, drop_last, _collated(recipe)))
+        size, drop_last, _collated(recipe)))
     step = as_step({SPECIAL_IDS: [special]} | sheet)
     step.told |= {
         "texts": corpus.packed(texts), "longer": longer, "chosen": chosen, "limit": limit, "fields": list(fields),
-        "batch_size": options.batch_size, "lent": lent, "decodes": recipe.start is not None,
+        "batch_size": size, "lent": lent, "decodes": recipe.start is not None,
         "pieces": pieces(tokenizer, [special[special >= 0], *_ids_of(sheet)]),
-        "inputs_digest": _digest(texts, limit, fields, options.batch_size),
+        "inputs_digest": _digest(texts, limit, fields, size),
         "notes": [f"Data: {len(texts)} texts ({sum(text.pair is not None for text in texts)} of them pairs) of {name}; "
                   f"{len(longer)} of them have more than {limit} tokens and are compared cut to that too.",
-                  f"Reference: {name_of(tokenizer) if run.head.inputs != 'prompts' else OF_PROMPTS}, from the source.",
+                  f"Reference: {OF_PROMPTS if isinstance(run.head.inputs, Prompts) else name_of(tokenizer)}, from the "
+                  "source.",
                   *([f"The source's tokenizer has no padding token; both sides pad with {lent!r}."] if lent else [])]}
     counts = {name: len(rows) for name, rows in sheet.items() if _is_explained(name)}
     step.told["counts"] = counts
@@ -100,8 +108,30 @@ def _texts_step(session: Session) -> Step:
     mistakes = list(suppositions(recipe, lambda: open_reference(run, fast=False)))
     step.told["mistakes"] = [told for told, _ in mistakes]
     step.view(SUPPOSED)["digests"] = np.stack([digests(sheet, counts)] + [
-        digests(_supposed(other, texts, longer, chosen, options.batch_size), counts) for _, other in mistakes])
+        digests(_supposed(other, texts, longer, chosen, size), counts) for _, other in mistakes])
     return step
+
+
+CHOSEN = "what the sides are given is chosen where they are recorded, and that is done. Give it with --only"
+
+
+def _refuse_idle(session: Session) -> None:
+    """:class:`BadInput` for a flag that would not be looked at."""
+    options = session.options
+    if options.data is None:
+        _refuse(session, OF_A_SET, "this is of a set that --data names, and there is none. Give it, or leave this out")
+    if session.run.head.inputs == "pixels":
+        _refuse(session, ("max_length", "batch_size", "tokenizer"), "this is for texts, and the inputs of "
+                f"{session.run.head.architecture} are pictures. Leave it out")
+    if options.only:
+        _refuse(session, ("tokenizer",), "the Paddle side's tokenizer is asked for where that side is recorded. Give "
+                "it with --only candidate")
+
+
+def _refuse(session: Session, names: Sequence[str], why: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(session.options, name) is not None]
+    if given:
+        raise BadInput(f"{' and '.join(given)}: {why}.")
 
 
 OF_PROMPTS = ("the rules of the code that the checkpoint brings along, on transformers' base class and its "
@@ -110,6 +140,8 @@ OF_PROMPTS = ("the rules of the code that the checkpoint brings along, on transf
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """What PaddleNLP's tokenizer, or the user's, and Paddle's loader make of the same texts."""
+    if session.options.only:
+        _refuse(session, CHOOSING, CHOSEN)
     for step in steps:
         if session.run.head.inputs == "pixels":
             yield picture_data.candidate(session, step)
@@ -142,6 +174,8 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Special tokens, rows text by text, then the batches; the first difference is named by text and place."""
+    if session.options.compare:
+        _refuse(session, (*CHOOSING, "tokenizer"), CHOSEN)
     found: list[TensorResult] = []
     notes: list[str] = []
     named, diagnosis = None, None
@@ -240,9 +274,10 @@ def _taken(chosen: Sequence[int]) -> list[int]:
 
 def _batchable(session: Session, rows: Sequence[Row]) -> list[int]:
     """The texts that batches are made of: all; of prompts those in which nobody wrote a mark."""
-    if session.run.head.inputs != "prompts":
+    kind = session.run.head.inputs
+    if not isinstance(kind, Prompts):
         return list(range(len(rows)))
-    marks = prompts.marks_of(session.run.config, session.run.sizes)
+    marks = prompts.marks_of(kind, session.run.config, session.run.sizes)
     return [number for number, row in enumerate(rows) if not np.isin(row[IDS], marks["mask_token_id"]).any()
             and all((row[IDS] == marks[name]).sum() == 1 for name in ("gmask_token_id", "bos_token_id"))]
 
@@ -261,12 +296,12 @@ def _collated(recipe: Recipe) -> Any:
 def _prompts_of(session: Session) -> Any:
     """How rows that are prompts become a batch, None for others; the mask as PaddleNLP has it, 1. where one may look.
     """
-    run = session.run
-    if run.head.inputs != "prompts":
+    run, kind = session.run, session.run.head.inputs
+    if not isinstance(kind, Prompts):
         return None
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
-        found = prompts.arranged([row[IDS].tolist() for row in rows], run.config, run.sizes)
+        found = prompts.arranged([row[IDS].tolist() for row in rows], kind, run.config, run.sizes)
         return {name: array.astype(np.float32) if name == MASK else array
                 for name, array in run.family.paddlenlp_inputs(found).items()}
     return collate
@@ -342,16 +377,17 @@ def _at(array: np.ndarray, place: tuple[int, ...], field: str, pieces: Mapping[s
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", metavar="ID-OR-FILE", help="your own texts: a set of the datasets library, ID or ID:CONFIGURATION, "
-        "or a json, csv, tsv, parquet or txt file with a column text, and next for pairs; for a model of pictures with "
-        "a column image; default: what ships with the project")
-    add("--split", default="test", help="split of the set; default test")
-    add("--columns", metavar="OURS=THEIRS,…", help="the set's names for text and next, or image")
-    add("--limit", type=positive, default=64, help="rows of your own set at most; default 64")
-    add("--max-length", type=positive, default=128, help="tokens that a row is cut to; default 128")
-    add("--batch-size", type=positive, default=8, help="rows a batch; default 8")
-    add("--tokenizer", metavar="MODULE:BUILD", help="the Paddle side's tokenizer, if it is your own: a function of the "
-        "output directory; what it returns is called as transformers' are, and may have a collate(rows)")
+    add("--data", metavar="ID-OR-FILE", help="your own texts or pictures: a set of the datasets library, ID or "
+        "ID:CONFIGURATION, as stanfordnlp/imdb, or a json, csv, tsv, parquet or txt file, as rows.jsonl; its columns "
+        "are text, and next for pairs, or image; default: what ships with the project")
+    add("--split", help=f"which split of a set of the datasets library, as validation; default {SPLIT}")
+    add("--columns", metavar="OURS=THEIRS,…", help="what the set calls text and next, or image, as text=sentence")
+    add("--limit", type=positive, help=f"rows of the set at most, as 500; default {ROWS}")
+    add("--max-length", type=positive, metavar="TOKENS", help=f"where a row of text is cut, as 512; default {TOKENS}")
+    add("--batch-size", type=positive, help=f"rows a batch, as 32; default {BATCH}")
+    add("--tokenizer", metavar="MODULE:BUILD", help="the Paddle side's tokenizer, if it is your own, as "
+        "my_words:build, a function of the output directory; what it returns is called as transformers' are, and may "
+        "have a collate(rows)")
 
 
 STAGE = RecordedStage("data", "Compare both tokenizers on the same texts, and both loaders on the same rows.",

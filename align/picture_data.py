@@ -28,7 +28,7 @@ from .tolerance import EXACT, METRIC
 from .trace import RECORDED, Step
 
 CROPPED, VALUES, SUPPOSED = "cropped", PIXELS, "supposed"
-COUNT = 8
+COUNT, ROWS = 8, 64
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """PIL's numbers, by Paddle's words."""
 LARGEST_CROPPED = 384
@@ -97,7 +97,7 @@ def reference(session: Session) -> Step:
         raise BadInput(f"pictures have 3 channels, or 1 if grey; this model takes {channels}, so there is nothing to "
                        "compare.")
     name, rows = ("pictures that are drawn by paddle-parity", drawn(COUNT, run.sizes["labels"])) if (
-        options.data is None) else load_rows(options.data, options.split, options.limit)
+        options.data is None) else load_rows(options.data, options.split, options.limit or ROWS)
     rows = renamed(rows, options.columns)
     columns(rows, image=object)
     if not rows:
@@ -137,8 +137,6 @@ def candidate(session: Session, step: Step) -> Step:
     for framework in ("paddle", "PIL"):
         require(framework)
     from paddle.vision import transforms
-    if session.options.tokenizer is not None:
-        raise BadInput("--tokenizer is for models of texts; this one takes pictures.")
     if "count" not in step.told:
         raise BadInput("the reference was recorded without its pictures, so the candidate cannot be fed them. Record "
                        "it again: python -m align.data --only reference")

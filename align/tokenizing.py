@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import BadInput, require
+from convert.traits import Prompts
 
 from . import prompts
 from .candidate import blamed
@@ -42,7 +43,7 @@ def fields_of(run: Run) -> tuple[str, ...]:
     ChatGLM's mask is made of a batch, and the code that it brings along does not say which tokens are special.
     """
     types = (TYPES,) if run.sizes.get("types", 0) > 1 else ()
-    return (IDS, *types) if run.head.inputs == "prompts" else (IDS, *types, MASK, SPECIAL)
+    return (IDS, *types) if isinstance(run.head.inputs, Prompts) else (IDS, *types, MASK, SPECIAL)
 
 
 # The reference --------------------------------------------------------------------------------------------------------
@@ -50,11 +51,12 @@ def fields_of(run: Run) -> tuple[str, ...]:
 def open_reference(run: Run, fast: bool = True) -> Any:
     """The source's tokenizer; :class:`BadInput` where it has none. Not ``fast`` is transformers' own in Python."""
     directory = run.source if run.source.is_dir() else run.source.parent
-    if run.head.inputs == "prompts":
-        if not (directory / prompts.WORDS).is_file():
-            raise BadInput(f"the source of run {run.name}, {directory}, has no {prompts.WORDS}, so there is no "
-                           "tokenizer to compare. Put it beside the checkpoint and convert again.")
-        return glm_tokenizer(directory)
+    kind = run.head.inputs
+    if isinstance(kind, Prompts):
+        if not (directory / kind.words).is_file():
+            raise BadInput(f"the source of run {run.name}, {directory}, has no {kind.words}, so there is no tokenizer "
+                           "to compare. Put it beside the checkpoint and convert again.")
+        return glm_tokenizer(directory, kind, prompts.marks_of(kind, run.config, run.sizes))
     found = load_tokenizer(directory) if fast else _slow(directory)
     if found is None:
         raise BadInput(f"the source of run {run.name}, {directory}, has no tokenizer ({', '.join(TOKENIZER_FILES)}), "
@@ -80,20 +82,25 @@ def silent() -> Iterator[None]:
         told.set_verbosity(before)
 
 
-def glm_tokenizer(directory: Path) -> Any:
-    """ChatGLM-6B's, on transformers' base class, by the rules of the code that the checkpoint brings along.
+def glm_tokenizer(directory: Path, kind: Prompts, marks: Mapping[str, int]) -> Any:
+    """GLM's, on transformers' base class, by the rules of the code that the checkpoint brings along.
 
-    That code itself cannot be made by transformers 4.55: its base class asks for words before the model is loaded. The
-    rules: lines, tabs and runs of 2 to 80 blanks are words; behind a text stand [gMASK] and <sop>, and behind a second
-    text <eop>.
+    ChatGLM-6B's code itself cannot be made by transformers 4.55: its base class asks for words before the model is
+    loaded. The rules: lines, tabs and runs of blanks are words; behind a text stand the mask and the bos, and behind a
+    second text the eos.
     """
     for framework in ("transformers", "sentencepiece"):
         require(framework)
     from transformers import PreTrainedTokenizer
-    words = prompts.Tokenizer(directory, {})
+    words = prompts.Tokenizer(directory, kind, dict(marks))
     model, offset = words.model, words.offset
+    for name, number in marks.items():
+        if not offset <= number < offset + model.get_piece_size():
+            raise BadInput(f"config.json says {name} is {number}, which is no word of {directory / kind.words}: those "
+                           f"are {offset} to {offset + model.get_piece_size() - 1}.")
+    names = {name: model.id_to_piece(number - offset) for name, number in marks.items()}
 
-    class ChatGLM(PreTrainedTokenizer):
+    class GLM(PreTrainedTokenizer):
         """A slow tokenizer: texts are parted at special tokens by transformers, all else by the SentencePiece model."""
 
         model_input_names = (IDS, MASK)
@@ -113,16 +120,17 @@ def glm_tokenizer(directory: Path) -> Any:
             return model.id_to_piece(number - offset) if number >= offset else f"<image_{number}>"
 
         def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
-            opened = [*first, self.convert_tokens_to_ids("[gMASK]"), self.bos_token_id]
-            return opened if second is None else [*opened, *second, self.eos_token_id]
+            opened = [*first, marks["gmask_token_id"], marks["bos_token_id"]]
+            return opened if second is None else [*opened, *second, marks["eos_token_id"]]
 
         def get_special_tokens_mask(self, first: list[int], second: list[int] | None = None,
                                     already_has_special_tokens: bool = False) -> list[int]:
             opened = [0] * len(first) + [1, 1]
             return opened if second is None else [*opened, *[0] * len(second), 1]
 
-    return ChatGLM(bos_token="<sop>", eos_token="<eop>", mask_token="[MASK]", pad_token="<pad>", unk_token="<unk>",
-                   additional_special_tokens=["[gMASK]"], padding_side="left")
+    given = {name: names[f"{name}_id"] for name in ("bos_token", "eos_token", "mask_token", "pad_token")}
+    return GLM(unk_token=model.id_to_piece(model.unk_id()), additional_special_tokens=[names["gmask_token_id"]],
+               padding_side="left", **given)
 
 
 # The candidate --------------------------------------------------------------------------------------------------------

@@ -417,9 +417,9 @@ def test_each_side_by_itself_gives_the_same_report(workshop, bert, texts):
     flags = ("--data", texts, "--max-length", "12")
     together = planted(workshop, bert, texts, "--max-length", "12", do_lower_case=False).report
     assert workshop.align("data", bert, *flags, "--only", "reference").code == 0
-    recorded_side = planted(workshop, bert, texts, "--max-length", "12", "--only", "candidate", do_lower_case=False)
+    recorded_side = planted(workshop, bert, None, "--only", "candidate", do_lower_case=False)
     assert recorded_side.code == 0 and recorded_side.report == {}
-    apart = workshop.align("data", bert, *flags, "--compare")
+    apart = workshop.align("data", bert, "--compare")
     assert apart.code == 1
     for key in ("tensors", "failures", "diagnosis", "named", "first_divergence", "inputs_digest", "notes"):
         assert apart.report[key] == together[key], key
@@ -465,6 +465,14 @@ def test_what_cannot_be_followed(workshop, bert, texts, own, tmp_path):
     assert refused(workshop.align(*few, "--tokenizer", "nosuch"), "is not of the form package.module:build")
     assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be used")
     assert refused(workshop.align(*few, *own("broken")), "your own_data:broken failed", "no vocabulary")
+    for side in (("reference", "--data", texts), ("candidate",)):
+        assert workshop.align("data", bert, "--only", *side).code == 0
+    for flags, told in ((("--limit", "3"), "--limit: this is of a set that --data names"),
+                        (("--only", "candidate", "--data", texts), "--data: what the sides are given is chosen"),
+                        (("--compare", "--max-length", "9"), "--max-length: what the sides are given is chosen"),
+                        (("--only", "reference", *own("plain")), "--tokenizer: the Paddle side's tokenizer is asked"),
+                        (("--data", texts, "--split", "train"), "--split train")):
+        assert refused(workshop.align("data", bert, *flags), told)
     (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
     assert refused(workshop.align("data", bert, "--data", str(tmp_path / "numbers.jsonl")), "a text is needed")
 

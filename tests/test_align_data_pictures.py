@@ -33,7 +33,7 @@ def set_of(workshop, name, *sizes):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     file = workshop.root / f"{name}.parquet"
     datasets.Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=features).to_parquet(file)
-    return str(file), load_rows(str(file), "test", 64)[1]
+    return str(file), load_rows(str(file), None, 64)[1]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ OPT = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "
 
 
 def passages() -> list[str]:
-    return [row["text"] for row in load_rows(None, "test", 64)[1]]
+    return [row["text"] for row in load_rows(None, None, 64)[1]]
 
 
 def settings(directory: Path, **changes: Any) -> None:
