@@ -77,8 +77,9 @@ def arranged(rows: Sequence[Sequence[int]], kind: Prompts, config: Config, sizes
     places = np.zeros((len(rows), 2, width), np.int64)
     for row, words in enumerate(rows):
         real, context, length = slice(width - len(words), width), words.index(marks["bos_token_id"]), len(words)
-        mask = next(words.index(marks[name]) for name in ("gmask_token_id", "mask_token_id") if marks[name] in words)
-        goes_on = marks["gmask_token_id"] in words and not kind.two_dimensions(config)
+        masks = [words.index(marks[name]) for name in ("gmask_token_id", "mask_token_id") if marks[name] in words]
+        mask = masks[0] if masks else 0
+        goes_on = not masks or (marks["gmask_token_id"] in words and not kind.two_dimensions(config))
         ids[row, real] = words
         masked[row, 0, real, real] = np.triu(np.ones((length, length), bool), 1) & (np.arange(length) >= context)
         places[row, 0, real] = np.where((np.arange(length) >= context) & (not goes_on), mask, np.arange(length))
@@ -122,8 +123,11 @@ class Tokenizer:
 
     def words(self, text: str) -> list[int]:
         """Lines, tabs and runs of blanks are words of their own; images have the first ids, where there are any."""
+        return [self.offset + piece for piece in self.model.encode(self.folded(text))]
+
+    def folded(self, text: str) -> str:
+        """The text with a word's name for each line, tab and run of blanks."""
         for character, word in self.kind.spelled.items():
             text = text.replace(character, word)
         template, longest = self.kind.blanks
-        text = re.sub(f" {{2,{longest}}}", lambda found: template.format(len(found[0])), text)
-        return [self.offset + piece for piece in self.model.encode(text)]
+        return re.sub(f" {{2,{longest}}}", lambda found: template.format(len(found[0])), text)

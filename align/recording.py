@@ -41,7 +41,7 @@ def _look(stage: Stage, session: Session) -> Found:
 
 def _record_and_compare(stage: RecordedStage, session: Session) -> Found:
     """Both sides at once, step by step, so that of a step nothing need be kept but what goes into the trace."""
-    session.inspect()
+    _weights_first(stage, session)
     traces = session.reports / "traces"
     reference, candidate = _Recording(traces), _Recording(traces)
 
@@ -86,7 +86,7 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
     else:
         side, traces, then = SIDES[1], session.reports / "traces", "--compare"
         recorded, files = _recorded(stage, session, SIDES[0])
-        session.inspect()
+        _weights_first(stage, session)
         steps = stage.candidate(session, files.read(recorded))
     recording, written = _Recording(traces), StepFiles(traces, stage.name, side)
     for step in written.write(steps):
@@ -96,6 +96,13 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
     saved = recording.trace(replace(provenance, steps_digest=written.digest)).save(traces, side)
     return (f"{stage.name}: {session.options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
             f"next: {_command(stage, session)} {then}")
+
+
+def _weights_first(stage: RecordedStage, session: Session) -> None:
+    if stage.weights:
+        session.inspect()
+    else:
+        session.evidence = None, []
 
 
 def _command(stage: RecordedStage, session: Session) -> str:
@@ -178,6 +185,9 @@ def _provenance(stage: Stage | RecordedStage, session: Session, side: str, input
     if side == SIDES[0]:
         return Provenance(stage.name, "torch", _torch_version(), session.run.head.architecture, digest, digest,
                           inputs_digest, None, tuple(_code_told(session)))
+    if isinstance(stage, RecordedStage) and not stage.weights:
+        return Provenance(stage.name, "paddle", _paddle_version(), session.run.head.architecture, None, digest,
+                          inputs_digest, None, tuple(told))
     candidate = session.candidate
     divergence, _ = vars(session).get("evidence", (None, []))  # the weights stage is the evidence and never asks
     return Provenance(stage.name, candidate.framework, candidate.version, type(candidate.model).__name__,
@@ -196,6 +206,11 @@ def _write_reprod_diff(stage: RecordedStage, traces: Path, left: Trace, right: T
     """What ReprodDiffHelper says. Its package wants paddle: where that is not installed, the text is left out."""
     if left.arrays and right.arrays and find_spec("reprod_log") and find_spec("paddle"):
         write_reprod_diff(left.arrays, right.arrays, traces / f"{stage.name}_diff.txt")
+
+
+def _paddle_version() -> str:
+    import paddle
+    return paddle.__version__
 
 
 def _torch_version() -> str:

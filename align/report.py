@@ -30,8 +30,8 @@ class StageResult:
     stage: str
     target: str
     tensors: Sequence[TensorResult]
-    reference: Mapping[str, str]
-    candidate: Mapping[str, str]
+    reference: Mapping[str, str | None]
+    candidate: Mapping[str, str | None]
     inputs_digest: str | None
     seconds: float
     peak_rss_bytes: int
@@ -108,7 +108,7 @@ class StageResult:
                   f"| {_cosine(tensor.measures)} | {_allowed(tensor)} | {'ok' if tensor.passed else '**FAIL**'} |"
                   for tensor in self.tensors]
         lines += ["", "| | reference | candidate |", "| --- | --- | --- |"]
-        lines += [f"| {name.replace('_', ' ')} | {value} | {self.candidate[name]} |"
+        lines += [f"| {name.replace('_', ' ')} | {value or '–'} | {self.candidate[name] or '–'} |"
                   for name, value in self.reference.items()]
         lines += ["", f"family {self.family}, head {self.head}, target {self.target}, inputs `{self.inputs_digest}`, "
                       f"{self.seconds:.1f} s, {self.peak_rss_bytes / 1e6:,.0f} MB at most"]

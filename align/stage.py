@@ -133,6 +133,8 @@ class RecordedStage:
     judge: Callable[[Session, Iterable[tuple[Step, Step]]], Findings]
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     lacking: Callable[[Run], str | None] = lambda run: None
+    weights: bool = True
+    """Whether a net is part of it; what is only about data reads no weights."""
 
 
 def main(stage: Stage | RecordedStage, arguments: Sequence[str] | None = None) -> int:

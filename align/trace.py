@@ -50,14 +50,15 @@ class Provenance:
     """Where a trace comes from. ``source_digest`` is the torch checkpoint's, on both sides.
 
     ``weights_divergence`` is the first weight by which what was run differs from the source, None where none does;
-    ``notes`` says so. ``steps_digest`` is that of the step files beside a trace that was recorded by itself.
+    ``notes`` says so. ``weights_digest`` is None where no weights were read.
+    ``steps_digest`` is that of the step files beside a trace that was recorded by itself.
     """
 
     stage: str
     framework: str
     version: str
     model: str
-    weights_digest: str
+    weights_digest: str | None
     source_digest: str
     inputs_digest: str | None
     weights_divergence: str | None
@@ -65,7 +66,7 @@ class Provenance:
     steps_digest: str | None = None
 
     @property
-    def side(self) -> dict[str, str]:
+    def side(self) -> dict[str, str | None]:
         """What a report says of this side."""
         return {name: getattr(self, name) for name in ("framework", "version", "weights_digest")}
 

@@ -117,7 +117,7 @@ FAMILY = Family(
             ("decoder", "decoder", "wiring of the norm"),
         ),
     },
-    tokenizer="wordpiece",
+    tokenizer="wordpiece", paddlenlp_tokenizer="bert.tokenizer:BertTokenizer",
     demo={
         "model_type": "bert", "architectures": ["BertForPreTraining"], "vocab_size": 512, "hidden_size": 64,
         "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256, "hidden_act": "gelu",

@@ -75,7 +75,7 @@ FAMILY = Family(
         ("mlp.dense_h_to_4h", "mlp.dense_h_to_4h", "wiring of the norm"),
         ("mlp.dense_4h_to_h", "mlp.dense_4h_to_h", "mlp activation"),
     )},
-    tokenizer="byte-level",
+    tokenizer="byte-level fast", paddlenlp_tokenizer="bloom.tokenizer_fast:BloomTokenizerFast",
     demo={
         "model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 272, "hidden_size": 64,
         "n_layer": 3, "n_head": 4, "layer_norm_epsilon": 1e-05, "initializer_range": 0.02,

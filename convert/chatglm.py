@@ -87,6 +87,7 @@ LAYER, TO = "transformer.layers.{i}", "chatglm.transformer.layers.{i}"
 FAMILY = Family(
     name="chatglm", prefix="transformer.", target_prefix="chatglm.", layers=counted("num_layers", "num_hidden_layers"),
     sizes=sizes, unsupported=unsupported, remote_code=True, time_first=time_first, paddlenlp_inputs=without_polarity,
+    tokenizer="prompts", paddlenlp_tokenizer="chatglm.tokenizer:ChatGLMTokenizer",
     rules=rules(
         keep("transformer.word_embeddings.weight", "vocab", "hidden", to="chatglm.transformer.word_embeddings.weight"),
         norm(f"{LAYER}.input_layernorm", "hidden", to=f"{TO}.input_layernorm"),

@@ -59,6 +59,7 @@ def home_made_gpt2(
     inside = _inside(norms, qkv, out, up, down)
     return Family(
         name=name, model_type="gpt2", paddlenlp="gpt", prefix="", sizes=gpt2.sizes, layers=counted("n_layer"),
+        paddlenlp_tokenizer=gpt2.FAMILY.paddlenlp_tokenizer,
         unsupported=gpt2.unsupported, additions=gpt2.additions, paddle_keys=gpt2.FAMILY.paddle_keys,
         settings=gpt2.FAMILY.settings, traits=Traits(mask_value=gpt2.FAMILY.traits.mask_value),
         states={"n_head": n_head, **(config or {})},

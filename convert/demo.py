@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +50,8 @@ def build_demo(family: Family, directory: Path, changes: Config = MappingProxyTy
                           layout.places[move.target][1])
         for name, text in _companions(family, config).items():
             (staging.path / name).write_text(text, "utf-8")
+        for name, content in MODELS.get(family.tokenizer, lambda vocab_size: {})(config.get("vocab_size", 0)).items():
+            (staging.path / name).write_bytes(content)
         staging.publish()
     return directory
 
@@ -109,34 +113,127 @@ def _pictures(vocab_size: int) -> dict[str, str]:
         "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, indent=2)}
 
 
-def _sentencepiece(vocab_size: int) -> dict[str, str]:
-    """A Unigram vocabulary (Kudo 2018) of letters and their most frequent pairs and triples, as T5's fast tokenizer
-    has it in its ``tokenizer.json``: a space is ▁, every text ends with </s>, the fewest pieces win.
+def _byte_level_fast(vocab_size: int) -> dict[str, str]:
+    """The same as BLOOM has it, in one ``tokenizer.json`` with BLOOM's own cut into words; </s> is every special token.
     """
+    letters = json.loads(_byte_level(vocab_size)["vocab.json"])
+    vocabulary = {("</s>" if letter == "<|endoftext|>" else letter): number for letter, number in letters.items()}
+    word = {"type": "Split", "pattern": {"Regex": " ?[^(\\s|[.,!?…。，、।۔،])]+"}, "behavior": "Isolated",
+            "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [_special(vocabulary["</s>"], "</s>")],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [word, level]}, "post_processor": level,
+        "decoder": level, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+    names = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "</s>")
+    return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False), "tokenizer_config.json": json.dumps(
+        {"tokenizer_class": "BloomTokenizerFast", "padding_side": "left", **names})}
+
+
+def _special(number: int, token: str) -> dict[str, Any]:
+    return {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
+
+
+def _unigram(vocab_size: int) -> list[tuple[str, float]]:
+    """Pieces and scores of T5's: of letters, their most frequent pairs and triples, and words, the fewest win."""
     special = ["<pad>", "</s>", "<unk>"]
     words = ["the", "a", "to", "and", "of", "in", "is", "der", "die", "das", "und", "ein", "zu"]
     syllables = ["en", "er", "ch", "de", "ei", "nd", "te", "in", "ie", "ge", "es", "ne", "un", "st", "re", "he", "an",
                  "se", "ng", "it", "sch", "ich", "ein", "ing", "ung"]
     letters = [*string.ascii_letters, *string.digits, *string.punctuation, *"ÄÖÜäöüß–’"]
     pieces = ["▁", *letters, *syllables, *(f"▁{word}" for word in words)]
-    vocabulary = [[piece, 0.0] for piece in special] + [[piece, -8.0] for piece in pieces]
-    vocabulary += [[f"<unused{number}>", -99.0] for number in range(vocab_size - len(vocabulary))]
+    found = [(piece, 0.0) for piece in special] + [(piece, -8.0) for piece in pieces]
+    return found + [(f"<unused{number}>", -99.0) for number in range(vocab_size - len(found))]
+
+
+def _sentencepiece(vocab_size: int) -> dict[str, str]:
+    """A Unigram vocabulary (Kudo 2018) as T5's fast tokenizer has it in its ``tokenizer.json``: a space is ▁, runs of
+    them are one, and every text ends with </s>.
+    """
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    one = {"type": "Sequence", "normalizers": [
+        {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}]}
     end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
     texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": spaces,
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": one, "pre_tokenizer": spaces,
         "decoder": spaces,
-        "added_tokens": [{"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for number, token in enumerate(special)],
+        "added_tokens": [_special(number, token) for number, token in enumerate(("<pad>", "</s>", "<unk>"))],
         "post_processor": {"type": "TemplateProcessing", "single": [texts[0], end],
                            "pair": [texts[0], end, texts[1], end],
                            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": False},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": _unigram(vocab_size), "byte_fallback": False},
     }
     return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
             "tokenizer_config.json": json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0})}
 
 
-TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "pictures": _pictures,
-              "sentencepiece": _sentencepiece, "none": lambda vocab_size: {}}
+def _prompts(vocab_size: int) -> dict[str, str]:
+    return {"tokenizer_config.json": json.dumps({
+        "tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 0, "do_lower_case": False, "remove_space": False,
+        "bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]", "gmask_token": "[gMASK]",
+        "pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "left"})}
+
+
+TOKENIZERS = {"wordpiece": _wordpiece, "byte-level": _byte_level, "byte-level fast": _byte_level_fast,
+              "pictures": _pictures, "sentencepiece": _sentencepiece, "prompts": _prompts,
+              "none": lambda vocab_size: {}}
+
+
+# SentencePiece's own files --------------------------------------------------------------------------------------------
+
+NORMAL, UNKNOWN, CONTROL, OURS = 1, 2, 3, 4
+"""The kinds of a piece in ``sentencepiece_model.proto``; ours are cut out of a text before all others."""
+SPECIAL_PIECES = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<pad>": CONTROL}
+
+
+def _t5_model(vocab_size: int) -> dict[str, bytes]:
+    """The vocabulary of ``tokenizer.json`` once more, as ``spiece.model``, which PaddleNLP reads."""
+    return {"spiece.model": _model(_unigram(vocab_size))}
+
+
+def _chatglm_model(vocab_size: int) -> dict[str, bytes]:
+    """ChatGLM's ``ice_text.model``: lines, tabs and runs of blanks are pieces, and its marks are the ids of the demo's
+    config.
+    """
+    pieces = [(piece, 0.0) for piece in ("<unk>", "<s>", "</s>", "<pad>")]
+    blanks = ["<n>", "<|tab|>", *(f"<|blank_{length}|>" for length in range(2, 81))]
+    pieces += [(piece, 0.0) for piece in blanks] + [piece for piece in _unigram(0)[3:] if piece[0] not in blanks]
+    pieces += [(f"<unused{number}>", -99.0) for number in range(len(pieces), 256)]
+    pieces += [(mark, 0.0) for mark in ("[MASK]", "[gMASK]", "<sop>", "<eop>")]
+    pieces += [(f"<unused{number}>", -99.0) for number in range(len(pieces), vocab_size)]
+    return {"ice_text.model": _model(pieces, {"[MASK]", "[gMASK]", "<sop>", "<eop>", *blanks})}
+
+
+def _model(pieces: Sequence[tuple[str, float]], ours: Collection[str] = ()) -> bytes:
+    """A Unigram model that leaves letters as they are (``sentencepiece_model.proto``)."""
+    names = [piece for piece, _ in pieces]
+    content = b"".join(_field(1, _field(1, piece.encode()) + _field(2, score) + _field(
+        3, OURS if piece in ours else SPECIAL_PIECES.get(piece, NORMAL))) for piece, score in pieces)
+    trainer = b"".join(_field(number, names.index(piece) if piece in names else -1) for number, piece in (
+        (40, "<unk>"), (41, "<s>"), (42, "</s>"), (43, "<pad>")))
+    return content + _field(2, _field(3, 1) + trainer) + _field(3, _field(1, b"identity"))
+
+
+def _field(number: int, value: bytes | float | int) -> bytes:
+    """One field of a protocol buffer: bytes, a float32, or a whole number."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(value & (1 << 64) - 1)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+MODELS = {"sentencepiece": _t5_model, "prompts": _chatglm_model}
+"""Files of a demo's tokenizer that are no text."""

@@ -113,7 +113,7 @@ FAMILY = Family(
         ("mlp.c_fc", "linear1", "wiring of the norm"),
         ("mlp.c_proj", "linear2", "mlp activation"),
     )},
-    tokenizer="byte-level",
+    tokenizer="byte-level", paddlenlp_tokenizer="gpt.tokenizer:GPTTokenizer",
     demo={
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 272, "n_positions": 128,
         "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": None, "activation_function": "gelu_new",

@@ -77,7 +77,7 @@ FAMILY = Family(
         ("mlp.fc_in", "mlp.fc_in", "wiring of the norm"),
         ("mlp.fc_out", "mlp.fc_out", "mlp activation"),
     )},
-    tokenizer="byte-level",
+    tokenizer="byte-level", paddlenlp_tokenizer="gptj.tokenizer:GPTJTokenizer",
     demo={
         "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "vocab_size": 272, "n_positions": 128,
         "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_inner": None, "activation_function": "gelu_new",

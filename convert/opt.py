@@ -137,7 +137,7 @@ FAMILY = Family(
         ("model.decoder.project_out", "opt.decoder.project_out"),
     ),
     inside=inside,
-    tokenizer="byte-level",
+    tokenizer="byte-level", paddlenlp_tokenizer="gpt.tokenizer:GPTTokenizer",
     demo={
         "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 272, "hidden_size": 64,
         "num_hidden_layers": 3, "ffn_dim": 256, "num_attention_heads": 4, "max_position_embeddings": 128,

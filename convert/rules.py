@@ -405,7 +405,8 @@ class Family:
     variants: Mapping[str, Config] = field(default_factory=dict)
     """By name, what can be otherwise in ``demo`` and changes the numbers."""
     tokenizer: str = "none"
-    """Of the built-in checkpoint: wordpiece, byte-level, sentencepiece, pictures (a preprocessor) or none."""
+    """Of the built-in checkpoint: wordpiece, byte-level, byte-level fast, sentencepiece, prompts, pictures (a
+    preprocessor) or none."""
     unsupported: Callable[[Config], str | None] = lambda config: None
     """Why a config cannot be converted."""
     additions: Callable[[Config], Config] = lambda config: {}
@@ -421,6 +422,8 @@ class Family:
     """As the config has it; ``name`` unless given."""
     paddlenlp: str = ""
     """The package below ``paddlenlp.transformers``; ``name`` unless given."""
+    paddlenlp_tokenizer: str = ""
+    """The tokenizer's ``module:class`` below ``paddlenlp.transformers``, where PaddleNLP has one."""
     remote_code: bool = False
     """Whether torch's classes are in code that the checkpoint brings along."""
     time_first: Callable[[str], bool] = lambda name: False

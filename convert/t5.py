@@ -179,7 +179,7 @@ FAMILY = Family(
         ("decoder.final_layer_norm", "t5.decoder.final_layer_norm"),
     ),
     inside=inside,
-    tokenizer="sentencepiece",
+    tokenizer="sentencepiece", paddlenlp_tokenizer="t5.tokenizer:T5Tokenizer",
     demo={
         "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 256, "d_model": 64,
         "d_kv": 4, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 8,
