@@ -29,8 +29,8 @@ from .loading import (
     torch_collate,
 )
 from .mistakes import Batch, Recipe, explained, recipe_of, suppositions
-from .sheets import Sheet, as_step, differing, digests, first_difference, of_step, result
 from .runs import Run
+from .sheets import Sheet, as_step, differing, digests, first_difference, of_step, result
 from .stage import Findings, RecordedStage, Session, main
 from .texts import SPLIT, TOKENIZER_FILES
 from .tokenizing import (
