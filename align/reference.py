@@ -141,6 +141,10 @@ class Reference(TorchSide):
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: self.run.batch_first(name, array) for name, array in outputs_of(self.model, arrays).items()}
 
+    def call(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the model returns, with its graph where gradients are enabled."""
+        return called(self.model, tensors)
+
     def _is_probed(self, module: Any) -> bool:
         import torch
         return isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)) or is_rms_norm(module)
@@ -358,9 +362,14 @@ def _copies(inputs: Inputs) -> Arrays:
 
 def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     import torch
+    with torch.no_grad():
+        return floating(called(model, tensors_of(arrays)))
+
+
+def called(model: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the model returns, by transformers' names; :class:`BadInput` where it fails by itself."""
     try:
-        with torch.no_grad():
-            result = model(**tensors_of(arrays), **({"return_dict": True} if hasattr(model, "config_class") else {}))
+        result = model(**tensors, **({"return_dict": True} if hasattr(model, "config_class") else {}))
     except Exception as error:
         ours = any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:])
         if ours or not (isinstance(error, (RuntimeError, IndexError, ValueError)) or is_remote(model)):
@@ -370,7 +379,7 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     if not hasattr(result, "items"):
         raise BadInput(f"torch's {type(model).__name__} returned a {type(result).__name__}; a mapping with "
                        "transformers' output names is needed, as {'logits': …}.")
-    return floating(result)
+    return result
 
 
 def _load(run: Run, cls: Any, config: Any) -> Any:
