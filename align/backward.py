@@ -69,8 +69,8 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
                 "inputs_digest": digest_of(batches), "absent": _suffixed_names(absent, ALONE), "shared": side.shared,
                 "frozen": side.frozen})
         elif course is None:
-            raise BadInput("the reference was recorded without its batches, so the candidate cannot be fed them. Record "
-                           "it again: python -m align.backward --only reference")
+            raise BadInput("the reference was recorded without its batches, so the candidate cannot be fed them. "
+                           "Record it again: python -m align.backward --only reference")
         else:
             yield _of_course(course, step.told["iteration"])
 
@@ -108,20 +108,21 @@ class _Side:
     def take_names_of(self, other: _Side) -> None:
         """Two names of one parameter are compared once, and a parameter that should be tied with what it should be."""
         ties = dict(self._run.tied.values())
-        made = {move.target for move in self._run.plan.moves if move.filling}
+        moves = self._run.plan.moves
+        made, moved = ({move.target for move in moves if bool(move.filling) == filled} for filled in (True, False))
         there = other.arrays.keys() | other.absent
         for full in [*self.arrays, *self.absent]:
             name, _, suffix = full.partition(" ")
             equal = f"{ties.get(name)} {suffix}"
             if full not in there and equal in there:
                 self.asked[full] = equal
-            elif full not in there and name in made:
+            elif full not in there and (name in made or (name in moved and full in self.absent)):
                 self.left_out.add(full)
         for full in there:
             name, _, suffix = full.partition(" ")
             if f"{self.shared.get(name)} {suffix}" in self.arrays.keys() | self.absent:
                 self.left_out.add(full)
-        alone = sorted({full.partition(" ")[0] for full in self.left_out - there})
+        alone = sorted({full.partition(" ")[0] for full in self.left_out - there} & made)
         if alone:
             self.notes.append(f"{len(alone)} parameters have no counterpart in torch's class, and no gradient of them "
                               f"is compared: {alone[0]} and the like.")
@@ -230,10 +231,10 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
 
 def _told(settings: Settings, batches: Sequence[Sequence[Batch]], course: Course) -> list[str]:
     rows = batches[0][0].inputs.rows.batch
-    told = [f"{settings.iterations} iterations of SGD (rate {settings.lr:g}) in eval mode, so without dropout: each adds "
-            f"up the gradients of {settings.accumulate} seeded micro-batches of {rows} rows and clips them to a global "
-            f"norm of {settings.clip:g}. Compared before clipping. torch's clip_grad_norm_ divides by the norm + 1e-6, "
-            "Paddle's by the norm; that difference is allowed for."]
+    told = [f"{settings.iterations} iterations of SGD (rate {settings.lr:g}) in eval mode, so without dropout: each "
+            f"adds up the gradients of {settings.accumulate} seeded micro-batches of {rows} rows and clips them to a "
+            f"global norm of {settings.clip:g}. Compared before clipping. torch's clip_grad_norm_ divides by the norm "
+            "+ 1e-6, Paddle's by the norm; that difference is allowed for."]
     if course.absent:
         told.append(f"{len(course.absent)} parameters take no part in torch's loss and have no gradient: "
                     f"{course.absent[0]} and the like.")

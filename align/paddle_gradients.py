@@ -5,7 +5,7 @@ Eval mode, so without dropout. Weights are the same behind it as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,9 +57,7 @@ class PaddleGradients:
         course = Course()
         with self._restored():
             for number, several in enumerate(batches, 1):
-                self._forget()
-                for batch in several:
-                    (self.loss(batch) / len(several)).backward()
+                self._accumulate(several)
                 self._step(course, number, settings)
         return course
 
@@ -111,6 +109,11 @@ class PaddleGradients:
         mask = np.ones(hidden.shape[:2]) if "pixel_values" in batch.arrays else batch.inputs.last_mask
         first, second = paddle.split(mean_pool(hidden, paddle.to_tensor(mask.astype(np.int64))), 2)
         return contrastive_loss(first, second, TEMPERATURE)
+
+    def _accumulate(self, several: Sequence[Batch]) -> None:
+        self._forget()
+        for batch in several:
+            (self.loss(batch) / len(several)).backward()
 
     def _step(self, course: Course, number: int, settings: Settings) -> None:
         if number in settings.kept:

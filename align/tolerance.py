@@ -46,9 +46,10 @@ def loss_ceiling(value: np.ndarray, base: float) -> float:
 
 
 def gradient_ceiling(floor: float) -> float:
-    """The relative error that a gradient of torch's own input and output gradient may have, whatever torch's noise is:
-    ``CEILING``. Of a gradient that is zero by mathematics (the bias of a key) both sides have noise alone: where torch's
-    own relative noise ``floor`` is above ``CANCELLED``, there is no such bound.
+    """The relative error that a gradient of torch's own input and output gradient may have, whatever torch's noise is.
+
+    A gradient that is zero by mathematics (of the bias of a key) is noise alone on both sides: where torch's own
+    relative noise ``floor`` is above ``CANCELLED``, there is no such bound.
     """
     return np.inf if floor > CANCELLED else CEILING
 

@@ -277,12 +277,9 @@ class ReorderedGradients(Reordered):
         return found[torch.argsort(rows)].view(x.shape)
 
     def _added_matmul(self, func: Any, c: Any, *factors: Any, **named: Any) -> Any:
-        if func not in (torch.addmm, torch.Tensor.addmm) or len(factors) != 2 or c.dim() != 1:
+        if func not in (torch.addmm, torch.Tensor.addmm) or len(factors) != 2 or c.dim() != 1 or named:
             return super()._added_matmul(func, c, *factors, **named)
-        a, b = factors
-        rows, outputs = self._order(len(a)), self._order(b.shape[1])
-        found = super()._added_matmul(func, c[outputs], a[rows], b[:, outputs], **named)
-        return found[torch.argsort(rows)][:, torch.argsort(outputs)]
+        return self._linear(factors[0], factors[1].mT, c)
 
     def _convolution(self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
                      groups: int = 1) -> Any:
