@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ ALONE = " (isolated)"
 NORM, CLIPPED = "global norm", "clipped global norm"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 CLIPPED_APART = "clipped apart"
+PAGED_ROWS = 2
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +52,18 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's gradients with their noise floors, and what the candidate needs: batches, and what entered modules."""
-    _refuse_paged(session)
+    if session.paged:
+        yield from _paged_reference(session)
+        return
     settings = _settings(session)
     yield from _recorded(session, settings, batches_of(session.run, settings))
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle's gradients for the same batches."""
-    _refuse_paged(session)
+    if session.paged:
+        yield from _paged_candidate(session, steps)
+        return
     side, course = _gradients_of(session.candidate), None
     for step in steps:
         if "settings" in step.told:
@@ -77,7 +83,10 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Each gradient against its counterpart: modules by themselves first, in the order of a backward pass."""
-    taken = [pair for pair in pairs if pair[0].recorded or pair[1].recorded]
+    first = next(pairs := iter(pairs), None)
+    if first is not None and first[0].told.get("paged"):
+        return _judged_by_gate(session, chain([first], pairs))
+    taken = [pair for pair in chain([first] if first else [], pairs) if pair[0].recorded or pair[1].recorded]
     expected, given = _Side(session, [step for step, _ in taken]), _Side(session, [answer for _, answer in taken])
     floors = {name: (kind, floor) for step, _ in taken for kind, found in step.floors.items()
               for name, floor in found.items()}
@@ -298,11 +307,45 @@ def _settings(session: Session) -> Settings:
     return Settings(options.iterations, options.accumulate, options.clip, options.lr)
 
 
-def _refuse_paged(session: Session) -> None:
-    if session.paged:
-        raise BadInput("align.backward holds weights and gradients of both models in memory, and these do not fit, or "
-                       "--paging on asks for pages: gradients cannot be paged yet. Use a smaller model, or one of the "
-                       "same config with fewer layers.")
+# A model larger than memory -------------------------------------------------------------------------------------------
+
+def _paged_reference(session: Session) -> Iterator[Step]:
+    """The batch first, then a step for each gate, from the last to the first."""
+    from .torch_recompute import PagedTorchGradients
+    batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), PAGED_ROWS)[0][0]
+    side = PagedTorchGradients(session.reference, session.run)
+    yield Step({"inputs": dict(batch.inputs.arrays), "labels": dict(batch.labels)}, told={
+        "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [
+            f"One iteration, of {batch.inputs.rows.batch} seeded rows, in eval mode: weights came in block by block, "
+            "and each block was computed again on the way back.", YARDSTICK]})
+    yield from side.steps(batch, REORDERED_RUNS)
+
+
+def _paged_candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
+    from .paddle_recompute import PagedPaddleGradients
+    if session.candidate.framework == "torch":
+        raise BadInput("two torch models cannot be compared block by block. Use --paging off.")
+    first = next(steps := iter(steps))
+    if not first.told.get("paged"):
+        raise BadInput("the reference was recorded with all of its weights in memory: give --paging off here too.")
+    batch = Batch(Inputs(first.view("inputs")), first.view("labels"))
+    yield Step(told={"inputs_digest": digest_of([[batch]])})
+    yield from PagedPaddleGradients(session.candidate).answers(batch, steps)
+
+
+def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
+    """Each gate when both sides have told it; of its gradients nothing is kept but what comparing them gave."""
+    found: dict[str, TensorResult] = {}
+    notes: list[str] = []
+    for step, answer in pairs:
+        expected, given = _Side(session, [step]), _Side(session, [answer])
+        given.take_names_of(expected)
+        floors = {name: (kind, floor) for kind, several in step.floors.items() for name, floor in several.items()}
+        notes += expected.notes
+        found |= {name: _judged(name, expected, given, floors.get(name)) for name in _ordered(session, expected, given)
+                  if name in expected.arrays or name in given.arrays or name in expected.absent}
+    names = sorted(found, key=lambda name: not name.endswith(ALONE))
+    return Findings([found[name] for name in names], notes)
 
 
 def _several(text: str) -> int:

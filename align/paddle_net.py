@@ -113,7 +113,7 @@ class PaddleNet(Candidate):
         return describe(self.model, self._layers(), weights, self.run, str)
 
     def _paged(self) -> Pages:
-        return _pages_of(self.run, self.model, self._gates)
+        return _pages_of(self.run, self.model, self.gates)
 
     def _layers(self) -> dict[str, Any]:
         return dict(self.model.named_sublayers())

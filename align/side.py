@@ -91,15 +91,15 @@ class Side(ABC):
         """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
         in_turn(passes) if self._pages is None else together(passes, self._pages)
 
-    def _come_to(self, gate: str) -> None:
+    def come_to(self, gate: str) -> None:
         if not halt(gate):
-            self._enter(gate)
+            self.enter(gate)
 
-    def _enter(self, gate: str) -> None:
+    def enter(self, gate: str) -> None:
         if self._pages is not None:
             self._pages.enter(gate)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         if self._pages is not None:
             self._pages.leave()
 
