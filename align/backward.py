@@ -7,6 +7,8 @@ of one is in the next. The first iteration and the last are compared (before cli
 Each recorded module is also judged by itself: fed what enters torch's, and given torch's gradient of what it gives. Its
 parameters' gradients, and that of what enters it, are then its own work alone, so that the block at fault is named
 and those before it, which a wrong gradient has passed through, are cleared.
+
+Where weights come in block by block, there is one iteration of one batch: see recompute.py.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .gradients import Batch, Course, Gradients, Isolated, Settings, backwards, 
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
 from .stage import Findings, RecordedStage, Session, main
-from .tolerance import REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
+from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
 
 ALONE = " (isolated)"
@@ -37,10 +39,14 @@ NORM, CLIPPED = "global norm", "clipped global norm"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 CLIPPED_APART = "clipped apart"
 PAGED_ROWS = 2
+COPIES = 15
+"""Of a side's weights, what this stage holds unless it pages: weights and those to go back to, gradients, and for each of
+the three times that they are compared both sides' gradients and torch's noise in float64, 72 bytes a parameter."""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """How many iterations, and of what."""
+    parser.set_defaults(copies=COPIES)
     add = parser.add_argument
     add("--iterations", type=_several, default=10, metavar="N", help="how many, at least 2; default 10")
     add("--accumulate", type=positive, default=2, metavar="N",
@@ -93,7 +99,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     given.take_names_of(expected)
     found = {name: _judged(name, expected, given, floors.get(name)) for name in _ordered(session, expected, given)}
     notes = [*expected.notes, *given.notes]
-    notes += _look_again(session, taken, found, expected, given)
+    notes += [*_look_again(session, taken, found, expected, given), *_cancelled(found)]
     results = list(found.values())
     values = {name: (float(array), float(given.arrays[name])) for name, array in expected.arrays.items()
               if array.ndim == 0 and name in given.arrays}
@@ -162,6 +168,13 @@ def _judged(name: str, expected: _Side, given: _Side, floor: tuple[str, NoiseFlo
     if kind == PROPAGATED:
         return compare(name, theirs, ours, np.inf, None, {PROPAGATED: known})
     return compare(name, theirs, ours, gradient_ceiling(known.relative), ours, {ISOLATED: known})
+
+
+def _cancelled(found: Mapping[str, TensorResult]) -> list[str]:
+    """Why some relative errors are large where all is well."""
+    names = [name for name, result in found.items() if result.passed and (result.floor or 0.0) > CANCELLED]
+    return [f"{len(names)} gradients cancel to zero but for rounding, in torch as here, so that their relative error "
+            f"says nothing and only the ratio to torch's noise does: {names[0]} and the like."] if names else []
 
 
 def _one_sided(name: str, asked: str, expected: _Side, given: _Side) -> TensorResult:
@@ -345,7 +358,7 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
         found |= {name: _judged(name, expected, given, floors.get(name)) for name in _ordered(session, expected, given)
                   if name in expected.arrays or name in given.arrays or name in expected.absent}
     names = sorted(found, key=lambda name: not name.endswith(ALONE))
-    return Findings([found[name] for name in names], notes)
+    return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
 
 
 def _several(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -64,9 +65,9 @@ class PagedPaddleGradients:
         listener.tell_shared()
         yield Step({RECORDED: listener.found})
 
-    def is_shared(self, name: str) -> bool:
-        """Whether more than one gate uses the parameter ``name``."""
-        return len({self._gate_of[other] for other in self._names[name]}) > 1
+    def is_shared(self, name: str, calls: Counter[str]) -> bool:
+        """Whether more than one of the ``calls`` of gates uses the parameter ``name``."""
+        return sum(calls[gate] for gate in {self._gate_of[other] for other in self._names[name]}) > 1
 
     def named(self, name: str, shape: Sequence[int]) -> list[str]:
         return names_of_parameter(self.run, self._names[name], shape)
@@ -112,6 +113,7 @@ class PagedPaddleGradients:
     def _apply(self, gate: str, right: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if listener_here() is None:
             return right(*arguments, **named)
+        listener_here().calls[gate] += 1
         tensors, form = taken_apart((arguments, named), _is_tensor)
         call = _Call(self, gate, right, form)
         anchor = paddle.zeros([1])
@@ -179,12 +181,13 @@ class _Listener:
         self.gradients, self.known = gradients, {}
         self.found: Gradients = {}
         self.absent: set[str] = set()
+        self.calls: Counter[str] = Counter()
         self._shared: dict[str, Any] = {}
 
     def back(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
         found, entering = call.repeat(tensors, seeds)
         for name, gradient in found.items():
-            if self.gradients.is_shared(name):
+            if self.gradients.is_shared(name, self.calls):
                 first = self.gradients._names[name][0]
                 before = self._shared.get(first)
                 self._shared[first] = gradient if before is None else before if gradient is None else before + gradient
@@ -199,7 +202,7 @@ class _Listener:
             seeds[0] = _as(run, name, self.known["arriving"][name], seeds[0])
             found, again = call.repeat(tensors, seeds)
             for parameter, gradient in found.items():
-                if not self.gradients.is_shared(parameter):
+                if not self.gradients.is_shared(parameter, self.calls):
                     self._tell(parameter, gradient, ALONE)
             if main is not None and again[main] is not None:
                 self.found[f"{name}{ALONE}"] = run.batch_first(name, again[main].numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -27,16 +28,18 @@ class PagedTorchGradients:
     def __init__(self, side: Reference, run: Run) -> None:
         self.side, self.run, self.model = side, run, side.model
         self.loss = TorchGradients(side, run, trained=False).loss
-        held = dict(self.model.named_parameters(remove_duplicate=False))
-        leaves = {path for path, module in self.model.named_modules() if not any(module.children())}
-        owners = dict.fromkeys(name.rpartition(".")[0] for name in held)
-        inside = [path for path in owners if not any(f"{path}.".startswith(f"{gate}.") for gate in side.gates)]
-        if set(inside) - leaves:
-            raise BadInput(f"{min(set(inside) - leaves)} holds parameters beside its modules, and these cannot be "
+        modules = dict(self.model.named_modules())
+        held = {f"{path}.{key}": parameter for path, module in modules.items()
+                for key, parameter in module._parameters.items() if parameter is not None}
+        inside = dict.fromkeys(path for path in (name.rpartition(".")[0] for name in held)
+                               if not any(f"{path}.".startswith(f"{gate}.") for gate in side.gates))
+        beside = [path for path in inside if any(modules[path].children())]
+        if beside:
+            raise BadInput(f"{beside[0] or 'the model'} holds parameters beside its modules, and these cannot be "
                            "paged for gradients. Use --paging off.")
         self.gates = [*side.gates, *inside]
         groups: dict[int, list[str]] = {}
-        for name, parameter in held.items():
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
         self._names = {name: names for names in groups.values() for name in names}
         self._gate_of = {name: next(gate for gate in self.gates if name.startswith(f"{gate}.")) for name in held}
@@ -62,9 +65,10 @@ class PagedTorchGradients:
             pools.add({f"{name}{ONCE}": array for name, array in found.own.items()})
         yield self._step(shared[-1], pools)
 
-    def is_shared(self, name: str) -> bool:
-        """Whether the parameter ``name`` is used by more than one gate."""
-        return len({self._gate_of[other] for other in self._names[name]}) > 1
+    def is_shared(self, name: str, calls: Counter[str]) -> bool:
+        """Whether the parameter ``name`` is used by more than one of the ``calls`` of gates."""
+        gates = {self._gate_of[one] for one in self._names[name] if one in self._gate_of}
+        return sum(calls[gate] for gate in gates) > 1
 
     def in_paddle(self, found: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         named = in_paddle(self.run, {other: None if gradient is None else gradient.numpy()
@@ -109,6 +113,7 @@ class PagedTorchGradients:
     def _apply(self, gate: str, right: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if listener_here() is None:
             return right(*arguments, **named)
+        listener_here().calls[gate] += 1
         tensors, form = taken_apart((arguments, named), _is_tensor)
         call = _Call(self, gate, right, form)
         anchor = torch.zeros((), requires_grad=True)
@@ -173,6 +178,7 @@ class _Recomputed(torch.autograd.Function):
 class _Listening:
     def __init__(self, gradients: PagedTorchGradients) -> None:
         self.gradients = gradients
+        self.calls: Counter[str] = Counter()
         self._shared: dict[str, Any] = {}
 
     def shared_gradients(self) -> Passage:
@@ -181,7 +187,7 @@ class _Listening:
 
     def told(self, found: dict[str, Any]) -> dict[str, Any]:
         """``found`` without what other gates share, which is added up."""
-        for name in [name for name in found if self.gradients.is_shared(name)]:
+        for name in [name for name in found if self.gradients.is_shared(name, self.calls)]:
             first, gradient = self.gradients._names[name][0], found.pop(name)
             before = self._shared.get(first)
             self._shared[first] = gradient if before is None else before if gradient is None else before + gradient
@@ -240,7 +246,7 @@ class _Pooled(_Listening):
             seeds[0] = self._as(passage.arriving[name], name, seeds[0])
             found, again = call.repeat(tensors, seeds, widened)
             alone = self.gradients.in_paddle({key: one for key, one in found.items()
-                                              if not self.gradients.is_shared(key)})[0]
+                                              if not self.gradients.is_shared(key, self.calls)})[0]
             alone |= self.inputs(call, again, tensors)
         self.pools.add(Passage(own, alone).named)
         return entering

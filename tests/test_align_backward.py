@@ -167,8 +167,9 @@ def test_paged_gradients_are_those_of_the_whole_model_bit_for_bit(head, shop):
     shop.make(head, f"paged-{head}")
     run = load_run(f"paged-{head}", shop.reports)
     batch = batches_of(run, Settings(1, 1, 1.0, 1.0), 2)[0][0]
-    whole = TorchGradients(Reference(run), run, trained=True).iterate([[batch]], Settings(1, 1, 1e9, 1.0)).gradients[1]
-    mine = PaddleGradients(OwnNet(run)).iterate([[batch]], Settings(1, 1, 1e9, 1.0)).gradients[1]
+    once = Settings(1, 1, 1e9, 1.0)
+    whole = TorchGradients(Reference(run), run, trained=True).iterate([[batch]], once).gradients[1]
+    mine = PaddleGradients(OwnNet(run)).iterate([[batch]], once).gradients[1]
     steps = list(PagedTorchGradients(Reference(run, True), run).steps(batch, 1))
     answers = list(PagedPaddleGradients(OwnNet(run, paged=True)).answers(batch, steps))
     for expected, found in ((whole, steps), (mine, answers)):
@@ -177,11 +178,14 @@ def test_paged_gradients_are_those_of_the_whole_model_bit_for_bit(head, shop):
         assert paged.keys() == expected.keys()
         wrong = [name for name in expected if paged[name].tobytes() != expected[name].tobytes()]
         assert all(is_near(paged[name], expected[name]) for name in wrong)
-        assert {name for name in wrong if "embed" not in name and "shared" not in name} == set()
+        assert not [name for name in wrong if not any(word in name for word in SUMS)]
+
+
+SUMS = ("embeddings.weight", "shared", "relative_attention_bias", "t5.encoder")
+"""Of what is used several times, or what comes before that, gradients are sums in another order."""
 
 
 def is_near(found, expected):
-    """A sum over the uses of a shared parameter in another order."""
     return np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
@@ -198,9 +202,9 @@ def test_what_is_wrong_in_a_paged_net_is_named(shop, monkeypatch):
     calls = []
 
     def detaching(self, hidden, *rest, **named):
-        calls.append(self)
+        calls.extend([self] if self not in calls else [])
         given, present = right(self, hidden, *rest, **named)
-        return (given - hidden + hidden.detach() if self is calls[1] else given), present
+        return (given - (hidden - hidden.detach()) if calls.index(self) == 1 else given), present
     monkeypatch.setattr(GPTJBlock, "forward", detaching)
     outcome = shop.align("backward", "gptj", "--paging", "on")
     assert (outcome.code, outcome.report["first_divergence"]) == (1, "transformer.h.1")
