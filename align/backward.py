@@ -40,8 +40,8 @@ ISOLATED, PROPAGATED = "isolated", "propagated"
 CLIPPED_APART = "clipped apart"
 PAGED_ROWS = 2
 COPIES = 15
-"""Of a side's weights, what this stage holds unless it pages: weights and those to go back to, gradients, and for each of
-the three times that they are compared both sides' gradients and torch's noise in float64, 72 bytes a parameter."""
+"""How many times a side's weights this stage holds unless it pages, worked out rather than measured: weights, those to
+go back to and gradients; and each of three times, both sides' gradients and torch's noise in float64."""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
