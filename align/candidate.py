@@ -49,13 +49,13 @@ class Candidate(Side):
         self.model.eval()
         layers = self._layers()
         recorded = {self._path(pair): pair[1] for pair in run.modules}
-        self._gates = gates_of([path for path in recorded if path in layers], self.model.state_dict().keys(),
+        self.gates = gates_of([path for path in recorded if path in layers], self.model.state_dict().keys(),
                                {path for path, layer in layers.items() if not any(layer.children())})
         if paged:
             self._pages = self._paged()
-        for path in self._gates:
+        for path in self.gates:
             name = recorded.get(path, path)
-            layers[path].register_forward_pre_hook(lambda *_, name=name: self._come_to(name))
+            layers[path].register_forward_pre_hook(lambda *_, name=name: self.come_to(name))
 
     @abstractmethod
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -122,16 +122,16 @@ class Candidate(Side):
                 in_turn(passes)
             yield taken()
             return
-        with self._hooks(places.all), in_step(passes, self._enter) as walks:
+        with self._hooks(places.all), in_step(passes, self.enter) as walks:
             for step in steps:
                 known.learn(step)
                 while walks.gate is not None and not known.lacks(walks.gate):
                     walks.advance()
-                self._leave()
+                self.leave()
                 yield taken()
             while walks.gate is not None:
                 walks.advance()
-            self._leave()
+            self.leave()
             yield taken()
 
     def record_inside(self, inputs: Inputs, modules: Modules, entering: Mapping[str, np.ndarray] = MappingProxyType({}),
@@ -140,7 +140,7 @@ class Candidate(Side):
         found = _Once(inputs, entering)
         with self._hooks(modules), heard_by(found):
             outputs = self.outputs(inputs.arrays)
-        self._leave()
+        self.leave()
         return found.given | {name: inputs.rows(name, array) for name, array in outputs.items()}, (
             found.arriving)
 

@@ -40,23 +40,30 @@ YARDSTICK = ("Yardstick: torch's own rounding error, pooled over float64 against
              f"{REORDERED_RUNS + 1} float32 runs with their sums reordered.")
 Quantities = Mapping[str, Quantity]
 Measure = Callable[[], Quantities]
+Modes = Callable[[int], Sequence[AbstractContextManager]]
+
+
+def modes_of_passes(reordered: int) -> list[AbstractContextManager]:
+    """Forward passes in float64, and with their sums in ``reordered`` other orders."""
+    from .oracle import Float64, Reordered
+    return [Float64(), *map(Reordered, range(1, reordered + 1))]
 
 
 def floors_of(side: TorchSide, measures: Sequence[Measure], plain: Sequence[Quantities],
-              reordered: int = REORDERED_RUNS) -> list[dict[str, NoiseFloor]]:
+              reordered: int = REORDERED_RUNS, modes: Modes = modes_of_passes) -> list[dict[str, NoiseFloor]]:
     """The floors of what each of ``measures`` gives, by name; ``plain`` is what they gave in the ordinary pass.
 
     A measure calls ``side``, at any time and as often as it is asked to; passes of a paged model go together.
+    ``modes(runs)`` gives what is entered for each: float64, then that many ways to reorder.
     """
-    from .oracle import Float64, Reordered
     pooled = [_Pooled() for _ in measures]
 
     def run(number: int, mode: AbstractContextManager) -> None:
         with mode:
             pooled[number].add(measures[number]())
     numbers = range(len(measures))
-    side.sweep([*(partial(run, number, Float64()) for number in numbers),
-                *(partial(run, number, Reordered(seed)) for seed in range(1, reordered + 1) for number in numbers)])
+    side.sweep([partial(run, number, mode) for of_all in zip(*(modes(reordered) for _ in numbers), strict=True)
+                for number, mode in zip(numbers, of_all, strict=True)])
     for one, quantities in zip(pooled, plain, strict=True):
         one.add(quantities)
     return [one.floors() for one in pooled]

@@ -328,7 +328,7 @@ class GivenLayer(PaddleNet):
         import paddle
         self.run, self.model, self.version = run, layer, paddle.__version__
         self.positional, self.like = positional, like
-        self._hashes, self._gates = {}, []
+        self._hashes, self.gates = {}, []
         self.told: Outputs | None = None
 
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> Arrays:

@@ -126,38 +126,38 @@ class Inputs:
 
 
 def seeded(config: Config, sizes: Sizes, *, kind: str | Prompts = "tokens", padded: bool = True,
-           rows: int = ROWS, tokens: int | tuple[int, int] = LENGTH) -> Inputs:
+           rows: int = ROWS, tokens: int | tuple[int, int] = LENGTH, seed: int = SEED) -> Inputs:
     """Inputs of a kind that a head names. ``padded`` says whether some of them are, where the kind knows padding; of
     pictures it chooses between two sizes. ``tokens`` is how long a row is at most, or a picture's (height, width).
     """
     if isinstance(kind, Prompts):
-        return _prompts(kind, config, sizes, padded, rows, tokens)
-    return KINDS[kind](config, sizes, padded, rows, tokens)
+        return _prompts(kind, config, sizes, padded, rows, tokens, seed)
+    return KINDS[kind](config, sizes, padded, rows, tokens, seed)
 
 
-def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+def _tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int, seed: int) -> Inputs:
     """Rows of ids with their mask, as long as is asked for and the model has positions."""
     length, notes = _length(sizes, tokens)
     mask = _padding(rows, length, padded)
     if rows == length and not mask.all():
         raise BadInput(f"{rows} rows of {length} tokens: a table of positions, tokens by tokens, could not be told "
                        "from what has a row for each text. Ask for another number of rows or tokens.")
-    ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + padded))
+    ids = _drawn(mask, config, sizes, np.random.default_rng(seed + padded))
     return Inputs({"input_ids": ids, "attention_mask": mask} | token_types(sizes, mask), notes)
 
 
-def _tokens_to_tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+def _tokens_to_tokens(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int, seed: int) -> Inputs:
     """For the encoder what a model of tokens gets; for the decoder a quarter less, its rows padded in another order.
 
     The two lengths are never the same, so that a shape says which of the two an array belongs to; nor is the decoder's
     the number of rows, so that a table of positions, tokens by tokens, is told from what has a row for each text.
     """
-    encoder = _tokens(config, sizes, padded, rows, tokens)
+    encoder = _tokens(config, sizes, padded, rows, tokens, seed)
     length = encoder.mask.shape[1]
     shorter = length - max(length // 4, 1) or 2
     mask = _padding(rows, shorter - (shorter == rows > 1), padded)
     mask[1:] = mask[:0:-1].copy()
-    ids = _drawn(mask, config, sizes, np.random.default_rng(SEED + 2 + padded))
+    ids = _drawn(mask, config, sizes, np.random.default_rng(seed + 2 + padded))
     given = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     return Inputs({**encoder.arrays, **given}, encoder.notes)
 
@@ -194,10 +194,11 @@ def _length(sizes: Sizes, tokens: int) -> tuple[int, tuple[str, ...]]:
     return length, notes
 
 
-def _pixels(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int | tuple[int, int]) -> Inputs:
+def _pixels(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int | tuple[int, int],
+            seed: int) -> Inputs:
     """Patches of one colour each under a fine grain, in the range that ImageNet's mean and deviation leave."""
     height, width = tokens if isinstance(tokens, tuple) else SIDES[padded]
-    generator, channels = np.random.default_rng(SEED + padded), sizes["channels"]
+    generator, channels = np.random.default_rng(seed + padded), sizes["channels"]
     patches = generator.uniform(0, 1, (rows, channels, -(-height // PATCH), -(-width // PATCH)))
     coarse = patches.repeat(PATCH, axis=2).repeat(PATCH, axis=3)[:, :, :height, :width]
     values = np.round(255 * (0.7 * coarse + 0.3 * generator.uniform(0, 1, coarse.shape))) / 255
@@ -250,10 +251,10 @@ def _right_padded(rows: list[list[int]], fill: int) -> np.ndarray:
     return np.array([row + [fill] * (width - len(row)) for row in rows], np.int64)
 
 
-def _prompts(kind: Prompts, config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+def _prompts(kind: Prompts, config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int, seed: int) -> Inputs:
     """Most of them shorter and padded on the left if ``padded``."""
     length, notes = _length(sizes, tokens)
-    drawn = prompts.drawn(kind, config, sizes, padded, rows, length, np.random.default_rng(SEED + padded))
+    drawn = prompts.drawn(kind, config, sizes, padded, rows, length, np.random.default_rng(seed + padded))
     return Inputs(prompts.arranged(drawn, kind, config, sizes), notes)
 
 
@@ -262,9 +263,9 @@ def _real(mask: np.ndarray) -> np.ndarray:
     return mask.astype(bool) if mask.ndim == 2 else ~np.diagonal(mask[:, 0], axis1=1, axis2=2)
 
 
-def _whole_rows(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int) -> Inputs:
+def _whole_rows(config: Config, sizes: Sizes, padded: bool, rows: int, tokens: int, seed: int) -> Inputs:
     """For nets that know no mask: what a model of tokens gets, without padding."""
-    return _tokens(config, sizes, False, rows, tokens)
+    return _tokens(config, sizes, False, rows, tokens, seed)
 
 
 KINDS = {

@@ -170,7 +170,7 @@ class Float64(TorchFunctionMode):
             return args[0].double() if narrowing else func(*args, **kwargs)
         if func in LINEAR:
             x, weight, *bias = args
-            return in_chunks(x.double(), weight, lambda rows, to: to.copy_(rows), *map(_widened, bias),
+            return in_chunks(x.double(), weight, _widened_into, *map(_widened, bias),
                              **{key: _widened(value) for key, value in kwargs.items()})
         if func is F.embedding:
             return func(*args, **kwargs).double()
@@ -189,12 +189,16 @@ UNTOUCHED = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguo
              "numpy", "data_ptr", "__len__", "double"}
 
 
-def in_chunks(x: torch.Tensor, weight: torch.Tensor, prepare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+def in_chunks(x: torch.Tensor, weight: torch.Tensor,
+              prepare: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
               bias: torch.Tensor | None = None) -> torch.Tensor:
     """``F.linear`` of x [..., k] with weight [n, k], some 4 million elements of it at a time.
 
-    ``prepare(rows, to)`` puts what is used of these rows into ``to``, of x's dtype; its memory is used again.
+    ``prepare(rows, to)`` puts what is used of these rows into ``to``, of x's dtype; its memory is used again. Where a
+    gradient of the weight is asked for it is used as a whole, and ``to`` is None.
     """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return F.linear(x, prepare(weight, None), bias)
     rows = min(weight.shape[0], max(1, CHUNK // weight.shape[1]))
     buffer = x.new_empty((rows, weight.shape[1]))
     if rows == weight.shape[0]:
@@ -205,6 +209,10 @@ def in_chunks(x: torch.Tensor, weight: torch.Tensor, prepare: Callable[[torch.Te
         found[..., start: start + rows] = F.linear(x, prepare(part, buffer[: len(part)]),
                                                    None if bias is None else bias[start: start + rows])
     return found
+
+
+def _widened_into(rows: torch.Tensor, to: torch.Tensor | None) -> torch.Tensor:
+    return rows.double() if to is None else to.copy_(rows)
 
 
 def _is_of_integers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -101,7 +101,7 @@ class OwnPaddleNet(_OwnNet, PaddleNet):
         self.target, self.built = target, built
         super().__init__(run, device, paged)
 
-    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+    def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         return self.target.call(self.model, tensors)
 
 
@@ -149,7 +149,10 @@ class OwnTorchNet(TorchSide, _OwnNet):
     def outputs(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         import torch
         with torch.no_grad():
-            return floating(self.target.call(self.model, tensors_of(arrays)))
+            return floating(self.call(tensors_of(arrays)))
+
+    def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+        return self.target.call(self.model, tensors)
 
     def _layers(self) -> dict[str, Any]:
         return dict(self.model.named_modules())

@@ -88,7 +88,7 @@ class PaddleNet(Candidate):
         """Every floating tensor that the class returns, by transformers' names; ``loss`` when labels are given."""
         import paddle
         with paddle.no_grad():
-            result = self._call({name: paddle.to_tensor(array) for name, array in arrays.items()})
+            result = self.call({name: paddle.to_tensor(array) for name, array in arrays.items()})
         return {name: self.run.batch_first(name, value.numpy()) for name, value in result.items()
                 if isinstance(value, paddle.Tensor) and value.is_floating_point()}
 
@@ -113,7 +113,7 @@ class PaddleNet(Candidate):
         return describe(self.model, self._layers(), weights, self.run, str)
 
     def _paged(self) -> Pages:
-        return _pages_of(self.run, self.model, self._gates)
+        return _pages_of(self.run, self.model, self.gates)
 
     def _layers(self) -> dict[str, Any]:
         return dict(self.model.named_sublayers())
@@ -121,7 +121,7 @@ class PaddleNet(Candidate):
     def _path(self, pair: tuple[str, str]) -> str:
         return pair[1]
 
-    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+    def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         raise AssertionError("a target has its own call")
 
 
@@ -140,7 +140,7 @@ class OwnNet(PaddleNet):
         with opened(self.run.output) as checkpoint:
             return models.model_class(config).unfilled(config, checkpoint)
 
-    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+    def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         return self.model(**tensors)
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -182,7 +182,7 @@ class PaddleNLPNet(PaddleNet):
         logger.set_level("ERROR")
         return getattr(module, self.run.head.paddlenlp)
 
-    def _call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
+    def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         with blamed(f"PaddleNLP's {type(self.model).__name__}"):
             return self.model(**self.run.family.paddlenlp_inputs(tensors), return_dict=True)
 

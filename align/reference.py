@@ -43,14 +43,14 @@ Arrays = dict[str, np.ndarray]
 class Measured(TorchSide):
     """A torch module that is right by definition: what it gives, module by module, with its own rounding error."""
 
-    _gates: Sequence[str] = ()
+    gates: Sequence[str] = ()
 
     @cached_property
     def _heads(self) -> set[str]:
         """Linears outside the recorded modules that give few channels."""
         import torch
         modules = {path for path, _ in self.run.modules}
-        found = {path: self.model.get_submodule(path) for path in self._gates if path not in modules}
+        found = {path: self.model.get_submodule(path) for path in self.gates if path not in modules}
         return {path for path, module in found.items()
                 if isinstance(module, torch.nn.Linear) and module.out_features < ENOUGH}
 
@@ -81,14 +81,14 @@ class Measured(TorchSide):
                 with mode:
                     self._listen(pooled, _copies(inputs))
             passes.append(run)
-        with self._hooks(places.all), self._heads_heard(), in_step(passes, self._enter) as walks:
+        with self._hooks(places.all), self._heads_heard(), in_step(passes, self.enter) as walks:
             told = {"present": self.present, "described": self.described()}
             while walks.gate is not None:
                 walks.advance()
                 step = plain.take()
                 step.told, told = told, {}
                 step.floors = pools.take(step)
-                self._leave()
+                self.leave()
                 yield step
 
     def record_inside(self, inputs: Inputs, modules: Modules, replaced: Arrays | None = None) -> tuple[Arrays, Arrays]:
@@ -96,16 +96,16 @@ class Measured(TorchSide):
         found = _Once(inputs, replaced or {})
         with self._hooks(modules), heard_by(found):
             outputs = self.outputs(inputs.arrays)
-        self._leave()
+        self.leave()
         found.given |= {name: inputs.rows(name, array) for name, array in outputs.items()}
         return found.given, found.entering
 
     @contextmanager
     def weights_of(self, path: str) -> Iterator[None]:
         """The weights of the module at ``path`` are in memory meanwhile; in a paged model those of no other gate."""
-        gate = next((gate for gate in self._gates if f"{path}.".startswith(f"{gate}.")), None)
+        gate = next((gate for gate in self.gates if f"{path}.".startswith(f"{gate}.")), None)
         if gate is not None:
-            self._enter(gate)
+            self.enter(gate)
         yield
 
     def looks_up(self, parameter: str) -> bool:
@@ -125,6 +125,10 @@ class Measured(TorchSide):
     def returned(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         """The floating tensors that the model returns, as it does."""
         return outputs_of(self.model, arrays)
+
+    def call(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the model returns, with its graph where gradients are enabled."""
+        return called(self.model, tensors)
 
     def _is_probed(self, module: Any) -> bool:
         import torch
@@ -158,15 +162,15 @@ class Reference(Measured):
             empty = _load_empty(run, cls, config) if paged or run.family.remote_code else None
         self.model = empty if empty is not None else _load(run, cls, config)
         _forget_tables(self.model)
-        self._gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
+        self.gates = gates_of([path for path, _ in run.modules if path in dict(self.model.named_modules())],
                                dict(self.model.named_parameters()),
                                {path for path, module in self.model.named_modules() if not any(module.children())})
         if paged:
-            self._pages = _pages_of(run, self.model, self._gates)
+            self._pages = _pages_of(run, self.model, self.gates)
         elif empty is not None:
             _pages_of(run, self.model, [])
-        for gate in self._gates:
-            self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self._come_to(gate))
+        for gate in self.gates:
+            self.model.get_submodule(gate).register_forward_pre_hook(lambda *_, gate=gate: self.come_to(gate))
 
 
 class _Listener:
@@ -394,9 +398,14 @@ def _copies(inputs: Inputs) -> Arrays:
 
 def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     import torch
+    with torch.no_grad():
+        return floating(called(model, tensors_of(arrays)))
+
+
+def called(model: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the model returns, by transformers' names; :class:`BadInput` where it fails by itself."""
     try:
-        with torch.no_grad():
-            result = model(**tensors_of(arrays), **({"return_dict": True} if hasattr(model, "config_class") else {}))
+        result = model(**tensors, **({"return_dict": True} if hasattr(model, "config_class") else {}))
     except Exception as error:
         ours = any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:])
         if ours or not (isinstance(error, (RuntimeError, IndexError, ValueError)) or is_remote(model)):
@@ -406,7 +415,7 @@ def outputs_of(model: Any, arrays: Mapping[str, np.ndarray]) -> Arrays:
     if not hasattr(result, "items"):
         raise BadInput(f"torch's {type(model).__name__} returned a {type(result).__name__}; a mapping with "
                        "transformers' output names is needed, as {'logits': …}.")
-    return floating(result)
+    return result
 
 
 def _load(run: Run, cls: Any, config: Any) -> Any:

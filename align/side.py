@@ -41,18 +41,21 @@ def in_shape(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 @contextmanager
 def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str, Any]],
-           before: Callable[..., Any], after: Callable[..., None]) -> Iterator[None]:
+           before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
     """``before(name, arguments, named)`` and ``after(name, layer, output)`` of the layers there are, by (path, name).
 
-    Both at the layer's first call in a pass. ``after_name`` is what the framework calls registering the latter.
+    Both at the layer's first call in a pass. What ``after`` returns is given instead of the output, unless it is None.
+    ``after_name`` is what the framework calls registering it.
     """
     def entered(path: str, name: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return before(name, arguments, named) if is_first_call(path) else None
 
-    def left(path: str, name: Any, layer: Any, output: Any) -> None:
-        if is_first_call(path):
-            after(name, layer, output)
-            has_answered(path)
+    def left(path: str, name: Any, layer: Any, output: Any) -> Any:
+        if not is_first_call(path):
+            return None
+        given = after(name, layer, output)
+        has_answered(path)
+        return given
     with ExitStack() as hooks:
         for path, name in pairs:
             if path in layers:
@@ -88,15 +91,15 @@ class Side(ABC):
         """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
         in_turn(passes) if self._pages is None else together(passes, self._pages)
 
-    def _come_to(self, gate: str) -> None:
+    def come_to(self, gate: str) -> None:
         if not halt(gate):
-            self._enter(gate)
+            self.enter(gate)
 
-    def _enter(self, gate: str) -> None:
+    def enter(self, gate: str) -> None:
         if self._pages is not None:
             self._pages.enter(gate)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         if self._pages is not None:
             self._pages.leave()
 

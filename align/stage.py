@@ -77,7 +77,12 @@ class Session:
         """Whether weights come in module by module: as ``--paging`` says, or where the models do not fit."""
         from .paging import is_needed
         return self.options.paging == "on" or (
-            self.options.paging == "auto" and is_needed(self.run, 1 if self.options.only else 2))
+            self.options.paging == "auto" and is_needed(self.run, self._copies * (1 if self.options.only else 2)))
+
+    @property
+    def _copies(self) -> int:
+        """How often a side's weights must fit into memory: a stage that holds gradients too says more than once."""
+        return getattr(self.options, "copies", 1)
 
     def inspect(self) -> None:
         """From now on the candidate's weights are compared with the source, those of a paged net as they come in."""

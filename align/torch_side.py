@@ -35,12 +35,13 @@ class TorchSide(Side):
     def contrastive_loss(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
         """In-batch contrastive loss of mean-pooled rows: the first half against the second half, as MiniLM trained."""
         import torch
-        scores = _similarities(hidden, mask, scale)
-        return torch.nn.functional.cross_entropy(scores, torch.arange(len(scores))).numpy()
+        return contrastive(torch.from_numpy(hidden), torch.from_numpy(mask.astype(np.float32)), scale).numpy()
 
     def contrastive_losses(self, hidden: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
         """What :meth:`contrastive_loss` is the mean of, [pairs]."""
-        return self.token_loss(_similarities(hidden, mask, scale).numpy(), np.arange(len(hidden) // 2))
+        import torch
+        scores = _similarities(torch.from_numpy(hidden), torch.from_numpy(mask.astype(np.float32)), scale)
+        return self.token_loss(scores.numpy(), np.arange(len(hidden) // 2))
 
     def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
         return small_statistics(dict(self.model.named_modules()).get(pair[0]))
@@ -84,11 +85,18 @@ class TorchSide(Side):
             yield
 
 
-def _similarities(hidden: np.ndarray, mask: np.ndarray, scale: float) -> Any:
+def contrastive(hidden: Any, mask: Any, scale: float) -> Any:
+    """:meth:`TorchSide.contrastive_loss` of tensors: hidden [rows, tokens, width], mask float32 [rows, tokens]."""
+    import torch
+    scores = _similarities(hidden, mask, scale)
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def _similarities(hidden: Any, mask: Any, scale: float) -> Any:
     """[pairs, pairs]: cosines of the mean-pooled rows of each half, times ``scale``."""
     import torch
-    weights = torch.from_numpy(mask.astype(np.float32)).unsqueeze(-1)
-    pooled = (torch.from_numpy(hidden) * weights).sum(1) / weights.sum(1)
+    weights = mask.unsqueeze(-1)
+    pooled = (hidden * weights).sum(1) / weights.sum(1)
     first, second = torch.nn.functional.normalize(pooled, dim=-1).chunk(2)
     return scale * first @ second.T
 

@@ -1,0 +1,337 @@
+"""Gradients: by formula, of right nets of every family, and of nets whose forward pass is right and whose gradients are
+not."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+import torch
+from align_fixtures import Workshop
+
+from align.faults.planting import in_net
+from align.gradients import Batch, Settings, batches_of
+from align.inputs import Inputs
+from align.oracle import Float64
+from align.paddle_gradients import PaddleGradients
+from align.paddle_net import OwnNet
+from align.paddle_recompute import PagedPaddleGradients
+from align.reference import Reference
+from align.runs import load_run
+from align.torch_gradients import ReorderedGradients, TorchGradients
+from align.torch_recompute import PagedTorchGradients
+from models.gptj import GPTJBlock
+
+X, Y = np.float32([0.5, -1.0, 2.0, 4.0]), np.float32([1.0, 3.0, -2.0, 0.25])
+SHORT = ("--iterations", "2")
+
+
+# By formula -----------------------------------------------------------------------------------------------------------
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.tensor([value])) for value in (1.5, -0.5))
+
+    def forward(self, x, labels):
+        return {"loss": (self.a * x + self.b - labels).square().mean()}
+
+
+class PaddleLine(paddle.nn.Layer):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (self.create_parameter([1], default_initializer=paddle.nn.initializer.Constant(value))
+                          for value in (1.5, -0.5))
+
+    def forward(self, x, labels):
+        return {"loss": (self.a * x + self.b - labels).square().mean()}
+
+
+def side_of(model):
+    moves = [SimpleNamespace(target=name, sources=(name,), shape=(1,), filling=None, take=lambda read, name=name: read(
+        name), turn=lambda array: array) for name in ("a", "b")]
+    run = SimpleNamespace(plan=SimpleNamespace(keys={"a": "a", "b": "b"}, moves=moves), modules=[], tied={},
+                          batch_first=lambda name, array: array)
+    return SimpleNamespace(model=model, run=run, call=lambda tensors: model(**tensors))
+
+
+def by_formula(halves, settings):
+    """(gradients, norm, norm after clipping) of each iteration: d/da mean (a x + b - y)^2 = mean 2 (a x + b - y) x."""
+    a, b = 1.5, -0.5
+    for _ in range(settings.iterations):
+        found = np.zeros(2)
+        for x, y in halves:
+            error = 2 * (a * x.astype(np.float64) + b - y)
+            found += np.array([np.mean(error * x), np.mean(error)]) / len(halves)
+        norm = np.hypot(*found)
+        clipped = found * settings.clip / max(norm, settings.clip)
+        yield found, norm, np.hypot(*clipped)
+        a, b = np.array([a, b]) - settings.lr * clipped
+
+
+@pytest.mark.parametrize("made", [lambda: TorchGradients(side := side_of(Line()), side.run, trained=True),
+                                  lambda: PaddleGradients(side_of(PaddleLine()))], ids=["torch", "paddle"])
+@pytest.mark.parametrize("clip", [2.0, 100.0])
+def test_two_parameters_have_the_gradients_of_the_formula(made, clip):
+    settings = Settings(iterations=3, accumulate=2, clip=clip, lr=0.1)
+    halves = [(X[:2], Y[:2]), (X[2:], Y[2:])]
+    several = [Batch(Inputs({"x": x}), {"labels": y}) for x, y in halves]
+    gradients = made()
+    course = gradients.iterate([several] * 3, settings)
+    expected = list(by_formula(halves, settings))
+    for number in settings.kept:
+        found = [course.gradients[number][name] for name in ("a", "b")]
+        np.testing.assert_allclose(np.ravel(found), expected[number - 1][0], rtol=1e-6)
+    np.testing.assert_allclose([np.linalg.norm(course.norms[k]) for k in (1, 2, 3)], [one[1] for one in expected],
+                               rtol=1e-6)
+    np.testing.assert_allclose([course.clipped[k] for k in (1, 2, 3)], [one[2] for one in expected], rtol=1e-6)
+    assert (expected[0][2] < expected[0][1]) == (clip == 2.0)
+    weights = [float(gradients.model.a.detach()), float(gradients.model.b.detach())]
+    assert weights == [1.5, -0.5], "the weights are given back"
+
+
+def test_accumulated_micro_batches_are_the_gradient_of_the_whole_batch():
+    one = [Batch(Inputs({"x": X}), {"labels": Y})]
+    two = [Batch(Inputs({"x": X[half]}), {"labels": Y[half]}) for half in (slice(0, 2), slice(2, 4))]
+    gradients = PaddleGradients(side_of(PaddleLine()))
+    whole, parts = (gradients.iterate([several], Settings(1, len(several), 1.0, 0.1)).gradients[1]
+                    for several in (one, two))
+    for name in ("a", "b"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-6)
+
+
+def transformed(x, weight, bias, scale, ids, table):
+    scores = torch.nn.functional.linear(x + torch.nn.functional.embedding(ids, table), weight, bias)
+    normed = torch.nn.functional.layer_norm(scores, scale.shape, scale, bias)
+    return torch.nn.functional.softmax(torch.matmul(normed, normed.mT), -1).square().mean() + (scale * normed).sum()
+
+
+def test_reordered_gradients_are_the_same_in_exact_arithmetic_and_differ_in_rounding():
+    generator = torch.Generator().manual_seed(0)
+    arrays = [torch.randn(shape, generator=generator) for shape in ((3, 40, 24), (24, 24), (24,), (24,), (9, 24))]
+    ids = torch.arange(120).view(3, 40) % 9
+
+    def gradients(dtype, mode):
+        x, *weights, table = [torch.nn.Parameter(array.to(dtype)) for array in arrays]
+        with mode:
+            transformed(x, *weights, ids, table).backward()
+        return [one.grad for one in (x, *weights, table)]
+    exact = gradients(torch.float64, Float64())
+    seen = [set() for _ in exact]
+    for seed in range(1, 9):
+        for known, found in zip(exact, gradients(torch.float64, ReorderedGradients(seed)), strict=True):
+            torch.testing.assert_close(found, known, rtol=1e-11, atol=1e-11)
+        for kinds, found in zip(seen, gradients(torch.float32, ReorderedGradients(seed)), strict=True):
+            kinds.add(found.numpy().tobytes())
+    assert all(len(kinds) > 1 for kinds in seen)
+
+
+# Of whole nets --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    found = Workshop(tmp_path_factory.mktemp("gradients"))
+    found.make("GPTJForCausalLM", "gptj")
+    found.make("GPT2LMHeadModel", "gpt2")
+    return found
+
+
+@pytest.mark.parametrize("head", ["BertForPreTraining", "BertModel", "OPTForCausalLM", "BloomForCausalLM",
+                                  "T5ForConditionalGeneration"])
+def test_a_right_net_is_aligned_and_every_parameter_is_compared(head, shop):
+    run = shop.make(head)
+    outcome = shop.align("backward", run, *SHORT)
+    assert (outcome.code, outcome.failing) == (0, []), (outcome.report.get("failures"), outcome.stderr)
+    compared = {tensor["name"].removesuffix(" (iteration 2)") for tensor in outcome.report["tensors"]
+                if tensor["name"].endswith(" (iteration 2)")}
+    model = getattr(__import__("transformers"), head).from_pretrained(shop.root / f"source-{head}")
+    unused = 2 if head == "BertModel" else 0  # the pooler's, which last_hidden_state does not come from
+    weights = {id(parameter) for parameter in model.parameters()}
+    assert len(compared - {"global norm", "clipped global norm"}) >= len(weights) - unused
+    assert all(tensor["max_abs"] is not None for tensor in outcome.report["tensors"])
+
+
+def test_two_environments_find_the_same_as_one(shop):
+    both = shop.align("backward", "gpt2", *SHORT)
+    assert both.code == 0, both.stdout + both.stderr
+    assert shop.align("backward", "gpt2", "--only", "reference", *SHORT).code == 0
+    assert shop.align("backward", "gpt2", "--only", "candidate").code == 0
+    apart = shop.align("backward", "gpt2", "--compare")
+    assert (apart.code, apart.report["tensors"]) == (0, both.report["tensors"])
+
+
+@pytest.mark.parametrize("head", ["GPTJForCausalLM", "GPT2LMHeadModel", "BertForPreTraining",
+                                  "T5ForConditionalGeneration"])
+def test_paged_gradients_are_those_of_the_whole_model_bit_for_bit(head, shop):
+    shop.make(head, f"paged-{head}")
+    run = load_run(f"paged-{head}", shop.reports)
+    batch = batches_of(run, Settings(1, 1, 1.0, 1.0), 2)[0][0]
+    once = Settings(1, 1, 1e9, 1.0)
+    whole = TorchGradients(Reference(run), run, trained=True).iterate([[batch]], once).gradients[1]
+    mine = PaddleGradients(OwnNet(run)).iterate([[batch]], once).gradients[1]
+    steps = list(PagedTorchGradients(Reference(run, True), run).steps(batch, 1))
+    answers = list(PagedPaddleGradients(OwnNet(run, paged=True)).answers(batch, steps))
+    for expected, found in ((whole, steps), (mine, answers)):
+        paged = {name.removesuffix(" (iteration 1)"): array for step in found for name, array in step.recorded.items()
+                 if name.endswith(" (iteration 1)")}
+        assert paged.keys() == expected.keys()
+        wrong = [name for name in expected if paged[name].tobytes() != expected[name].tobytes()]
+        assert all(is_near(paged[name], expected[name]) for name in wrong)
+        assert not [name for name in wrong if not any(word in name for word in SUMS)]
+
+
+SUMS = ("embeddings.weight", "shared", "relative_attention_bias", "t5.encoder")
+"""Of what is used several times, or what comes before that, gradients are sums in another order."""
+
+
+def is_near(found, expected):
+    return np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("run", ["gptj", "gpt2"])
+def test_a_model_larger_than_memory_is_aligned_gate_by_gate(run, shop):
+    outcome = shop.align("backward", run, "--paging", "on")
+    assert (outcome.code, outcome.failing) == (0, []), (outcome.report.get("failures"), outcome.stderr)
+    assert any(tensor["name"].endswith("layers.1.norm1.weight (isolated)") or tensor["name"].endswith(
+        "h.1.ln_1.weight (isolated)") for tensor in outcome.report["tensors"])
+
+
+def test_what_is_wrong_in_a_paged_net_is_named(shop, monkeypatch):
+    right = GPTJBlock.forward
+    calls = []
+
+    def detaching(self, hidden, *rest, **named):
+        calls.extend([self] if self not in calls else [])
+        given, present = right(self, hidden, *rest, **named)
+        return (given - (hidden - hidden.detach()) if calls.index(self) == 1 else given), present
+    monkeypatch.setattr(GPTJBlock, "forward", detaching)
+    outcome = shop.align("backward", "gptj", "--paging", "on")
+    assert (outcome.code, outcome.report["first_divergence"]) == (1, "transformer.h.1")
+
+
+def test_one_iteration_is_refused(shop):
+    outcome = shop.align("backward", "gptj", "--iterations", "1")
+    assert outcome.code == 2 and "give 2 or more" in outcome.stderr
+
+
+# Nets whose forward pass is right -------------------------------------------------------------------------------------
+
+def freeze(net):
+    net.transformer.h[1].attn.q_proj.weight.stop_gradient = True
+
+
+def halve(net):
+    layer = net.transformer.h[1].mlp.fc_in
+    right = layer.forward
+    layer.forward = lambda x: 0.5 * right(x) + 0.5 * right(x).detach()
+
+
+class Doubling(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def double(net):
+    layer = net.transformer.h[1].attn.v_proj
+    right = layer.forward
+    layer.forward = lambda x: Doubling.apply(right(x))
+
+
+def detach_residual(net):
+    block = net.transformer.h[1]
+
+    def forward(hidden, *rest, **named):
+        normed = block.ln_1(hidden)
+        attended, present = block.attn(normed, *rest, **named)
+        return attended + block.mlp(normed) + hidden.detach(), present
+    block.forward = forward
+
+
+@contextmanager
+def planted(shop, run, break_net):
+    with in_net(break_net)(shop.output(run)):
+        yield
+
+
+@pytest.mark.parametrize("break_net, first, alone", [
+    (freeze, "transformer.h.1.attn.q_proj.weight", {"transformer.h.1.attn.q_proj.weight"}),
+    (halve, "transformer.h.1.mlp.fc_in.bias", {"transformer.h.1.mlp.fc_in.bias", "transformer.h.1.mlp.fc_in.weight",
+                                               "transformer.h.1.ln_1.weight", "transformer.h.1.ln_1.bias",
+                                               "transformer.h.1"}),
+    (double, "transformer.h.1.attn.v_proj.weight", {"transformer.h.1.attn.v_proj.weight", "transformer.h.1.ln_1.weight",
+                                                    "transformer.h.1.ln_1.bias", "transformer.h.1"}),
+    (detach_residual, "transformer.h.1", {"transformer.h.1"}),
+])
+def test_a_wrong_gradient_behind_a_right_forward_pass_is_named_and_other_blocks_are_cleared(
+        shop, break_net, first, alone):
+    with planted(shop, "gptj", break_net):
+        assert [shop.align(stage, "gptj").code for stage in ("forward", "loss")] == [0, 0]
+        outcome = shop.align("backward", "gptj", *SHORT)
+    assert (outcome.code, outcome.report["first_divergence"]) == (1, first)
+    failing = {name.removesuffix(" (isolated)") for name in outcome.failing if name.endswith(" (isolated)")}
+    assert failing == alone
+    if break_net is freeze:
+        assert any("frozen" in failure for failure in outcome.report["failures"])
+
+
+def test_an_untied_weight_is_named_and_explained(shop):
+    def untie(net):
+        head = net.lm_head
+        words = head.decoder_weight
+        head.decoder_weight = head.create_parameter(words.shape)
+        head.decoder_weight.set_value(words.numpy())
+    with planted(shop, "gpt2", untie):
+        outcome = shop.align("backward", "gpt2", *SHORT)
+    assert outcome.code == 1
+    assert outcome.report["diagnosis"]["kind"] == "untied-weight"
+    assert outcome.report["first_divergence"] in ("lm_head.decoder_weight", outcome.report["diagnosis"]["subject"])
+
+
+def clip_each(self, several):
+    total = {}
+    for batch in several:
+        self._forget()
+        (self.loss(batch) / len(several)).backward()
+        pairs = [(tensor, tensor.grad) for tensor, _ in self._held if tensor.grad is not None]
+        for tensor, gradient in paddle.nn.ClipGradByGlobalNorm(1.0)(pairs):
+            total[id(tensor)] = total.get(id(tensor), 0.0) + gradient.numpy()
+    for tensor, _ in self._held:
+        if id(tensor) in total:
+            tensor.grad.set_value(total[id(tensor)])
+
+
+def only_add(self, several):
+    self._forget()
+    for batch in several:
+        self.loss(batch).backward()
+
+
+@pytest.mark.parametrize("mistake, kind, word", [(clip_each, "clipped-before-accumulation", "clipped by itself"),
+                                                 (only_add, "accumulation", "without dividing")])
+def test_a_mistake_of_accumulation_is_explained(shop, monkeypatch, mistake, kind, word):
+    monkeypatch.setattr(PaddleGradients, "_accumulate", mistake)
+    outcome = shop.align("backward", "gptj", *SHORT)
+    assert outcome.code == 1
+    assert not [name for name in outcome.failing if name.endswith(" (isolated)")]
+    assert outcome.report["diagnosis"]["kind"] == kind and word in outcome.report["diagnosis"]["sentence"]
+
+
+def test_what_clipping_does_is_compared(shop, monkeypatch):
+    monkeypatch.setattr(paddle.nn.ClipGradByGlobalNorm, "__call__", lambda self, pairs: pairs)
+    outcome = shop.align("backward", "gptj", *SHORT)
+    assert outcome.code == 1
+    assert "clipped global norm (iteration 1)" in outcome.failing
+    assert not [name for name in outcome.failing if name.endswith("(iteration 1)") and "norm" not in name]
+
+
+def test_a_floor_knows_the_noise_of_gradients(shop):
+    outcome = shop.align("backward", "gptj", *SHORT)
+    floors = [tensor["floor"] for tensor in outcome.report["tensors"]
+              if tensor["name"].endswith(".weight (iteration 1)")]
+    assert floors and all(1e-8 < floor < 1e-4 for floor in floors)
