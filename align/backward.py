@@ -67,11 +67,14 @@ def reference(session: Session) -> Iterator[Step]:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle's gradients for the same batches."""
-    if session.paged:
-        yield from _paged_candidate(session, steps)
+    first = next(steps := iter(steps), Step())
+    if first.told.get("paged"):
+        yield from _paged_candidate(session, first, steps)
         return
+    if session.paged:
+        raise BadInput("the reference was recorded with all of its weights in memory: give --paging off here too.")
     side, course = _gradients_of(session.candidate), None
-    for step in steps:
+    for step in chain([first], steps):
         if "settings" in step.told:
             settings, batches = Settings(**step.told["settings"]), _batches_of(step)
             session.advance(session.candidate.framework)
@@ -97,7 +100,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     floors = {name: (kind, floor) for step, _ in taken for kind, found in step.floors.items()
               for name, floor in found.items()}
     given.take_names_of(expected)
-    found = {name: _judged(name, expected, given, floors.get(name)) for name in _ordered(session, expected, given)}
+    found = {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)}
     notes = [*expected.notes, *given.notes]
     notes += [*_look_again(session, taken, found, expected, given), *_cancelled(found)]
     results = list(found.values())
@@ -156,15 +159,13 @@ def _ordered(session: Session, expected: _Side, given: _Side) -> list[str]:
     return found + scalars
 
 
-def _judged(name: str, expected: _Side, given: _Side, floor: tuple[str, NoiseFloor] | None) -> TensorResult:
+def _judged(name: str, expected: _Side, given: _Side, floors: Mapping[str, tuple[str, NoiseFloor]]) -> TensorResult:
     """The ratio to torch's noise decides; a gradient on one side only is a failure."""
     asked = given.asked.get(name, name)
     theirs, ours = expected.arrays.get(asked), given.arrays.get(name)
     if theirs is None or ours is None:
         return _one_sided(name, asked, expected, given)
-    if floor is None:
-        return compare(name, theirs, ours, 0.0)
-    kind, known = floor
+    kind, known = floors[asked]
     if kind == PROPAGATED:
         return compare(name, theirs, ours, np.inf, None, {PROPAGATED: known})
     return compare(name, theirs, ours, gradient_ceiling(known.relative), ours, {ISOLATED: known})
@@ -201,7 +202,7 @@ def _look_again(session: Session, taken: Sequence[tuple[Step, Step]], found: dic
         steps = list(_recorded(session, Settings(**told.told["settings"]), _batches_of(told), SECOND_LOOK))
         floors = {name: (kind, floor) for step in steps for kind, several in step.floors.items()
                   for name, floor in several.items()}
-        found.update({result.name: _judged(result.name, expected, given, floors.get(result.name))
+        found.update({result.name: _judged(result.name, expected, given, floors)
                       for result in failing})
         return sum(not result.passed for result in found.values())
     doubtful = len(failing) if all(result.doubtful for result in failing) else 0
@@ -334,13 +335,10 @@ def _paged_reference(session: Session) -> Iterator[Step]:
     yield from side.steps(batch, REORDERED_RUNS)
 
 
-def _paged_candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
+def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> Iterator[Step]:
     from .paddle_recompute import PagedPaddleGradients
     if session.candidate.framework == "torch":
         raise BadInput("two torch models cannot be compared block by block. Use --paging off.")
-    first = next(steps := iter(steps))
-    if not first.told.get("paged"):
-        raise BadInput("the reference was recorded with all of its weights in memory: give --paging off here too.")
     batch = Batch(Inputs(first.view("inputs")), first.view("labels"))
     yield Step(told={"inputs_digest": digest_of([[batch]])})
     yield from PagedPaddleGradients(session.candidate).answers(batch, steps)
@@ -355,7 +353,7 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
         given.take_names_of(expected)
         floors = {name: (kind, floor) for kind, several in step.floors.items() for name, floor in several.items()}
         notes += expected.notes
-        found |= {name: _judged(name, expected, given, floors.get(name)) for name in _ordered(session, expected, given)
+        found |= {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)
                   if name in expected.arrays or name in given.arrays or name in expected.absent}
     names = sorted(found, key=lambda name: not name.endswith(ALONE))
     return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
