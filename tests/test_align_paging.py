@@ -52,8 +52,8 @@ def test_nothing_that_the_reference_asks_is_left_unanswered(shop, monkeypatch):
         *(name for block in blocks for name in (block, f"{block}.ln_1 (small input)", f"{block} (small input)")),
         "transformer.ln_f", "transformer.ln_f (small input)", "logits"]
     assert len(report["sublayers"]) == 3 * (7 + 7 + 1)
-    from align.candidate import _Inside
-    monkeypatch.setattr(_Inside, "probed", lambda *_: None)
+    from align.candidate import Inside
+    monkeypatch.setattr(Inside, "probed", lambda *_: None)
     outcome = shop.align("forward", run)
     assert outcome.code == 1
     assert outcome.failing == [f"{block}.ln_1 (small input)" for block in blocks] + ["transformer.ln_f (small input)"]
