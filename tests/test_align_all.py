@@ -34,7 +34,7 @@ def workshop(tmp_path_factory) -> Workshop:
 def stubbed(tmp_path, monkeypatch):
     """A run whose stages write a report and end as told, and the list of those that were started."""
     made = Workshop(tmp_path)
-    made.make("GPTJForCausalLM", "gptj")
+    made.make("GPTJForCausalLM", "gptj", tokenizer=True)
     started: list[str] = []
     codes: dict[str, int] = {}
 
