@@ -9,7 +9,7 @@ import re
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -184,10 +184,6 @@ class Candidate(Side):
     @abstractmethod
     def _path(self, pair: tuple[str, str]) -> str:
         """Which of a module's (torch, Paddle) paths is the one in this net."""
-
-    @abstractmethod
-    def _hooks(self, modules: Modules) -> AbstractContextManager[None]:
-        """The modules tell whoever listens what arrives at them and what they give."""
 
 
 def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,

@@ -28,14 +28,7 @@ from .trace import RECORDED, Step
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's pass over the seeded inputs, module by module, with its noise floor."""
-    run, options = session.run, session.options
-    unfit = "--tokens" if options.tokens and run.head.inputs == "pixels" else (
-        "--pixels" if options.pixels and run.head.inputs != "pixels" else None)
-    if unfit:
-        raise BadInput(f"{unfit} is not for {run.head.architecture}, whose inputs are {run.head.inputs}.")
-    inputs = seeded(run.config, run.sizes, kind=run.head.inputs, rows=options.rows or ROWS,
-                    tokens=options.pixels or options.tokens or LENGTH)
-    inputs.save(session.run.directory / "traces" / "forward_inputs.npz")
+    inputs = seeded_inputs(session, "forward")
     told = {"inputs_digest": inputs.digest, "notes": list(inputs.notes)}
     for step in session.reference.steps(inputs):
         step.told |= told
@@ -48,7 +41,7 @@ def reference(session: Session) -> Iterator[Step]:
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle's passes over the same inputs: one of its own, and three in which torch's activations are fed to it."""
     if session.options.only == "candidate":
-        _refuse_other_inputs(session)
+        refuse_other_inputs(session)
     steps = iter(steps)
     first = next(steps, Step())
     inputs = Inputs(first.view("inputs"))
@@ -68,7 +61,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     A module that torch's class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
     """
     if session.options.compare:
-        _refuse_other_inputs(session)
+        refuse_other_inputs(session)
     return judged(session, pairs, _diagnosis, look_into)
 
 
@@ -326,13 +319,28 @@ def _told(inputs: Inputs) -> list[str]:
     return [*inputs.told, YARDSTICK]
 
 
-def _refuse_other_inputs(session: Session) -> None:
+def seeded_inputs(session: Session, stage: str) -> Inputs:
+    """What the flags ask for, kept with the run as the inputs of ``stage``."""
+    run, options = session.run, session.options
+    unfit = "--tokens" if options.tokens and run.head.inputs == "pixels" else (
+        "--pixels" if options.pixels and run.head.inputs != "pixels" else None)
+    if unfit:
+        raise BadInput(f"{unfit} is not for {run.head.architecture}, whose inputs are {run.head.inputs}.")
+    inputs = seeded(run.config, run.sizes, kind=run.head.inputs, rows=options.rows or ROWS,
+                    tokens=options.pixels or options.tokens or LENGTH)
+    inputs.save(run.directory / "traces" / f"{stage}_inputs.npz")
+    return inputs
+
+
+def refuse_other_inputs(session: Session) -> None:
+    """:class:`BadInput` for a flag that says what goes in, where that is recorded already."""
     if session.options.rows or session.options.tokens or session.options.pixels:
         raise BadInput("--rows, --tokens and --pixels choose the reference's inputs, which are recorded already. Give "
                        "them with --only reference.")
 
 
-def _flags(parser: argparse.ArgumentParser) -> None:
+def flags(parser: argparse.ArgumentParser) -> None:
+    """How many inputs, and how large."""
     add = parser.add_argument
     add("--rows", type=positive, help=f"how many rows go in, as 8; default {ROWS}")
     add("--tokens", type=positive, help=f"of how many tokens a row is at most, as 512; default {LENGTH}")
@@ -341,7 +349,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 STAGE = RecordedStage("forward", "Compare embeddings, blocks, final hidden states and logits.", reference, candidate,
-                      judge, _flags)
+                      judge, flags)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -22,7 +22,10 @@ from convert.report import SCHEMA, latest_run
 
 Json = Mapping[str, Any]
 
-ORDER = ("convert", "weights", "data", "forward", "metric", "loss", "backward", "optimizer", "train", "generate")
+ORDER = ("convert", "weights", "data", "forward", "quick", "metric", "loss", "backward", "optimizer", "train",
+         "generate")
+BESIDE = {"quick"}
+"""What is no part of the whole: another stage asks all that it asks, and more."""
 CORE = ("weights", "forward", "metric", "loss")
 ALIGNED, DIVERGED, INCOMPLETE = "aligned", "diverged", "incomplete"
 SHOWN_FAILURES = 20
@@ -30,7 +33,7 @@ SHOWN_FAILURES = 20
 
 def stage_names() -> list[str]:
     """The stages that there are, in the guide's order."""
-    found = {name: find_spec(f"{__package__}.{name}") for name in ORDER}
+    found = {name: find_spec(f"{__package__}.{name}") for name in ORDER if name not in BESIDE}
     return [name for name, spec in found.items() if spec and spec.origin]
 
 
@@ -101,6 +104,12 @@ class StageView:
         return [str(told) for told in _list(self.content.get("notes"))]
 
     @property
+    def caveat(self) -> str | None:
+        """What its verdict does not say."""
+        found = self.content.get("caveat")
+        return str(found) if found else None
+
+    @property
     def judged(self) -> bool:
         """Whether torch's noise, or a second pass on the reference's input, was measured."""
         return any(tensor.floor is not None or tensor.isolated is not None for tensor in self.tensors)
@@ -110,7 +119,7 @@ class StageView:
         """The places of the chart: modules and outputs. What is no path ("… on a small input") has no depth, nor has a
         loss.
         """
-        deep = self.judged and self.name != "loss"
+        deep = (self.judged and self.name != "loss") or self.name in BESIDE
         return [tensor for tensor in self.tensors if " " not in tensor.name] if deep else []
 
     @property

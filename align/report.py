@@ -41,6 +41,7 @@ class StageResult:
     named: str | None = None
     sublayers: Sequence[TensorResult] = ()
     diagnosis: Explanation | None = None
+    caveat: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -81,7 +82,7 @@ class StageResult:
             "named": self.named, "diagnosis": self.diagnosis and {
                 name: getattr(self.diagnosis, name) for name in ("kind", "subject", "sentence", "before", "after")},
             "sublayers": [_tensor_json(tensor) for tensor in self.sublayers],
-            "failures": self.failures, "notes": list(self.notes),
+            "failures": self.failures, "notes": list(self.notes), "caveat": self.caveat,
             "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -115,7 +116,10 @@ class StageResult:
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
-        """One sentence: how many tensors agree, and how closely, or where the first one does not."""
+        """How many tensors agree, and how closely, or where the first one does not; and what that does not say."""
+        return f"{self._found()} {self.caveat}" if self.caveat else self._found()
+
+    def _found(self) -> str:
         if not self.tensors:
             return "Nothing was compared, and nothing is not evidence."
         if self.first_divergence:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .lint import Description
-from .lockstep import halt, has_answered, heard_by, in_turn, is_first_call, together
+from .lockstep import Walks, halt, has_answered, heard_by, in_step, in_turn, is_first_call, together
 from .paging import Pages
 from .runs import Run
 
@@ -86,6 +86,16 @@ class Side(ABC):
         """While the module of these (torch, Paddle) paths, if there is one, is run on a small input: the running
         statistics of a batch norm are small too.
         """
+
+    @abstractmethod
+    def _hooks(self, modules: Modules) -> AbstractContextManager[None]:
+        """The modules tell whoever listens what arrives at them and what they give."""
+
+    @contextmanager
+    def walking(self, listener: Any, arrays: Mapping[str, np.ndarray], modules: Modules) -> Iterator[Walks]:
+        """One pass at its first gate, in which ``modules`` tell ``listener`` what they give."""
+        with self._hooks(modules), in_step([lambda: self._listen(listener, arrays)], self.enter) as walks:
+            yield walks
 
     def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
         """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""

@@ -42,6 +42,8 @@ class Findings:
     named: str | None = None
     sublayers: Sequence[TensorResult] = ()
     diagnosis: Explanation | None = None
+    caveat: str | None = None
+    """What this verdict does not say, where it is no evidence of more."""
 
 
 @dataclass
@@ -201,6 +203,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
             reference=reference.side, candidate=candidate.side, inputs_digest=reference.inputs_digest,
             notes=[*reference.notes, *candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
+            caveat=findings.caveat,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )

@@ -16,7 +16,7 @@ from align.page import stage_names
 
 PROJECT = Path(__file__).resolve().parents[1]
 TEXTS = ("README.md", "examples/my_gpt.py", "examples/eight_heads.py")
-COMMANDS = ("convert", "convert.gptj", "convert.back", "convert.draft", "align", "align.diagnose",
+COMMANDS = ("convert", "convert.gptj", "convert.back", "convert.draft", "align", "align.diagnose", "align.quick",
             *(f"align.{stage}" for stage in stage_names()))
 
 
