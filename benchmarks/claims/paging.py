@@ -21,26 +21,28 @@ PASSES = "one torch-only and one Paddle-only paged pass"
 
 @dataclass(frozen=True)
 class Alignment:
-    """One ``align.forward``: what it took, and its report."""
+    """One alignment: what it took, and its report."""
 
     ran: Ran
     report: dict[str, Any]
 
 
-def align(bench: Bench, shape: Shape, paging: str) -> Alignment:
-    """``align.forward`` with noise floor and isolated blocks; :class:`Unmeasured` unless it says aligned."""
+def align(bench: Bench, shape: Shape, paging: str, stage: str = "forward") -> Alignment:
+    """``align.forward`` with noise floor and isolated blocks, or ``align.quick`` without; :class:`Unmeasured` unless
+    it says aligned.
+    """
     run = bench.converted(shape)
-    bench.tell(f"align.forward --paging {paging} on {shape.name}")
+    told = f"align.{stage} --paging {paging} on {shape.name}"
+    bench.tell(told)
     _settle(bench, shape)
-    ran = bench.python("-m", "align.forward", "--run", run, "--paging", paging, "--rows", str(ROWS),
+    ran = bench.python("-m", f"align.{stage}", "--run", run, "--paging", paging, "--rows", str(ROWS),
                        "--tokens", str(TOKENS), "--reports", bench.reports, accept=(0, 1))
-    report = bench.reports / run / "forward.json"
+    report = bench.reports / run / f"{stage}.json"
     if not report.is_file():
-        raise Unmeasured(f"align.forward --paging {paging} on {shape.name} wrote no report.")
+        raise Unmeasured(f"{told} wrote no report.")
     found = json.loads(report.read_text("utf-8"))
     if ran.code:
-        raise Unmeasured(f"align.forward --paging {paging} on {shape.name} says {found['verdict']}, first at "
-                         f"{found['first_divergence']}.")
+        raise Unmeasured(f"{told} says {found['verdict']}, first at {found['first_divergence']}.")
     return Alignment(ran, found)
 
 
@@ -59,28 +61,28 @@ def passes(bench: Bench, shape: Shape) -> tuple[Ran, Ran, float]:
     return *rans, float(np.linalg.norm(paddle - torch) / np.linalg.norm(torch))
 
 
-def seconds(bench: Bench) -> Measured:
+def seconds(bench: Bench, stage: str) -> Measured:
     """Alignment beside the two passes, alternately; the first alignment is shared with the claims on its memory."""
     shape = bench.scale.paged
     distances: list[float] = []
-    fresh = [lambda: align(bench, shape, "on")] * (bench.scale.passes - 1)
-    alignments = iter([lambda: _paged(bench, shape), *fresh])
+    fresh = [lambda: align(bench, shape, "on", stage)] * (bench.scale.passes - 1)
+    alignments = iter([lambda: _paged(bench, shape, stage), *fresh])
 
     def both() -> float:
         torch, paddle, distance = passes(bench, shape)
         distances.append(distance)
         return torch.seconds + paddle.seconds
 
-    ours, rival = bench.alternately(f"alignment and single passes of {shape.name}",
+    ours, rival = bench.alternately(f"align.{stage} and single passes of {shape.name}",
                                     lambda: next(alignments)().ran.seconds, both, bench.scale.passes)
     return paired(ours, rival, "s", notes=(f"The logits of the two passes are {max(distances):.1e} apart in relative "
                                            "L2.",))
 
 
-def memory(bench: Bench) -> Measured:
+def memory(bench: Bench, stage: str) -> Measured:
     """The peak of one paged alignment, beside the bytes of the model in float32 on both sides."""
     shape = bench.scale.paged
-    alignment = _paged(bench, shape)
+    alignment = _paged(bench, shape, stage)
     elements = sum(tensor.elements for tensor in shape.tensors)
     return absolute((alignment.ran.peak_rss,), (2.0 * 4 * elements,), "B", scale=1e6, pick=max)
 
@@ -125,8 +127,8 @@ def deep(scale: Scale) -> tuple[Shape, ...]:
     return tuple(scale.paged.layered(layers) for layers in scale.layers)
 
 
-def _paged(bench: Bench, shape: Shape) -> Alignment:
-    return bench.once(("paged", shape), lambda: align(bench, shape, "on"))
+def _paged(bench: Bench, shape: Shape, stage: str = "forward") -> Alignment:
+    return bench.once(("paged", shape, stage), lambda: align(bench, shape, "on", stage))
 
 
 def _whole(bench: Bench, shape: Shape) -> Alignment:
@@ -153,9 +155,15 @@ CLAIMS = (
 )
 LARGE = (
     Claim("paging.seconds", "paged alignment with noise floor and isolated blocks takes a few passes", Limit(3, "x"),
-          PASSES, seconds, lambda scale: (scale.paged,)),
+          PASSES, lambda bench: seconds(bench, "forward"), lambda scale: (scale.paged,)),
+    Claim("paging.quick", "a paged quick look takes hardly longer than one pass of each side", Limit(1.2, "x"), PASSES,
+          lambda bench: seconds(bench, "quick"), lambda scale: (scale.paged,)),
+    Claim("paging.quick-memory", "a paged quick look of the whole model takes little memory", Limit(MEGABYTES, "MB"),
+          "both models in float32, counted, not measured", lambda bench: memory(bench, "quick"),
+          lambda scale: (scale.paged,), timed=False),
     Claim("paging.memory", "paged alignment of the whole model takes little memory", Limit(MEGABYTES, "MB"),
-          "both models in float32, counted, not measured", memory, lambda scale: (scale.paged,), timed=False),
+          "both models in float32, counted, not measured", lambda bench: memory(bench, "forward"),
+          lambda scale: (scale.paged,), timed=False),
     Claim("paging.flat", "the memory of a paged alignment does not grow with the number of layers",
           Limit(PERCENT, "%"), "the fewest layers", over_layers, deep, timed=False),
 )
