@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,33 @@ TINY = {
     "bert": dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
                  max_position_embeddings=20),
 }
+
+
+DRAWN = ("test_align_page", "test_align_reports")
+"""Where the page's charts are looked at; matplotlib takes longer to draw them than a stage takes with a tiny net."""
+
+
+def pytest_collection_finish() -> None:
+    """The frameworks are millions of objects that stay: the garbage collector need not go through them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def charts(request: pytest.FixtureRequest):
+    """An empty drawing in place of each chart of a report, but in the modules of ``DRAWN``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in DRAWN:
+            patch.setattr("align.page._svg", lambda tensors, downwards: "<svg></svg>")
+        yield
+
+
+def fast(cases: Iterable[Any], *names: Any) -> list[Any]:
+    """``cases`` to parametrize with: those of ``names``, and all others for ``make test-full``."""
+    held = list(cases)
+    assert set(names) <= set(held)
+    return [case if case in names else pytest.param(case, marks=pytest.mark.full) for case in held]
 
 
 @dataclass(frozen=True)
