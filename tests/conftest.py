@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # an example that takes 200 ms is no failure where others compute too
 
 TINY = {
     "gptj": dict(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_inner=24,
@@ -29,11 +33,29 @@ DRAWN = ("test_align_page", "test_align_reports")
 """Where the page's charts are looked at; matplotlib takes longer to draw them than a stage takes with a tiny net."""
 
 
+FIRST = ("test_new_family", "test_convert_memory", "test_convert_kill", "test_align_real", "test_align_all")
+"""Files of few tests that take long: what is left for one process at the end should be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
 def pytest_collection_finish() -> None:
     """The frameworks are millions of objects that stay: the garbage collector need not go through them again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def code_of_checkpoints(tmp_path_factory: pytest.TempPathFactory):
+    """Where transformers copies it to and executes it: no other process that tests writes the same files meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = str(tmp_path_factory.mktemp("modules"))
+        patch.setenv("HF_MODULES_CACHE", directory)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", directory)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
