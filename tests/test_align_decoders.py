@@ -54,7 +54,9 @@ def assert_within(outcomes, limit=1e-5):
     assert len(blocks) >= 2 and all(tensor["isolated"]["rel_l2"] <= limit for tensor in blocks)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", fast(
+    HEADS, "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering", "OPTModel", "BloomForCausalLM",
+    "BloomForSequenceClassification", "BloomForTokenClassification"))
 def test_every_head_is_aligned_at_every_stage(workshop, head):
     outcomes = workshop.align_all(workshop.make(head, tokenizer=True))
     assert all_aligned(outcomes)
@@ -62,8 +64,8 @@ def test_every_head_is_aligned_at_every_stage(workshop, head):
 
 
 @pytest.mark.parametrize("variant", fast(
-    VARIANTS, "350m", "Galactica", "residual after the norm", "three heads", "untied BLOOM", "prelu",
-    "OPT, cast to bfloat16", "OPT, bin in shards", "BLOOM, bfloat16 kept", "BLOOM, pdparams"))
+    VARIANTS, "350m", "Galactica", "residual after the norm", "untied BLOOM", "prelu", "OPT, cast to bfloat16",
+    "OPT, bin in shards", "BLOOM, pdparams"))
 def test_every_variant_is_aligned_at_every_stage(workshop, variant):
     head, flags, options = VARIANTS[variant]
     outcomes = workshop.align_all(workshop.make(head, variant.replace(" ", "-"), flags, **options))
@@ -88,7 +90,7 @@ PAGED = [
 ]
 
 
-@pytest.mark.parametrize("case", fast(range(len(PAGED)), 1, 2, 5))
+@pytest.mark.parametrize("case", fast(range(len(PAGED)), 1, 5))
 def test_paged_equals_unpaged(workshop, case):
     head, target, options = PAGED[case]
     run = workshop.make(head, f"paged-{head}-{target}", tokenizer=True, **options)
