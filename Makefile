@@ -40,7 +40,7 @@ example: install
 	$(BIN)/python -m align.example
 
 test: install lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 selftest: install
 	$(BIN)/python -m align.selftest

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from operator import is_
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ class Unmodified:
             for name, value in vars(module).items():
                 told = f"{module.__name__}.{name}"
                 if isinstance(value, type) and value.__module__ == module.__name__:
-                    yield from _methods(told, vars(value) if "forward" in dir(value) else _with_inherited(value))
+                    yield from _methods(told, vars(value) if _is_layer(value) else _with_inherited(value))
                 elif isinstance(value, dict) and name.startswith(HOOKS):
                     yield told, tuple(value.values())
                 elif isinstance(value, dict) and not name.startswith("__"):
@@ -101,6 +102,11 @@ class Unmodified:
                     yield told, _parts(value)
         for cls in self._classes:
             yield from _methods(_named(cls), _with_inherited(cls))
+
+
+def _is_layer(cls: type) -> bool:
+    """Whether it or what it inherits from has a ``forward``; no class is asked, for those of absent libraries raise."""
+    return any("forward" in vars(base) for base in cls.__mro__)
 
 
 def _with_inherited(cls: type) -> dict[str, Any]:
@@ -139,7 +145,7 @@ def _changed(before: Mapping[str, Parts], now: Mapping[str, Parts]) -> list[str]
 
 
 def _are_same(before: Parts, now: Parts) -> bool:
-    return len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
+    return len(before) == len(now) and all(map(is_, before, now))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
 import os
+import random
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # an example that takes 200 ms is no failure where others compute too
 
 TINY = {
     "gptj": dict(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_inner=24,
@@ -21,6 +30,61 @@ TINY = {
     "bert": dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
                  max_position_embeddings=20),
 }
+
+
+DRAWN = ("test_align_page", "test_align_reports")
+"""Where the page's charts are looked at; matplotlib takes longer to draw them than a stage takes with a tiny net."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A net that is built without a seed of its own is the same whatever was tested before in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    if "paddle" in sys.modules:
+        sys.modules["paddle"].seed(0)
+
+
+FIRST = ("test_new_family", "test_convert_memory", "test_convert_kill", "test_align_real", "test_align_all")
+"""Files of few tests that take long: what is left for one process at the end should be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """The frameworks are millions of objects that stay: the garbage collector need not go through them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def code_of_checkpoints(tmp_path_factory: pytest.TempPathFactory):
+    """Where transformers copies it to and executes it: no other process that tests writes the same files meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = str(tmp_path_factory.mktemp("modules"))
+        patch.setenv("HF_MODULES_CACHE", directory)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", directory)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def charts(request: pytest.FixtureRequest):
+    """An empty drawing in place of each chart of a report, but in the modules of ``DRAWN``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in DRAWN:
+            patch.setattr("align.page._svg", lambda tensors, downwards: "<svg></svg>")
+        yield
+
+
+def fast(cases: Iterable[Any], *names: Any) -> list[Any]:
+    """``cases`` to parametrize with: those of ``names``, and all others for ``make test-full``."""
+    held = list(cases)
+    assert set(names) <= set(held)
+    return [case if case in names else pytest.param(case, marks=pytest.mark.full) for case in held]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,27 @@ def test_the_stages_are_those_of_the_guide_that_there_are():
     assert stage_names()[:1] == ["weights"] and {"forward", "metric", "loss"} <= set(stage_names())
 
 
-def test_all_stages_of_a_real_run_and_what_is_handed_in(workshop, tmp_path, capfd):
+def test_a_stage_is_a_process_of_its_own(workshop, monkeypatch, capfd):
+    monkeypatch.setattr(program, "stage_names", lambda: ["weights"])
+    arguments = ["--run", "gptj", "--reports", str(workshop.reports), "--again"]
+    assert program.run_all(arguments) == 0
+    assert "weights: aligned." in capfd.readouterr().out
+    file = next((workshop.root / "out" / "gptj").glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\0\0\xff\x3f")
+    try:
+        assert program.run_all(arguments) == 1
+    finally:
+        file.write_bytes(whole)
+    assert "weights diverged" in capfd.readouterr().out
+
+
+def test_all_stages_of_a_real_run_and_what_is_handed_in(workshop, tmp_path, capfd, monkeypatch):
+    """In this process, so that the frameworks are imported once."""
+    def run(command):
+        module = import_module(command[2])
+        return SimpleNamespace(returncode=module.main(module.STAGE, command[3:]))
+    monkeypatch.setattr(program.subprocess, "run", run)
     place = tmp_path / "to-review"
     code = program.run_all(["--run", "gptj", "--reports", str(workshop.reports), "--submission", str(place)])
     out, err = capfd.readouterr()

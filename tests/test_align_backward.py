@@ -265,8 +265,9 @@ def planted(shop, run, break_net):
     (halve, "transformer.h.1.mlp.fc_in.bias", {"transformer.h.1.mlp.fc_in.bias", "transformer.h.1.mlp.fc_in.weight",
                                                "transformer.h.1.ln_1.weight", "transformer.h.1.ln_1.bias",
                                                "transformer.h.1"}),
-    (double, "transformer.h.1.attn.v_proj.weight", {"transformer.h.1.attn.v_proj.weight", "transformer.h.1.ln_1.weight",
-                                                    "transformer.h.1.ln_1.bias", "transformer.h.1"}),
+    pytest.param(double, "transformer.h.1.attn.v_proj.weight", {
+        "transformer.h.1.attn.v_proj.weight", "transformer.h.1.ln_1.weight", "transformer.h.1.ln_1.bias",
+        "transformer.h.1"}, marks=pytest.mark.full),
     (detach_residual, "transformer.h.1", {"transformer.h.1"}),
 ])
 def test_a_wrong_gradient_behind_a_right_forward_pass_is_named_and_other_blocks_are_cleared(

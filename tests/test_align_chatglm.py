@@ -10,6 +10,7 @@ import pytest
 import torch
 from align_fixtures import Workshop, all_aligned
 from chatglm_fixtures import SPECIAL, TINY, as_the_tokenizer_pads, config_of, prompts, save_checkpoint, state_of
+from conftest import fast
 from safetensors.torch import load_file
 
 from align import prompts as made
@@ -86,7 +87,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", fast(
+    VARIANTS, "as published", "bare", "untied", "bin", "cast to float16, bare", "widened, pdparams"))
 def test_every_variant_is_aligned_at_every_stage(workshop, run_of, variant):
     flags, options = VARIANTS[variant]
     run = run_of(variant.replace(" ", "-").replace(",", ""), *flags, **options)
@@ -132,7 +134,7 @@ def test_the_reference_trace_is_what_the_code_computes(workshop, plain):
     assert np.array_equal(recorded["logits"], logits[real])
 
 
-@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("bare", fast([False, True], False))
 def test_paging_finds_the_same_numbers(workshop, run_of, bare):
     run = run_of(f"paged-{bare}", bare=bare)
     whole, paged = ({stage: workshop.align(stage, run, TRUST, "--paging", paging) for stage in

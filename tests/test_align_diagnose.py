@@ -16,10 +16,18 @@ import models
 from align import explanations
 from align.diagnose import diagnose
 from align.explanations.weights import difference
+from align.selftest import one_reference
 from models import attention, bert, gptj
 from models.activation import activation
 
 LAYER, BLOCK = "bert.encoder.layers.1", "transformer.h.1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_side():
+    """It is the same however wrong the net is: each of its passes is computed once."""
+    with one_reference():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from align_fixtures import BERT_HEADS, GPTJ_HEADS, Workshop, all_aligned, family_of, rel_l2, torch_model
+from conftest import fast
 
 from align.inputs import Inputs, seeded
 from align.reference import Reference
@@ -113,7 +114,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", fast(
+    VARIANTS, "bfloat16 kept", "cast to float16", "bfloat16 pdparams", "sharded bin", "prelu", "one label",
+    "several of three", "untied"))
 def test_every_kind_of_checkpoint_is_aligned(workshop, variant):
     head, flags, options = VARIANTS[variant]
     outcomes = workshop.align_all(workshop.make(head, variant.replace(" ", "-"), flags, **options))
@@ -123,7 +126,8 @@ def test_every_kind_of_checkpoint_is_aligned(workshop, variant):
                for note in outcomes["metric"].report["notes"])
 
 
-@pytest.mark.parametrize("head", ["BertForQuestionAnswering", "BertForPreTraining", "GPTJForCausalLM"])
+@pytest.mark.parametrize("head", fast(["BertForQuestionAnswering", "BertForPreTraining", "GPTJForCausalLM"],
+                                      "BertForPreTraining"))
 def test_a_model_of_few_positions_says_that_its_inputs_are_short(workshop, head):
     positions = {"bert": "max_position_embeddings", "gptj": "n_positions"}[family_of(head)]
     outcomes = workshop.align_all(workshop.make(head, f"{head}-40", tokenizer=True, **{positions: 40}))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from align_fixtures import BERT_HEADS, GPTJ_HEADS, Workshop
+from conftest import fast
 
 from align import paging, recording
 from align.lockstep import halt, in_step
@@ -35,7 +36,7 @@ def same(shop, run, stage, *flags):
     return paged
 
 
-@pytest.mark.parametrize("head", [*GPTJ_HEADS, *BERT_HEADS])
+@pytest.mark.parametrize("head", fast([*GPTJ_HEADS, *BERT_HEADS], "GPTJForCausalLM", "BertModel"))
 def test_paged_equals_unpaged_for_every_head(shop, head):
     run = shop.make(head, head, tokenizer=True)
     for stage in STAGES:
@@ -59,7 +60,7 @@ def test_nothing_that_the_reference_asks_is_left_unanswered(shop, monkeypatch):
     assert outcome.failing == [f"{block}.ln_1 (small input)" for block in blocks] + ["transformer.ln_f (small input)"]
 
 
-@pytest.mark.parametrize("head", ["GPTJForCausalLM", "BertForPreTraining", "BertForMaskedLM"])
+@pytest.mark.parametrize("head", fast(["GPTJForCausalLM", "BertForPreTraining", "BertForMaskedLM"], "GPTJForCausalLM"))
 def test_paged_equals_unpaged_for_paddlenlp(shop, head):
     pytest.importorskip("paddlenlp")
     run = shop.make(head, f"{head}-nlp", tokenizer=True)
@@ -69,12 +70,18 @@ def test_paged_equals_unpaged_for_paddlenlp(shop, head):
             assert any("the mask value of the candidate is -1e+09" in note for note in outcome.report["notes"])
 
 
-@pytest.mark.parametrize("options", [
-    dict(dtype="float16"), dict(dtype="bfloat16"), dict(binary=True), dict(flags=("--dtype", "bfloat16")),
-    dict(shard="20KB", flags=("--shard-size", "20KB")), dict(flags=("--format", "pdparams"))])
-@pytest.mark.parametrize("head", ["GPTJForCausalLM", "BertForPreTraining"])
-def test_from_every_kind_of_file(shop, head, options):
-    run = shop.make(head, f"{head}-{abs(hash(str(options)))}", **options)
+FILES = {
+    "float16": dict(dtype="float16"), "bfloat16": dict(dtype="bfloat16"), "bin": dict(binary=True),
+    "cast": dict(flags=("--dtype", "bfloat16")), "shards": dict(shard="20KB", flags=("--shard-size", "20KB")),
+    "pdparams": dict(flags=("--format", "pdparams"))}
+KINDS = [(head, kind) for head in ("GPTJForCausalLM", "BertForPreTraining") for kind in FILES]
+
+
+@pytest.mark.parametrize("case", fast(KINDS, *[(head, kind) for head, kind in KINDS if kind in (
+    ("bfloat16", "shards") if head.startswith("GPTJ") else ("bin", "cast", "pdparams"))]), ids="-".join)
+def test_from_every_kind_of_file(shop, case):
+    head, kind = case
+    run = shop.make(head, "-".join(case), **FILES[kind])
     for stage in ("weights", "forward"):
         assert same(shop, run, stage).code == 0
 
@@ -141,7 +148,7 @@ def test_memory_is_flat_in_the_number_of_layers(shop):
                               cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads((shop.reports / run / "forward.json").read_text())["peak_rss_bytes"])
-    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[1] - peaks[0] < 400e6 / 8
 
 
 # Gates and pages ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from align_fixtures import Workshop, all_aligned
+from align_fixtures import STAGES, Workshop, all_aligned
 
 import align
+from align import loss
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,17 @@ def workshop(tmp_path_factory):
     return Workshop(tmp_path_factory.mktemp("real"))
 
 
+ROWS = 16
+FLAGS = {"metric": ("--limit", str(ROWS)), "forward": ("--rows", "3", "--tokens", "40")}
+
+
 @pytest.fixture(scope="module")
 def outcomes(workshop, source):
-    return workshop.align_all(workshop.convert("bert", source, "minilm"))
+    """A quarter of the passages: 16 rows for the metric and 4 pairs for the loss; ``make real`` takes all of them."""
+    run = workshop.convert("bert", source, "minilm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "PAIRS", 4)
+        return {stage: workshop.align(stage, run, *FLAGS.get(stage, ())) for stage in STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ def embeddings(source):
     with torch.no_grad():
         return np.stack([
             model(**tokenizer(json.loads(line)["text"], truncation=True, max_length=128, return_tensors="pt"))
-            .last_hidden_state[0].mean(0).numpy() for line in lines[:64]])
+            .last_hidden_state[0].mean(0).numpy() for line in lines[:ROWS]])
 
 
 def test_all_four_stages_are_aligned(outcomes):
@@ -48,8 +57,8 @@ def test_every_block_is_within_1e_5_and_the_loss_within_1e_6(outcomes):
     tensors = outcomes["forward"].modules
     assert sum("encoder.layers." in tensor["name"] for tensor in tensors) == 6
     assert all(tensor["rel_l2"] <= 1e-5 for tensor in tensors)
-    loss = outcomes["loss"].report["values"]["loss.contrastive"]
-    assert loss["candidate"] == pytest.approx(loss["reference"], rel=1e-6)
+    value = outcomes["loss"].report["values"]["loss.contrastive"]
+    assert value["candidate"] == pytest.approx(value["reference"], rel=1e-6)
 
 
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
@@ -66,6 +75,7 @@ def test_both_sides_rank_the_neighbours_that_transformers_ranks(workshop, outcom
     assert trace["neighbour.predictions"].tolist() == nearest.tolist()
 
 
+@pytest.mark.full
 def test_half_precision_and_pdparams_are_aligned_too(workshop, source):
     run = workshop.convert("bert", source, "minilm-half", "--dtype", "float16", "--format", "pdparams")
     assert all_aligned({stage: workshop.align(stage, run) for stage in ("weights", "metric", "loss")})

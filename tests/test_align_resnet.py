@@ -10,7 +10,7 @@ import paddle
 import pytest
 import torch
 from align_fixtures import Workshop, all_aligned, strict_json
-from conftest import call
+from conftest import call, fast
 from resnet_fixtures import STANDARD, TINY, VARIANTS, paddle_name, pictures, reference, torchvision_name
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -50,8 +50,10 @@ def make(shop, name, *flags, **options):
     return shop.convert("resnet", checkpoint(shop, name, **options), name, *flags)
 
 
-@pytest.mark.parametrize("head", [HEAD, "ResNetModel"])
-@pytest.mark.parametrize("variant", ["basic", "bottleneck"])
+@pytest.mark.parametrize("head, variant", [
+    (HEAD, "basic"), ("ResNetModel", "bottleneck"),
+    *(pytest.param(head, variant, marks=pytest.mark.full)
+      for head, variant in ((HEAD, "bottleneck"), ("ResNetModel", "basic")))])
 def test_both_heads_are_aligned_at_every_stage(shop, head, variant):
     run = make(shop, f"{head}-{variant}", head=head, **VARIANTS[variant])
     outcomes = {stage: shop.align(stage, run, *(QUICK if stage == "metric" else ()))
@@ -73,15 +75,16 @@ def test_both_heads_are_aligned_at_every_stage(shop, head, variant):
         {"loss.plain", "loss.resized", "loss.ignored"} if head == HEAD else {"loss.contrastive"})
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("basic", "bottleneck")])
+@pytest.mark.parametrize("variant", fast([name for name in VARIANTS if name not in ("basic", "bottleneck")],
+                                         "stride in the first stage", "five channels"))
 def test_every_shape_is_aligned(shop, variant):
     run = make(shop, variant.replace(" ", "-"), **VARIANTS[variant])
     assert all_aligned({stage: shop.align(stage, run) for stage in ("weights", "forward", "loss")})
 
 
-@pytest.mark.parametrize("dtype, flags", {
-    "float16": (), "bfloat16": ("--dtype", "float32"), "float32": ("--dtype", "float16"),
-}.items())
+@pytest.mark.parametrize("dtype, flags", [
+    pytest.param("float16", (), marks=pytest.mark.full),
+    pytest.param("bfloat16", ("--dtype", "float32"), marks=pytest.mark.full), ("float32", ("--dtype", "float16"))])
 def test_every_dtype_is_aligned_and_running_statistics_are_rounded_on_both_sides(shop, dtype, flags):
     run = make(shop, f"from-{dtype}", *flags, dtype=dtype, layer_type="basic")
     assert all_aligned({stage: shop.align(stage, run) for stage in ("weights", "forward")})
@@ -116,10 +119,8 @@ def test_a_checkpoint_with_torchvisions_names_needs_no_config_and_gives_the_same
     twin = make(shop, f"transformers-{kind}", **VARIANTS[variant])
     assert (shop.output(run) / "model.safetensors").read_bytes() == (
         shop.output(twin) / "model.safetensors").read_bytes()
-    assert all_aligned({stage: shop.align(stage, run) for stage in ("weights", "forward", "loss")})
-    left, right = (strict_json(shop.reports / name / "forward.json")["tensors"] for name in (run, run))
-    assert left == right
     if kind == "zip":
+        assert all_aligned({stage: shop.align(stage, run) for stage in ("weights", "forward", "loss")})
         assert all_aligned({"forward": shop.align("forward", run, "--paging", "on")})
 
 

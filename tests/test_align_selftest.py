@@ -19,17 +19,21 @@ INVISIBLE = ("key bias changed/bert/checkpoint", "MLP units permuted on both sid
 SAMPLE = (*SUBTLE, *INVISIBLE, "missed transpose of q/gptj/checkpoint", "q and k swapped/bert/net-weights",
           "mask of -10 on one row/bert/net", "wrong constant in the rotary table/gptj/net",
           "heads of the config halved/bert/config", "NaN in one weight/gptj/net-weights",
-          "blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net",
-          "element of a kernel changed by 1 %/resnet/net-weights", "batch norm epsilon 1e-6/resnet/net",
-          "missed transpose of the classifier/resnet/net-weights",
-          "running statistics not loaded/resnet/checkpoint", "stride in the first convolution/resnet/net",
-          "heads of the config halved/gpt2/config", "q, k and v cut per head from the fused matrix/gpt2/net-weights")
+          "element of a kernel changed by 1 %/resnet/net-weights", "running statistics not loaded/resnet/checkpoint",
+          "q, k and v cut per head from the fused matrix/gpt2/net-weights")
+MORE = ("blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net", "batch norm epsilon 1e-6/resnet/net",
+        "missed transpose of the classifier/resnet/net-weights", "stride in the first convolution/resnet/net",
+        "heads of the config halved/gpt2/config")
+"""For ``make test-full``, as ``python -m align.selftest`` plants all there are."""
+
+
+def proven(names, directory):
+    return prove([next(fault for fault in FAULTS if fault.name == name) for name in names], directory)
 
 
 @pytest.fixture(scope="module")
 def proof(tmp_path_factory):
-    found = [next(fault for fault in FAULTS if fault.name == name) for name in SAMPLE]
-    return prove(found, tmp_path_factory.mktemp("selftest"))
+    return proven(SAMPLE, tmp_path_factory.mktemp("selftest"))
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -43,6 +47,15 @@ def test_a_planted_fault_is_caught(proof, name):
 def test_runs_without_a_fault_are_aligned_before_the_faults_and_after_each_is_undone(proof):
     assert len(proof.outcomes) == len(SAMPLE)
     assert proof.false_alarms == []
+
+
+@pytest.mark.full
+def test_more_planted_faults_are_caught_and_named(tmp_path):
+    proof = proven(MORE, tmp_path)
+    assert (len(proof.outcomes), proof.false_alarms) == (len(MORE), [])
+    for outcome in proof.outcomes:
+        assert outcome.caught and outcome.in_right_block and outcome.named_right, (outcome.fault.name, outcome.named)
+    assert proof.explained_wrongly == []
 
 
 def test_none_of_the_sample_is_explained_wrongly(proof):

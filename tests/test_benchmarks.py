@@ -160,10 +160,13 @@ def test_large_channels_are_the_same_everywhere_and_few():
 
 
 def test_memory_of_making_does_not_grow_with_the_model(tmp_path: Path):
-    small = replace(GPTJ, hidden=1024, vocab=1024, layers=1)
-    peaks = [_peak_of_making(small.layered(layers), tmp_path) for layers in (1, 6)]
-    assert small.layered(6).nbytes > 140e6
-    assert peaks[1] < 1.15 * peaks[0] and peaks[1] < 200e6
+    """How much of the chunks ahead is held at one time is the scheduler's: a tenth or two of one peak, little beside
+    151 MB of layers."""
+    small = replace(GPTJ, hidden=1024, vocab=1024)
+    few, many = (small.layered(layers) for layers in (2, 8))
+    peaks = [_peak_of_making(shape, tmp_path) for shape in (few, many)]
+    added = many.nbytes - few.nbytes
+    assert added > 150e6 and peaks[1] - peaks[0] < added / 5 and max(peaks) < 200e6
 
 
 def _peak_of_making(shape: Shape, directory: Path) -> int:
@@ -189,7 +192,7 @@ def test_shapes_at_full_size():
 def test_memory_of_a_command_is_its_own_and_not_ours(tmp_path: Path):
     ballast = np.ones(40_000_000)
     ran = Bench(TINY, tmp_path).python("-c", "print('said')")
-    assert ran.peak_rss < 60e6 < ballast.nbytes and 0 < ran.seconds < 10 and ran.output == "said\n"
+    assert ran.peak_rss < 60e6 < ballast.nbytes and ran.seconds > 0 and ran.output == "said\n"
     assert Bench(TINY, tmp_path).python("-c", "x = bytearray(200_000_000)").peak_rss > 200e6
 
 

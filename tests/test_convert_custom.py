@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from align_fixtures import Workshop, all_aligned, torch_model
-from conftest import call
+from conftest import call, fast
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -70,7 +70,7 @@ def home(tmp_path):
     return Home(tmp_path)
 
 
-@pytest.mark.parametrize("layers", [6, 12])
+@pytest.mark.parametrize("layers", fast([3, 12], 3))
 def test_the_example_is_aligned_at_every_stage_against_the_users_own_net(home, layers):
     assert home.take(my_net(layers))[0] == 0
     assert all_aligned(home.stages())

@@ -237,30 +237,26 @@ def same(found, expected):
         assert found[name].shape == tensor.shape or {found[name].shape, tensor.shape} == {(), (1,)}, name
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(family=families_of_rules(), form=st.sampled_from(["safetensors", "shards", "bin"]),
        way=st.sampled_from(["plain", "turned", "spaced"]), target=st.sampled_from(["safetensors", "pdparams"]),
        constants=CONSTANTS)
 def test_every_rule_kind_goes_there_by_the_formula_and_back_to_the_byte(family, form, way, target, constants):
     made, _ = family
     assume(made.back and made.target)
-    patch = with_constants(constants)
-    try:
-        with TemporaryDirectory() as name:
-            directory = Path(name)
-            write(directory / "source", made.source, form, way)
-            carried(TO_PADDLE, family_of(made.rules), directory / "source", directory / "there", "--format", target)
-            same(held(directory / "there"), made.target)
-            carried(TO_TORCH, family_of(made.rules), directory / "there", directory / "back")
-            assert (directory / "back/model.safetensors").read_bytes() == as_safetensors(
-                {name: tensor.contiguous() for name, tensor in made.back.items()}, {"format": "pt"})
-            assert json.loads((directory / "back/config.json").read_text()) == json.loads(
-                (directory / "source/config.json").read_text())
-    finally:
-        patch.undo()
+    with with_constants(constants), TemporaryDirectory() as name:
+        directory = Path(name)
+        write(directory / "source", made.source, form, way)
+        carried(TO_PADDLE, family_of(made.rules), directory / "source", directory / "there", "--format", target)
+        same(held(directory / "there"), made.target)
+        carried(TO_TORCH, family_of(made.rules), directory / "there", directory / "back")
+        assert (directory / "back/model.safetensors").read_bytes() == as_safetensors(
+            {name: tensor.contiguous() for name, tensor in made.back.items()}, {"format": "pt"})
+        assert json.loads((directory / "back/config.json").read_text()) == json.loads(
+            (directory / "source/config.json").read_text())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(family=families_of_rules(), wanted=st.sampled_from(["float32", "float16", "bfloat16"]), constants=CONSTANTS)
 def test_casts_of_fused_tensors_are_torchs(family, wanted, constants):
     """Every float is rounded as torch rounds it; what is made for Paddle alone stays float32."""
@@ -270,15 +266,11 @@ def test_casts_of_fused_tensors_are_torchs(family, wanted, constants):
     expected = {name: tensor if name in own else tensor.to(DTYPES[wanted]) for name, tensor in made.target.items()}
     if not all(torch.isfinite(tensor).all() for tensor in expected.values()):
         return
-    patch = with_constants(constants)
-    try:
-        with TemporaryDirectory() as name:
-            directory = Path(name)
-            write(directory / "source", made.source, "safetensors", "plain")
-            carried(TO_PADDLE, family_of(made.rules), directory / "source", directory / "there", "--dtype", wanted)
-            same(held(directory / "there"), expected)
-    finally:
-        patch.undo()
+    with with_constants(constants), TemporaryDirectory() as name:
+        directory = Path(name)
+        write(directory / "source", made.source, "safetensors", "plain")
+        carried(TO_PADDLE, family_of(made.rules), directory / "source", directory / "there", "--dtype", wanted)
+        same(held(directory / "there"), expected)
 
 
 @pytest.mark.parametrize("way", ["plain", "turned", "spaced"])

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-fuzz = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                                      HealthCheck.too_slow])
 places = st.floats(0, 1, exclude_max=True)
 
 
@@ -90,7 +91,7 @@ def test_the_end_cut_off(save, tiny, convert):
     file = tiny(save)
     clean = file.read_bytes()
 
-    @settings(fuzz, max_examples=40)
+    @settings(fuzz, max_examples=25)
     @given(places)
     def check(place):
         file.write_bytes(clean[:int(place * len(clean))])
@@ -98,7 +99,7 @@ def test_the_end_cut_off(save, tiny, convert):
     check()
 
 
-@settings(fuzz, max_examples=60)
+@settings(fuzz, max_examples=40)
 @given(place=places, byte=st.integers(0, 255))
 def test_one_byte_of_the_config_changed(place, byte, checkpoint, convert):
     source = checkpoint("GPTJModel")

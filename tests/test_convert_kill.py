@@ -1,6 +1,7 @@
 """Killed at any moment: the output is absent or whole, and the next run removes what is left and makes the same bytes.
 
-One process imports everything and forks each conversion, so that the moments are spread over the conversion itself.
+One process imports everything and forks each conversion, so that the moments are spread over the conversion itself. The
+first is no matter of the clock: the conversion ends itself amid its writing, however fast the machine is.
 """
 
 import json
@@ -19,24 +20,33 @@ from test_convert_memory import shapes
 
 from convert import gptj
 
-KILLS, INTERRUPTIONS = 50, 12
+KILLS, INTERRUPTIONS = 16, 8
 FORKING = """
-import os, signal, sys, time
+import itertools, os, signal, sys, time
 from contextlib import suppress
 import convert.stream, convert.verify, convert.report
 from convert.cli import main
 from convert.gptj import FAMILY
+def ending_at(written, number, pwrite=os.pwrite):
+    calls = itertools.count(1)
+    def write(*arguments):
+        if next(calls) == written:
+            os.kill(os.getpid(), number)
+        return pwrite(*arguments)
+    os.pwrite = write
 for line in sys.stdin:
-    number, delay, *arguments = line.split()
+    number, delay, written, *arguments = line.split()
     child = os.fork()
     if child == 0:
+        if int(written):
+            ending_at(int(written), int(number))
         code = 130  # of an interruption before the conversion has begun
         with suppress(KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
             sys.stdout = open(os.devnull, "w")
             code = main(FAMILY, arguments)
         os._exit(code)
-    if int(number):
+    if int(number) and not int(written):
         time.sleep(float(delay))
         os.kill(child, int(number))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -57,11 +67,15 @@ def source(tmp_path):
 
 @pytest.fixture
 def conversion(source, workdir):
-    """``conversion(*flags, by=signal, after=seconds)``: its exit code, negative where a signal ended it."""
+    """``conversion(*flags, by=signal, after=seconds)``: its exit code, negative where a signal ended it.
+
+    With ``written`` the signal comes with the call that writes for this time, and not after seconds.
+    """
     with subprocess.Popen([sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as process:
-        def run(*flags, by=0, after=0.0):
-            print(int(by), after, "--source", source, "--output", "out/run", *flags, file=process.stdin, flush=True)
+        def run(*flags, by=0, after=0.0, written=0):
+            print(int(by), after, written, "--source", source, "--output", "out/run", *flags, file=process.stdin,
+                  flush=True)
             return int(process.stdout.readline())
         yield run
         process.stdin.close()
@@ -84,7 +98,9 @@ def hidden(workdir):
     return [path.name for path in workdir.rglob(".*")]
 
 
-@pytest.mark.parametrize("number,times", [(signal.SIGKILL, KILLS), (signal.SIGINT, INTERRUPTIONS)])
+@pytest.mark.parametrize("number,times", [
+    (signal.SIGKILL, KILLS), (signal.SIGINT, INTERRUPTIONS),
+    pytest.param(signal.SIGKILL, 6 * KILLS, marks=pytest.mark.full)])
 def test_the_output_is_absent_or_whole_and_a_rerun_identical(number, times, conversion, whole, workdir):
     files, seconds = whole
     dice, codes, left = random.Random(4), set(), set()
@@ -92,7 +108,8 @@ def test_the_output_is_absent_or_whole_and_a_rerun_identical(number, times, conv
         if attempt % 2:
             for file in sorted((workdir / "out").rglob("*"), reverse=True):
                 file.unlink() if file.is_file() else file.rmdir()
-        codes.add(conversion("--overwrite", by=number, after=dice.uniform(0, 1.1 * seconds)))
+        codes.add(conversion("--overwrite", by=number, after=dice.uniform(0, 1.1 * seconds),
+                             written=0 if attempt else 9))
         found = {name: held for name, held in files_under(workdir / "out").items() if not name.startswith(".")}
         assert found in ({}, files)
         left |= set(hidden(workdir))

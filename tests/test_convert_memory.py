@@ -1,6 +1,7 @@
 """Peak memory: bounded by a tile for each thread, whatever the dtypes and formats, and flat in the number of layers.
 
 Each conversion is a process of its own that tells its VmHWM: ``ru_maxrss`` counts what its parent held at the fork.
+Python and numpy differ from machine to machine: a peak is held against that of a conversion of next to nothing.
 """
 
 import json
@@ -13,8 +14,13 @@ import torch
 
 from convert import gptj
 from convert.plan import expand
+from convert.stream import TILES
 
-LIMIT = 128_000_000
+ROOM = sum(TILES) + (16 << 20)
+"""What a conversion may hold beside the interpreter; a widened matrix held beside its tile would not go into it."""
+NOTHING = dict(n_layer=1, n_embd=64, n_inner=64, vocab_size=272, n_positions=64)
+GROWTH = 1 / 16
+"""Of the bytes that were added; a model that is held at all has all of them."""
 CONVERSION = """
 import sys
 from pathlib import Path
@@ -66,9 +72,17 @@ def across(directory, tensors):
                directory / "pytorch_model.bin")
 
 
+def configured(**changes):
+    return {**gptj.FAMILY.demo, "n_embd": 1024, "n_inner": 16_384, "vocab_size": 2000, "n_positions": 512, **changes}
+
+
+def parameters(**changes) -> int:
+    return sum(int(torch.Size(shape).numel()) for shape in shapes(configured(**changes)).values())
+
+
 def peak(directory: Path, save, flags, **changes) -> int:
     """Bytes that a conversion of zeros in the shapes of a GPT-J was resident with at most."""
-    config = {**gptj.FAMILY.demo, "n_embd": 1024, "n_inner": 16_384, "vocab_size": 2000, "n_positions": 512, **changes}
+    config = configured(**changes)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     save(directory, shapes(config))
@@ -91,36 +105,42 @@ FURTHER = {
 }
 
 
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory) -> int:
+    return peak(tmp_path_factory.mktemp("idle") / "nothing", float16, [], **NOTHING)
+
+
 @pytest.mark.parametrize("variant", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.full) for name in FURTHER)])
-def test_memory_is_bounded_and_flat_in_the_number_of_layers(variant, tmp_path):
+def test_memory_is_bounded_and_flat_in_the_number_of_layers(variant, tmp_path, idle):
     """Two matrices of every layer fill a tile. With so many, both threads hold a full one at some time."""
     save, flags = (VARIANTS | FURTHER)[variant]
-    few, many = (peak(tmp_path / str(layers), save, flags, n_layer=layers) for layers in (6, 12))
-    print(f"{variant}: {few / 1e6:.0f} and {many / 1e6:.0f} MB")
-    assert max(few, many) <= LIMIT
-    assert many <= 1.05 * few
+    few, many = (peak(tmp_path / str(layers), save, flags, n_layer=layers) for layers in (2, 6))
+    print(f"{variant}: {idle / 1e6:.0f}, {few / 1e6:.0f} and {many / 1e6:.0f} MB")
+    added = 2 * (parameters(n_layer=6) - parameters(n_layer=2))
+    assert added > 300e6 and many - few <= GROWTH * added
+    assert max(few, many) - idle <= ROOM
 
 
 @pytest.mark.full
-def test_memory_is_bounded_where_a_bin_holds_columns(tmp_path):
+def test_memory_is_bounded_where_a_bin_holds_columns(tmp_path, idle):
     """Only digests and comparisons go across here; whether two of them do so at once is the scheduler's."""
-    assert peak(tmp_path / "across", across, [], n_layer=4) <= LIMIT
+    assert peak(tmp_path / "across", across, [], n_layer=4) - idle <= ROOM
 
 
-def test_a_mask_of_many_positions_is_never_whole(tmp_path):
-    small, large = (peak(tmp_path / str(positions), float16, [], n_layer=1, n_embd=64, n_inner=64, vocab_size=272,
-                         n_positions=positions) for positions in (64, 4096))
-    assert large <= small + (16 << 20)
+def test_a_mask_of_many_positions_is_never_whole(tmp_path, idle):
+    large = peak(tmp_path / "large", float16, [], **{**NOTHING, "n_positions": 8192})
+    print(f"{idle / 1e6:.0f} and {large / 1e6:.0f} MB")
+    assert large - idle <= (8192 * 8192) // 4
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("variant,numbers", [("float16", (4, 14, 28)), ("widened", (2, 4)), ("float32", (2, 4)),
                                              ("narrowed", (2, 4)), ("pdparams", (2, 4))])
-def test_memory_at_the_shapes_of_gptj(variant, numbers, tmp_path):
+def test_memory_at_the_shapes_of_gptj(variant, numbers, tmp_path, idle):
     """28 layers of float16 are 12 GB, the whole model."""
     save, flags = (VARIANTS | FURTHER)[variant]
-    peaks = [peak(tmp_path / str(number), save, flags, n_embd=4096, n_inner=None, vocab_size=50400, n_positions=2048,
-                  n_layer=number) for number in numbers]
+    sizes = [dict(n_embd=4096, n_inner=None, vocab_size=50400, n_positions=2048, n_layer=number) for number in numbers]
+    peaks = [peak(tmp_path / str(number), save, flags, **size) for number, size in zip(numbers, sizes, strict=True)]
     print(f"{variant}: {', '.join(f'{nbytes / 1e6:.0f}' for nbytes in peaks)} MB")
-    assert max(peaks) <= LIMIT
-    assert max(peaks) <= 1.05 * min(peaks)
+    assert max(peaks) - idle <= ROOM
+    assert max(peaks) - min(peaks) <= GROWTH * 2 * (parameters(**sizes[-1]) - parameters(**sizes[0]))

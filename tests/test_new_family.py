@@ -182,10 +182,24 @@ def checkout(tmp_path_factory):
     return directory
 
 
+ALL_STAGES = """
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+from align import __main__ as program
+def run(command):
+    module = import_module(command[2])
+    return SimpleNamespace(returncode=module.main(module.STAGE, command[3:]))
+program.subprocess.run = run
+sys.exit(program.run_all([]))
+"""
+"""``python -m align``, its stages in one process: the frameworks are imported once."""
+
+
 @pytest.fixture(scope="module")
 def python(checkout):
     def run(*arguments, code=0):
-        done = subprocess.run([sys.executable, "-m", *arguments], cwd=checkout, capture_output=True, text=True,
+        done = subprocess.run([sys.executable, *arguments], cwd=checkout, capture_output=True, text=True,
                               env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"})
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
@@ -197,8 +211,8 @@ def report(checkout, run, stage):
 
 
 def test_it_is_converted_and_aligned_from_end_to_end(checkout, python):
-    python("convert.openai_gpt")
-    python("align")
+    python("-m", "convert.openai_gpt")
+    python("-c", ALL_STAGES)
     for stage in ("weights", "forward", "metric", "loss"):
         found = report(checkout, "demo-openai_gpt", stage)
         assert (found["family"], found["verdict"]) == ("openai_gpt", "aligned") and found["tensors"]
@@ -207,8 +221,8 @@ def test_it_is_converted_and_aligned_from_end_to_end(checkout, python):
 
 def test_its_config_names_it_and_it_goes_back_to_torch(checkout, python):
     assert json.loads((checkout / "out/demo-openai_gpt/config.json").read_text())["model_type"] == "openai-gpt"
-    python("convert.back", "--source", "out/demo-openai_gpt", "--output", "back")
-    python("convert", "--source", "back", "--output", "out/again")
+    python("-m", "convert.back", "--source", "out/demo-openai_gpt", "--output", "back")
+    python("-m", "convert", "--source", "back", "--output", "out/again")
     assert (checkout / "out/again/model.safetensors").read_bytes() == (
         checkout / "out/demo-openai_gpt/model.safetensors").read_bytes()
 
@@ -218,7 +232,7 @@ def test_what_is_wrong_with_its_net_is_explained_by_what_it_says_of_its_blocks(c
     assert RIGHT in NET
     net.write_text(NET.replace(RIGHT, WRONG))
     try:
-        python("align.forward", "--run", "demo-openai_gpt", code=1)
+        python("-m", "align.forward", "--run", "demo-openai_gpt", code=1)
     finally:
         net.write_text(NET)
     found = report(checkout, "demo-openai_gpt", "forward")
