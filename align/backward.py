@@ -30,6 +30,7 @@ from .floor import YARDSTICK, Quantities, Quantity, floors_of, look_again
 from .gradients import Batch, Course, Gradients, Isolated, Settings, backwards, batches_of, digest_of
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
+from .recompute import WHOLE
 from .stage import Findings, RecordedStage, Session, main
 from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
@@ -113,7 +114,8 @@ class _Side:
     """What one side recorded, by name, and what it says of itself."""
 
     def __init__(self, session: Session, steps: Sequence[Step]) -> None:
-        self.arrays = {name: array for step in steps for name, array in step.recorded.items()}
+        self.arrays = {name: array for step in steps
+                       for name, array in (step.views.get(WHOLE) or step.recorded).items()}
         self.absent = {name for step in steps for name in step.told.get("absent", ())}
         self.frozen = {name for step in steps for name in step.told.get("frozen", ())}
         self.notes = [note for step in steps for note in step.told.get("notes", ())]
@@ -355,6 +357,10 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
         notes += expected.notes
         found |= {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)
                   if name in expected.arrays or name in given.arrays or name in expected.absent}
+        del expected, given, floors
+        for one in (step, answer):
+            one.views.clear()
+            one.floors.clear()
     names = sorted(found, key=lambda name: not name.endswith(ALONE))
     return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
 

@@ -14,9 +14,9 @@ from .gradients import Batch, Gradients, names_of_parameter
 from .lockstep import heard_by, in_step, listener_here
 from .paddle_gradients import PaddleGradients
 from .paddle_net import PaddleNet
-from .recompute import ALONE, ONCE, put_together, taken_apart
+from .recompute import ALONE, ONCE, WHOLE, in_trace, put_together, taken_apart
 from .side import in_shape
-from .trace import RECORDED, Step
+from .trace import Step
 
 
 class PagedPaddleGradients:
@@ -44,26 +44,26 @@ class PagedPaddleGradients:
 
     def answers(self, batch: Batch, steps: Iterable[Step]) -> Iterator[Step]:
         """For each of the reference's steps the gradients of the same names, and what is left in the end."""
-        listener, told = _Listener(self), {}
+        listener = _Listener(self)
         asked: dict[str, Any] = {"entering": {}, "arriving": {}}
         listener.known = asked
         with self._recomputed(), in_step([lambda: self._pass(listener, batch)], self.side.enter) as walks:
             for step in steps:
                 for view in asked:
                     asked[view].update(step.view(view))
-                wanted = {name for name in step.recorded if not self._is_alias(name)}
-                while walks.gate is not None and not wanted <= listener.found.keys():
+                wanted = {name for name in step.view(WHOLE) if not self._is_alias(name)}
+                while walks.gate is not None and not wanted <= listener.found.keys() | listener.absent:
                     walks.advance()
                 self.side.leave()
                 if walks.gate is None:
                     listener.tell_shared()
-                taken = {name: listener.found.pop(name) for name in wanted if name in listener.found}
-                yield Step({RECORDED: taken}, told={**told, "absent": sorted(listener.absent), "shared": self._aliases})
+                taken = in_trace({name: listener.found.pop(name) for name in wanted if name in listener.found})
+                yield Step(taken, told={"absent": sorted(listener.absent), "shared": self._aliases})
             while walks.gate is not None:
                 walks.advance()
             self.side.leave()
         listener.tell_shared()
-        yield Step({RECORDED: listener.found})
+        yield Step(in_trace(listener.found))
 
     def is_shared(self, name: str, calls: Counter[str]) -> bool:
         """Whether more than one of the ``calls`` of gates uses the parameter ``name``."""
@@ -149,8 +149,7 @@ class _Call:
                 ends = [(one, seed) for one, seed in zip(self.run(entering), seeds, strict=True)
                         if not one.stop_gradient and seed is not None]
                 paddle.autograd.backward([one for one, _ in ends], [seed for _, seed in ends])
-            return ({name: None if table[key].grad is None else table[key].grad.numpy() for table, key, name in places},
-                    [one.grad for one in entering])
+            return {name: _taken(table[key]) for table, key, name in places}, [one.grad for one in entering]
         finally:
             for tensor, stopped in asked:
                 tensor.clear_gradient(False)
@@ -170,9 +169,13 @@ class _Recomputed(paddle.autograd.PyLayer):
 
     @staticmethod
     def backward(ctx: Any, *seeds: Any) -> Any:
-        call, tensors = ctx.call, ctx.tensors
-        call.gradients.side.come_to(call.gate)
-        found = listener_here().back(call, tensors, seeds)
+        call, tensors, listener = ctx.call, ctx.tensors, listener_here()
+        side = call.gradients.side
+        side.come_to(call.gate)
+        found = listener.own_way(call, tensors, seeds)
+        if call.gradients.is_module(call.gate):
+            side.come_to(call.gate)
+            listener.alone(call, tensors, seeds)
         return (None, *(None if one.stop_gradient else gradient for one, gradient in zip(tensors, found, strict=True)))
 
 
@@ -184,7 +187,7 @@ class _Listener:
         self.calls: Counter[str] = Counter()
         self._shared: dict[str, Any] = {}
 
-    def back(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+    def own_way(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
         found, entering = call.repeat(tensors, seeds)
         for name, gradient in found.items():
             if self.gradients.is_shared(name, self.calls):
@@ -193,20 +196,23 @@ class _Listener:
                 self._shared[first] = gradient if before is None else before if gradient is None else before + gradient
             else:
                 self._tell(name, gradient, ONCE)
-        name, run = call.gate, self.gradients.run
-        if self.gradients.is_module(name) and name in self.known["arriving"]:
-            tensors, seeds = list(tensors), list(seeds)
-            main = call.main(tensors)
-            if main is not None and name in self.known["entering"]:
-                tensors[main] = _as(run, name, self.known["entering"][name], tensors[main])
-            seeds[0] = _as(run, name, self.known["arriving"][name], seeds[0])
-            found, again = call.repeat(tensors, seeds)
-            for parameter, gradient in found.items():
-                if not self.gradients.is_shared(parameter, self.calls):
-                    self._tell(parameter, gradient, ALONE)
-            if main is not None and again[main] is not None:
-                self.found[f"{name}{ALONE}"] = run.batch_first(name, again[main].numpy())
         return entering
+
+    def alone(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> None:
+        name, run = call.gate, self.gradients.run
+        if name not in self.known["arriving"]:
+            return
+        tensors, seeds = list(tensors), list(seeds)
+        main = call.main(tensors)
+        if main is not None and name in self.known["entering"]:
+            tensors[main] = _as(run, name, self.known["entering"][name], tensors[main])
+        seeds[0] = _as(run, name, self.known["arriving"][name], seeds[0])
+        found, again = call.repeat(tensors, seeds)
+        for parameter, gradient in found.items():
+            if not self.gradients.is_shared(parameter, self.calls):
+                self._tell(parameter, gradient, ALONE)
+        if main is not None and again[main] is not None:
+            self.found[f"{name}{ALONE}"] = run.batch_first(name, again[main].numpy())
 
     def tell_shared(self) -> None:
         """The sums over gates, once the pass has ended."""
@@ -224,6 +230,13 @@ class _Listener:
 
 def _as(run: Any, name: str, array: np.ndarray, like: Any) -> Any:
     return paddle.to_tensor(np.ascontiguousarray(in_shape(run.batch_first(name, array), like.shape)))
+
+
+def _taken(parameter: Any) -> np.ndarray | None:
+    """The gradient, which is then not held twice."""
+    found = None if parameter.grad is None else parameter.grad.numpy()
+    parameter.clear_gradient(False)
+    return found
 
 
 def _is_tensor(value: Any) -> bool:

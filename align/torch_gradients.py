@@ -17,7 +17,7 @@ from convert.errors import BadInput
 
 from .gradients import TEMPERATURE, Batch, Course, Gradients, Isolated, Settings, in_paddle, norms_of, rows_of
 from .lockstep import heard_by
-from .oracle import MATMUL, Float64, Reordered
+from .oracle import CHUNK, MATMUL, Float64, Reordered, in_chunks
 from .runs import Run
 from .side import entering, fed, hooked, in_shape
 from .torch_side import TorchSide, _is_floating, contrastive, tensors_of
@@ -264,12 +264,10 @@ class ReorderedGradients(Reordered):
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
         rows, order, outputs = (self._order(size) for size in (x.shape[:-1].numel(), x.shape[-1], weight.shape[0]))
-        flat = x.reshape(-1, x.shape[-1])[rows][:, order]
-        found = F.linear(flat, weight[outputs][:, order])
+        found = _PermutedLinear.apply(x.reshape(-1, x.shape[-1])[rows], weight, order, outputs)
         if bias is not None:
-            added = bias[outputs]
-            found = found + (added.new_ones((len(flat), 1)) @ added[None] if self.by_matmul else added)
-        return found[torch.argsort(rows)][:, torch.argsort(outputs)].view(*x.shape[:-1], -1)
+            found = found + (bias.new_ones((len(found), 1)) @ bias[None] if self.by_matmul else bias)
+        return found[torch.argsort(rows)].view(*x.shape[:-1], -1)
 
     def _layer_norm(self, x: Any, *given: Any, **named: Any) -> Any:
         rows = self._order(x.shape[:-1].numel())
@@ -289,6 +287,26 @@ class ReorderedGradients(Reordered):
         found = super()._convolution(x[rows], weight[outputs], None if bias is None else bias[outputs], stride, padding,
                                      dilation, groups)
         return found[torch.argsort(rows)][:, torch.argsort(outputs)]
+
+
+class _PermutedLinear(torch.autograd.Function):
+    """x [n, k] times weight [m, k], summed over k in ``order``; the gradient of x is summed over m in the order of
+    ``outputs``. A large weight is permuted in chunks, so that no copy of it lies in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, order: Any, outputs: Any) -> Any:
+        ctx.save_for_backward(x, weight, outputs)
+        return in_chunks(x[:, order], weight, lambda rows, to: torch.index_select(rows, 1, order, out=to))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        x, weight, outputs = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            entering = torch.zeros_like(x)
+            for chunk in outputs.split(max(1, CHUNK // weight.shape[1])):
+                entering += gradient[:, chunk] @ weight[chunk]
+            return entering, gradient.T @ x, None, None
 
 
 MULTIPLIED = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
