@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -31,6 +32,7 @@ from .gradients import Batch, Course, Gradients, Isolated, Settings, backwards, 
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
 from .recompute import WHOLE
+from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
 from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
@@ -325,8 +327,8 @@ def _settings(session: Session) -> Settings:
 
 # A model larger than memory -------------------------------------------------------------------------------------------
 
-def _paged_reference(session: Session) -> Iterator[Step]:
-    """The batch first, then a step for each gate, from the last to the first."""
+def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
+    """The batch first, then two steps for each gate, from the last to the first."""
     from .torch_recompute import PagedTorchGradients
     batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), PAGED_ROWS)[0][0]
     side = PagedTorchGradients(session.reference, session.run)
@@ -334,7 +336,7 @@ def _paged_reference(session: Session) -> Iterator[Step]:
         "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [
             f"One iteration, of {batch.inputs.rows.batch} seeded rows, in eval mode: weights came in block by block, "
             "and each block was computed again on the way back.", YARDSTICK]})
-    yield from side.steps(batch, REORDERED_RUNS)
+    yield from side.steps(batch, reordered)
 
 
 def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> Iterator[Step]:
@@ -347,7 +349,25 @@ def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> It
 
 
 def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
-    """Each gate when both sides have told it; of its gradients nothing is kept but what comparing them gave."""
+    found, notes = _of_gates(session, pairs)
+    failing = {name: result for name, result in found.items() if not result.passed}
+
+    def look() -> int:
+        stage = replace(STAGE, reference=lambda session: _paged_reference(session, SECOND_LOOK))
+        again, _ = _of_gates(session, paired(stage, session), failing)
+        found.update(again)
+        return sum(not result.passed for result in found.values())
+    doubtful = len(failing) if all(result.doubtful for result in failing.values()) else 0
+    notes += look_again(session, "backward", doubtful, look)
+    names = sorted(found, key=lambda name: not name.endswith(ALONE))
+    return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
+
+
+def _of_gates(session: Session, pairs: Iterable[tuple[Step, Step]], asked: Container[str] | None = None,
+              ) -> tuple[dict[str, TensorResult], list[str]]:
+    """Results and notes of each gate when both sides have told it, of all names or of those ``asked``; of its gradients
+    nothing is kept but what comparing them gave.
+    """
     found: dict[str, TensorResult] = {}
     notes: list[str] = []
     for step, answer in pairs:
@@ -356,13 +376,13 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
         floors = {name: (kind, floor) for kind, several in step.floors.items() for name, floor in several.items()}
         notes += expected.notes
         found |= {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)
-                  if name in expected.arrays or name in given.arrays or name in expected.absent}
+                  if (name in expected.arrays or name in given.arrays or name in expected.absent)
+                  and (asked is None or name in asked)}
         del expected, given, floors
         for one in (step, answer):
             one.views.clear()
             one.floors.clear()
-    names = sorted(found, key=lambda name: not name.endswith(ALONE))
-    return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
+    return found, notes
 
 
 def _several(text: str) -> int:

@@ -101,7 +101,7 @@ def in_paddle(run: Run, found: Mapping[str, np.ndarray | None]) -> dict[str, np.
     """Gradients by torch's path -> by Paddle's name in Paddle's layout, in the order of execution.
 
     ``found`` has every parameter under each of its names, None where it has no gradient. What torch has no parameter
-    for, which are buffers and what the conversion makes, is left out.
+    for, which are buffers and what the conversion makes, is left out. A linear's are turned views of ``found``.
     """
     paths = {key: path for path, key in run.plan.keys.items()}
     result: dict[str, np.ndarray | None] = {}
@@ -115,7 +115,7 @@ def in_paddle(run: Run, found: Mapping[str, np.ndarray | None]) -> dict[str, np.
             continue
         whole = {key: np.zeros(run.checkpoint.tensors[key].shape, np.float32) if array is None else array
                  for key, array in given.items()}
-        result[move.target] = np.ascontiguousarray(move.turn(move.take(whole.__getitem__)))
+        result[move.target] = move.turn(move.take(whole.__getitem__))
     return result
 
 

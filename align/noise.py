@@ -40,7 +40,7 @@ largest score, shifted to 0), so its last digit is never below that of 1: for x,
 Of a classifier that is sure and right, loss 1e-3, all torch runs round that logarithm alike, and to a relative 3e-5.
 
 Arrays may be a gigabyte each (the gradient of a 6B model's head), so whatever is computed of their elements is computed
-in strips of rows, in float64. x is kept in float64, s in float32, which moves a ratio by less than 1e-6 of itself.
+in tiles, in float64. x is kept in float64, s in float32, which moves a ratio by less than 1e-6 of itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from .tolerance import FLOOR_UNITS, FORWARD, LIMITS
 
 EPS = 2.0**-23
 ENOUGH = 16
-STRIP = 1 << 18
+TILE, SIDE = 1 << 18, 512
 ROBUST = {"total", "typical"}
 
 
@@ -161,29 +161,32 @@ class Pool:
 
     def __init__(self, oracle: np.ndarray, base: float = 0.0) -> None:
         self._oracle, self._base = _rows(oracle).astype(np.float64), base
-        self._root = np.zeros(self._oracle.shape, np.float32)
-        """The root of the sum of squares, as a sum of squares of small errors is no number of float32."""
+        self._spread = np.zeros_like(self._oracle, np.float32)
+        self._lent = False
         self._largest = 0.0
         self._runs = 0
 
     def add(self, run: np.ndarray) -> None:
         """``run``: what torch gave in float32, of the oracle's shape."""
+        if self._lent:
+            self._spread, self._lent = self._spread.copy(), False
         run = run.reshape(self._oracle.shape)
-        for strip in _strips(run):
-            error = _finite(run[strip] - self._oracle[strip])
+        for tile in _tiles(run):
+            error = _finite(run[tile] - self._oracle[tile])
             self._largest = max(self._largest, float(np.abs(error).max(initial=0.0)))
-            squares = np.square(self._root[strip], dtype=np.float64)
-            self._root[strip] = np.sqrt(squares + np.square(error))
+            squares = np.square(self._spread[tile], dtype=np.float64) * self._runs + np.square(error)
+            self._spread[tile] = np.sqrt(squares / (self._runs + 1))
         self._runs += 1
 
     def floor(self) -> NoiseFloor:
-        spread = self._root / np.float32(np.sqrt(self._runs))
-        return NoiseFloor(self._oracle, spread, self._largest, base=self._base)
+        """As of now; what is added later does not change it."""
+        self._lent = True
+        return NoiseFloor(self._oracle, self._spread, self._largest, base=self._base)
 
     def with_run(self, run: np.ndarray) -> NoiseFloor:
         """:meth:`floor` as it would be after :meth:`add` of ``run``."""
         other = copy(self)
-        other._root = self._root.copy()
+        other._lent = True
         other.add(run)
         return other.floor()
 
@@ -203,14 +206,14 @@ class _Sums:
     def of(cls, oracle: np.ndarray, spread: np.ndarray, candidate: np.ndarray) -> _Sums:
         length, width = oracle.shape
         rows, channels, live, peaks = np.zeros((3, length)), np.zeros((3, width)), np.zeros(width), (0.0, 0.0)
-        for strip in _strips(oracle):
-            x, s = oracle[strip], spread[strip].astype(np.float64)
-            e = candidate[strip] - x
+        for tile in _tiles(oracle):
+            x, s = oracle[tile], spread[tile].astype(np.float64)
+            e = candidate[tile] - x
             for number, array in enumerate((x, s, e)):
                 squares = np.square(array)
-                rows[number, strip] = squares.sum(axis=1)
-                channels[number] += squares.sum(axis=0)
-            live += ((x != 0) | (s != 0) | (e != 0)).sum(axis=0)
+                rows[number, tile[0]] += squares.sum(axis=1)
+                channels[number, tile[1]] += squares.sum(axis=0)
+            live[tile[1]] += ((x != 0) | (s != 0) | (e != 0)).sum(axis=0)
             peaks = tuple(max(before, float(np.abs(array).max(initial=0.0)))
                           for before, array in zip(peaks, (x, e), strict=True))
         return cls(rows, channels, live, peaks)
@@ -240,10 +243,15 @@ class _Sums:
             self.live / self.rows.shape[1])))
 
 
-def _strips(rows: np.ndarray) -> Iterator[slice]:
-    """Rows of [rows, channels], some ``STRIP`` elements at a time."""
-    step = max(1, STRIP // max(1, rows.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(rows), step))
+def _tiles(rows: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Of [rows, channels], some ``TILE`` elements at a time, of no less than ``SIDE`` rows and channels where there are
+    so many: arrays may lie in memory by rows or by channels.
+    """
+    length, width = rows.shape
+    across = min(width, max(SIDE, TILE // max(1, length)))
+    down = max(1, TILE // max(1, across))
+    return ((slice(top, top + down), slice(left, left + across))
+            for top in range(0, length, down) for left in range(0, width, across))
 
 
 def _finite(error: np.ndarray) -> np.ndarray:
@@ -258,7 +266,7 @@ def _rows(array: np.ndarray) -> np.ndarray:
 
 def _norm(array: np.ndarray) -> float:
     """The Euclidean norm of [rows, channels]."""
-    return float(np.sqrt(sum(float(np.square(array[strip], dtype=np.float64).sum()) for strip in _strips(array))))
+    return float(np.sqrt(sum(float(np.square(array[tile], dtype=np.float64).sum()) for tile in _tiles(array))))
 
 
 def _rms(array: np.ndarray) -> float:

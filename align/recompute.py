@@ -59,17 +59,18 @@ class _Place:
 def taken_apart(value: Any, is_tensor: Callable[[Any], bool]) -> tuple[list[Any], Any]:
     """The tensors in nested tuples, lists and dictionaries, and what :func:`put_together` makes of others."""
     tensors: list[Any] = []
+    return tensors, _without_tensors(value, tensors, is_tensor)
 
-    def walk(value: Any) -> Any:
-        if is_tensor(value):
-            tensors.append(value)
-            return _Place(len(tensors) - 1)
-        if type(value) in (tuple, list):
-            return type(value)(walk(one) for one in value)
-        if type(value) is dict:
-            return {key: walk(one) for key, one in value.items()}
-        return value
-    return tensors, walk(value)
+
+def _without_tensors(value: Any, taken: list[Any], is_tensor: Callable[[Any], bool]) -> Any:
+    if is_tensor(value):
+        taken.append(value)
+        return _Place(len(taken) - 1)
+    if type(value) in (tuple, list):
+        return type(value)(_without_tensors(one, taken, is_tensor) for one in value)
+    if type(value) is dict:
+        return {key: _without_tensors(one, taken, is_tensor) for key, one in value.items()}
+    return value
 
 
 def put_together(form: Any, tensors: Sequence[Any]) -> Any:

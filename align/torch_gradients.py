@@ -148,7 +148,7 @@ class TorchGradients:
     def _gradients(self) -> tuple[Gradients, list[str]]:
         found = in_paddle(self.run, {name: None if parameter.grad is None else parameter.grad.numpy().copy()
                                      for name, parameter in self._names.items()})
-        return ({name: array for name, array in found.items() if array is not None},
+        return ({name: np.ascontiguousarray(array) for name, array in found.items() if array is not None},
                 [name for name, array in found.items() if array is None])
 
     def _forget(self) -> None:

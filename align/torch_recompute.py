@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from convert.errors import BadInput
@@ -93,6 +94,8 @@ class PagedTorchGradients:
 
     def _step(self, passage: Passage, pools: Pools) -> Step:
         arrays = passage.named
+        for name in arrays:
+            arrays[name] = np.ascontiguousarray(arrays[name])
         floors = pools.take(arrays)
         return Step({**in_trace(arrays), "entering": passage.entering, "arriving": passage.arriving},
                     {kind: {name: floor for name, floor in floors.items() if name.endswith(ending)}
