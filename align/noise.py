@@ -171,11 +171,17 @@ class Pool:
         if self._lent:
             self._spread, self._lent = self._spread.copy(), False
         run = run.reshape(self._oracle.shape)
+        share = 1 / (self._runs + 1)
         for tile in _tiles(run):
-            error = _finite(run[tile] - self._oracle[tile])
-            self._largest = max(self._largest, float(np.abs(error).max(initial=0.0)))
-            squares = np.square(self._spread[tile], dtype=np.float64) * self._runs + np.square(error)
-            self._spread[tile] = np.sqrt(squares / (self._runs + 1))
+            squares = np.square(run[tile] - self._oracle[tile])
+            largest = float(np.sqrt(squares.max(initial=0.0)))
+            if np.isfinite(largest):
+                self._largest = max(self._largest, largest)
+            else:
+                squares = _finite(squares)
+            squares *= share
+            squares += np.square(self._spread[tile], dtype=np.float64) * (1 - share)
+            self._spread[tile] = np.sqrt(squares)
         self._runs += 1
 
     def floor(self) -> NoiseFloor:
@@ -254,9 +260,9 @@ def _tiles(rows: np.ndarray) -> Iterator[tuple[slice, slice]]:
             for top in range(0, length, down) for left in range(0, width, across))
 
 
-def _finite(error: np.ndarray) -> np.ndarray:
-    """NaN for what is not finite: a floor of NaN passes nothing, an infinite one everything."""
-    return np.where(np.isfinite(error), error, np.nan)
+def _finite(squares: np.ndarray) -> np.ndarray:
+    """Of errors: NaN for what is not finite: a floor of NaN passes nothing, an infinite one everything."""
+    return np.where(np.isfinite(squares), squares, np.nan)
 
 
 def _rows(array: np.ndarray) -> np.ndarray:
