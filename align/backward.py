@@ -1,8 +1,9 @@
 """``python -m align.backward``: gradients of every parameter, after one and after several iterations.
 
-Both sides are in eval mode, so without dropout and with the running statistics of a batch norm. Each iteration adds up
-the gradients of several micro-batches, clips them by their global norm and takes a step of plain SGD, so that an error
-of one is in the next. The first iteration and the last are compared (before clipping), and the global norms of all.
+Both sides are in eval mode, so without dropout; but batch norms are trained as in a fine-tuning, by the batch's own
+statistics, and the running ones are compared where gradients are. Each iteration adds up the gradients of several
+micro-batches, clips them by their global norm and takes a step of plain SGD, so that an error of one is in the next.
+The first iteration and the last are compared (before clipping), and the global norms of all.
 
 Each recorded module is also judged by itself: fed what enters torch's, and given torch's gradient of what it gives. Its
 parameters' gradients, and that of what enters it, are then its own work alone, so that the block at fault is named
@@ -42,6 +43,9 @@ NORM, CLIPPED = "global norm", "clipped global norm"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 CLIPPED_APART = "clipped apart"
 PAGED_ROWS = 2
+TRAINED = ("Batch norms were trained, by each micro-batch's own statistics; their running statistics are compared as "
+           "torch defines them. Paddle's running variance is the sum of squares over n, torch's over n - 1; that "
+           "difference is allowed for.")
 COPIES = 15
 """How many times a side's weights this stage holds unless it pages, worked out rather than measured: weights, those to
 go back to and gradients; and each of three times, both sides' gradients and torch's noise in float64."""
@@ -242,7 +246,8 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
     step = Step({RECORDED: _suffixed(alone, ALONE), "entering": dict(isolated.entering),
                  "arriving": dict(isolated.arriving)}, {ISOLATED: by_itself},
                 {"settings": vars(settings), "inputs_digest": digest_of(batches),
-                 "absent": _suffixed_names(absent, ALONE), "notes": [*_told(settings, batches, course), YARDSTICK]})
+                 "absent": _suffixed_names(absent, ALONE), "notes": [
+                    *_told(settings, batches, course), *[TRAINED] * side.trains_statistics, YARDSTICK]})
     for number, several in enumerate(batches):
         for part, batch in enumerate(several):
             step.view(f"inputs.{number}.{part}").update(batch.inputs.arrays)

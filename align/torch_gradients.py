@@ -1,6 +1,7 @@
 """Gradients of the torch side, under Paddle's names: iterations of SGD, and each module by itself.
 
-Eval mode, so without dropout. Weights are the same behind it as before.
+Eval mode, so without dropout; but batch norms are trained, by the batch's own statistics. Weights and running
+statistics are the same behind it as before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .runs import Run
 from .side import entering, fed, hooked, in_shape
 from .torch_side import TorchSide, _is_floating, contrastive, tensors_of
 
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 CLIP_EPSILON = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to the norm that it divides by; Paddle adds nothing."""
 
@@ -35,6 +37,15 @@ class TorchGradients:
         self._names = {name: parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)
                        if parameter.is_floating_point()}
         self._parameters = list({id(parameter): parameter for parameter in self._names.values()}.values())
+        self._norms = {path: module for path, module in self.model.named_modules()
+                       if isinstance(module, BATCH_NORM) and module.running_mean is not None}
+        self._statistics = {f"{path}.{key}": getattr(norm, key) for path, norm in self._norms.items()
+                            for key in ("running_mean", "running_var")}
+
+    @property
+    def trains_statistics(self) -> bool:
+        """Whether there are batch norms whose running statistics the iterations move."""
+        return bool(self._norms)
 
     def iterate(self, batches: Sequence[Sequence[Batch]], settings: Settings) -> Course:
         """Carry out the iterations, from the weights that the model has, and give it those back."""
@@ -136,6 +147,8 @@ class TorchGradients:
     def _step(self, course: Course, number: int, settings: Settings) -> None:
         if number in settings.kept:
             course.gradients[number], absent = self._gradients()
+            course.gradients[number] |= in_paddle(self.run, {name: statistic.numpy().copy() for name, statistic in
+                                                             self._statistics.items()})
             course.absent = course.absent or absent
         held = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         course.norms[number] = norms_of([gradient.numpy() for gradient in held])
@@ -158,12 +171,19 @@ class TorchGradients:
     @contextmanager
     def _learning(self) -> Iterator[None]:
         asked = [parameter.requires_grad for parameter in self._parameters]
+        buffers = [(buffer, buffer.clone()) for norm in self._norms.values() for buffer in norm.buffers()]
         try:
+            for norm in self._norms.values():
+                norm.training = True
             for parameter in self._parameters:
                 parameter.grad = None
                 parameter.requires_grad_(parameter.requires_grad or self._trained)
             yield
         finally:
+            for norm in self._norms.values():
+                norm.training = False
+            for buffer, before in buffers:
+                buffer.copy_(before)
             for parameter, before in zip(self._parameters, asked, strict=True):
                 parameter.grad = None
                 parameter.requires_grad_(before)
@@ -181,16 +201,17 @@ class TorchGradients:
     @contextmanager
     def _widened(self) -> Iterator[None]:
         """The model in double, parameters too, so that their gradients are; float32 again behind it."""
-        held = [parameter.data for parameter in self._parameters]
+        widened = [*self._parameters, *self._statistics.values()]
+        held = [tensor.data for tensor in widened]
         try:
-            for parameter in self._parameters:
-                parameter.data = parameter.data.double()
+            for tensor in widened:
+                tensor.data = tensor.data.double()
             with Float64():
                 yield
         finally:
-            for parameter, before in zip(self._parameters, held, strict=True):
-                parameter.grad = None
-                parameter.data = before
+            for tensor, before in zip(widened, held, strict=True):
+                tensor.grad = None
+                tensor.data = before
 
     @contextmanager
     def _hooks(self, before: Any, after: Any) -> Iterator[None]:
