@@ -29,7 +29,18 @@ from .compare import TensorResult, compare, missing
 from .diagnose import Explanation
 from .explanations.gradients import explained
 from .floor import YARDSTICK, Quantities, Quantity, floors_of, look_again
-from .gradients import Batch, Course, Gradients, Isolated, Settings, backwards, batches_of, digest_of
+from .gradients import (
+    NEAR,
+    Batch,
+    Course,
+    Gradients,
+    Isolated,
+    Settings,
+    backwards,
+    batches_of,
+    digest_of,
+    other_batches,
+)
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
 from .recompute import WHOLE
@@ -69,7 +80,7 @@ def reference(session: Session) -> Iterator[Step]:
         yield from _paged_reference(session)
         return
     settings = _settings(session)
-    yield from _recorded(session, settings, batches_of(session.run, settings))
+    yield from _recorded(session, settings, _clear_of_kinks(session, batches_of(session.run, settings)))
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
@@ -259,6 +270,22 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
         if number == 1 and settings.accumulate > 1:
             step.view(CLIPPED_APART).update(_suffixed(side.clipped_apart(batches[0], settings), _at(1)))
         yield step
+
+
+def _clear_of_kinks(session: Session, batches: list[list[Batch]]) -> list[list[Batch]]:
+    """``batches``, of which the first, that of the isolated gradients, is drawn anew while an element is so near to the
+    kink of a relu that rounding chooses its gradient; of all draws the one that stays farthest, where none is clear.
+    """
+    from .torch_gradients import TorchGradients
+    side = TorchGradients(session.reference, session.run, trained=True)
+    farthest, found = -1.0, batches[0][0]
+    for batch in chain(batches[0][:1], other_batches(session.run)):
+        distance = side.nearest_kink(batch)
+        if distance > farthest:
+            farthest, found = distance, batch
+        if distance > NEAR:
+            break
+    return [[found, *batches[0][1:]], *batches[1:]]
 
 
 def _told(settings: Settings, batches: Sequence[Sequence[Batch]], course: Course) -> list[str]:

@@ -19,6 +19,9 @@ from .tasks import BARE, TASKS, Labels, numbers
 ROWS, TOKENS = 4, 64
 TEMPERATURE = 1.0
 """Of a bare encoder's contrastive loss, as in loss.py."""
+OTHER, DRAWS = 100_000, 8
+NEAR = 2.0**-19
+"""Of the rms of what enters a relu: how near to its kink, 16 units of rounding, an element is as good as on it."""
 Gradients = dict[str, np.ndarray]
 
 
@@ -77,6 +80,11 @@ def batches_of(run: Run, settings: Settings, rows: int = ROWS, tokens: int = TOK
     found = [[_batch(run, number * settings.accumulate + part, rows, tokens) for part in range(settings.accumulate)]
              for number in range(settings.iterations)]
     return found
+
+
+def other_batches(run: Run) -> Iterator[Batch]:
+    """Batches as :func:`batches_of` draws them, and none of those."""
+    return (_batch(run, OTHER + number, ROWS, TOKENS) for number in range(DRAWS))
 
 
 def digest_of(batches: Sequence[Sequence[Batch]]) -> str:

@@ -6,6 +6,7 @@ statistics are the same behind it as before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from convert.errors import BadInput
 
@@ -24,6 +26,7 @@ from .side import entering, fed, hooked, in_shape
 from .torch_side import TorchSide, _is_floating, contrastive, tensors_of
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
+RELU = {F.relu, torch.relu, torch.Tensor.relu}
 CLIP_EPSILON = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to the norm that it divides by; Paddle adds nothing."""
 
@@ -58,6 +61,18 @@ class TorchGradients:
                 with torch.no_grad():
                     self._step(course, number, settings)
         return course
+
+    def nearest_kink(self, batch: Batch) -> float:
+        """The smallest |x| / rms(x) of what enters a relu, infinite where there is none.
+
+        Rounding decides on which side of 0 an element lies that is nearer than :data:`NEAR`, and with it all of its
+        gradient: there are two right ones.
+        """
+        if not any(isinstance(module, torch.nn.ReLU) for module in self.model.modules()):
+            return math.inf
+        with self._learning(), torch.no_grad(), _Kinks() as kinks:
+            self.loss(batch)
+        return kinks.nearest
 
     def clipped_apart(self, several: Sequence[Batch], settings: Settings) -> Gradients:
         """What accumulation gives where each micro-batch is clipped by itself: a mistake, to be known by its sum."""
@@ -218,6 +233,19 @@ class TorchGradients:
         with hooked(dict(self.model.named_modules()), "register_forward_hook", self.run.modules, before, after), (
                 heard_by(self)):
             yield
+
+
+class _Kinks(TorchFunctionMode):
+    """Looks at what enters relus; exact zeros are no accident of rounding and do not count."""
+
+    nearest = math.inf
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func in RELU:
+            x = args[0][args[0] != 0].abs()
+            self.nearest = min(self.nearest, float(x.min() / x.square().mean().sqrt()) if len(x) else math.inf)
+        return func(*args, **(kwargs or {}))
 
 
 def _clip(parameters: Sequence[Any], largest: float) -> None:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import paddle
 import pytest
 import torch
 from align_fixtures import Workshop
+from resnet_fixtures import reference as resnet
 
 from align import recompute
 from align.faults.planting import in_net
@@ -23,7 +24,7 @@ from align.gradients import Batch, Settings, batches_of
 from align.inputs import Inputs
 from align.noise import NoiseFloor
 from align.oracle import Float64
-from align.paddle_gradients import PaddleGradients
+from align.paddle_gradients import PaddleGradients, _Norm
 from align.paddle_net import OwnNet
 from align.paddle_recompute import PagedPaddleGradients
 from align.reference import Reference
@@ -134,6 +135,60 @@ def test_reordered_gradients_are_the_same_in_exact_arithmetic_and_differ_in_roun
         for kinds, found in zip(seen, gradients(torch.float32, ReorderedGradients(seed)), strict=True):
             kinds.add(found.numpy().tobytes())
     assert all(len(kinds) > 1 for kinds in seen)
+
+
+def normed(x, mean, variance, scale, bias):
+    return torch.nn.functional.batch_norm(x, mean, variance, scale, bias, True, 0.3, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (9, 6)])
+def test_a_trained_batch_norm_that_is_reordered_is_torchs_in_exact_arithmetic(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, seed, scale, bias = (torch.randn(size, generator=generator) for size in (shape, shape, (6,), (6,)))
+
+    def found(dtype, mode):
+        inputs = [torch.nn.Parameter(one.to(dtype)) for one in (x, scale, bias)]
+        mean, variance = torch.zeros(6, dtype=dtype), torch.full((6,), 2.0, dtype=dtype)
+        with mode:
+            given = normed(inputs[0], mean, variance, *inputs[1:])
+            (given * seed.to(dtype)).sum().backward()
+        return [given.detach(), mean, variance, *(one.grad for one in inputs)]
+    exact, plain = found(torch.float64, nullcontext()), found(torch.float32, nullcontext())
+    for number in (1, 2):
+        for known, array in zip(exact, found(torch.float64, ReorderedGradients(number)), strict=True):
+            torch.testing.assert_close(array, known, rtol=1e-11, atol=1e-11)
+        others = found(torch.float32, ReorderedGradients(number))
+        assert any((one != other).any() for one, other in zip(plain, others, strict=True))
+
+
+def test_running_statistics_are_told_as_torch_defines_them():
+    """A third of each batch, torch's momentum, is 1 - 2 / 3 of Paddle's."""
+    torchs, paddles = torch.nn.BatchNorm2d(3, momentum=1 / 3), paddle.nn.BatchNorm2D(3, momentum=2 / 3)
+    start = np.float32([0.5, 2.0, 30.0])
+    torchs.running_var.copy_(torch.tensor(start))
+    paddles._variance.set_value(start)
+    paddles.eval()
+    norm = _Norm("bn", paddles)
+    with norm.trained():
+        for number in range(3):
+            batch = np.random.default_rng(number).normal(1.0, 2.0, (2, 3, 2, 2)).astype("float32")
+            torchs(torch.tensor(batch))
+            paddles(paddle.to_tensor(batch))
+        found = dict(norm.statistics())
+        biased = paddles._variance.numpy()
+    np.testing.assert_allclose(found["bn._mean"], torchs.running_mean, rtol=1e-6)
+    np.testing.assert_allclose(found["bn._variance"], torchs.running_var, rtol=1e-6)
+    assert (np.abs(biased / torchs.running_var.numpy() - 1) > 1e-3).all(), "Paddle's own is another"
+    assert (paddles._variance.numpy() == start).all() and not paddles.training
+
+
+def test_the_nearest_kink_of_a_relu_is_told_and_exact_zeros_are_none():
+    net = torch.nn.Sequential(torch.nn.ReLU())
+    net.forward = lambda x, labels: {"loss": net[0](x).mean()}
+    x = np.float32([3.0, -4.0, 1e-6, 0.0])
+    side = side_of(net)
+    found = TorchGradients(side, side.run, trained=True).nearest_kink(Batch(Inputs({"x": x}), {"labels": x}))
+    assert found == pytest.approx(1e-6 / np.sqrt(25 / 3), rel=1e-5)
 
 
 # Of whole nets --------------------------------------------------------------------------------------------------------
@@ -281,6 +336,47 @@ def test_what_is_wrong_in_a_paged_net_is_named(shop, monkeypatch):
 def test_one_iteration_is_refused(shop):
     outcome = shop.align("backward", "gptj", "--iterations", "1")
     assert outcome.code == 2 and "give 2 or more" in outcome.stderr
+
+
+# Batch norms ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pictured(shop):
+    source = shop.root / "source-resnet"
+    resnet("ResNetForImageClassification", layer_type="basic").save_pretrained(source)
+    return shop.convert("resnet", source, "resnet")
+
+
+def test_batch_norms_are_trained_and_their_running_statistics_compared(shop, pictured):
+    outcome = shop.align("backward", pictured, *SHORT)
+    assert (outcome.code, outcome.failing) == (0, []), outcome.report.get("failures")
+    names = {tensor["name"] for tensor in outcome.report["tensors"]}
+    assert {f"{name} (iteration {number})" for name in ("bn1._mean", "layer4.0.bn2._variance") for number in (1, 2)
+            } <= names
+    assert any("Batch norms were trained" in note for note in outcome.report["notes"])
+
+
+def swap_momentum(net):
+    for layer in net.sublayers():
+        if isinstance(layer, paddle.nn.BatchNorm2D):
+            layer._momentum = 0.1
+
+
+def freeze_statistics(net):
+    for layer in net.sublayers():
+        if isinstance(layer, paddle.nn.BatchNorm2D):
+            layer._use_global_stats = True
+
+
+@pytest.mark.parametrize("break_net, what", [(swap_momentum, {"_mean", "_variance"}), (freeze_statistics, {"weight"})])
+def test_a_mistake_that_only_training_shows_is_caught_by_no_earlier_stage(shop, pictured, break_net, what):
+    """torch's momentum given to Paddle's layer; statistics of the file used in a fine-tuning."""
+    with planted(shop, pictured, break_net):
+        assert [shop.align(stage, pictured).code for stage in ("forward", "loss")] == [0, 0]
+        outcome = shop.align("backward", pictured, *SHORT)
+    assert outcome.code == 1
+    failing = {name.partition(" ")[0].rpartition(".")[2] for name in outcome.failing if "norm" not in name}
+    assert failing == what if break_net is swap_momentum else what <= failing
 
 
 # Nets whose forward pass is right -------------------------------------------------------------------------------------
