@@ -31,6 +31,7 @@ from .explanations.gradients import explained
 from .floor import YARDSTICK, Quantities, Quantity, floors_of, look_again
 from .gradients import (
     NEAR,
+    ROWS,
     Batch,
     Course,
     Gradients,
@@ -46,6 +47,7 @@ from .noise import NoiseFloor
 from .recompute import WHOLE
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
+from .tasks import BARE
 from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
 
@@ -362,7 +364,8 @@ def _settings(session: Session) -> Settings:
 def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
     """The batch first, then two steps for each gate, from the last to the first."""
     from .torch_recompute import PagedTorchGradients
-    batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), PAGED_ROWS)[0][0]
+    rows = ROWS if session.run.head.task in BARE else PAGED_ROWS  # of one pair the contrastive loss is 0
+    batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), rows)[0][0]
     side = PagedTorchGradients(session.reference, session.run)
     yield Step({"inputs": dict(batch.inputs.arrays), "labels": dict(batch.labels)}, told={
         "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [

@@ -45,19 +45,21 @@ class PagedPaddleGradients:
     def answers(self, batch: Batch, steps: Iterable[Step]) -> Iterator[Step]:
         """For each of the reference's steps the gradients of the same names, and what is left in the end."""
         listener = _Listener(self)
-        asked: dict[str, Any] = {"entering": {}, "arriving": {}}
-        listener.known = asked
         with self._recomputed(), in_step([lambda: self._pass(listener, batch)], self.side.enter) as walks:
             for step in steps:
-                for view in asked:
-                    asked[view].update(step.view(view))
-                wanted = {name for name in step.view(WHOLE) if not self._is_alias(name)}
-                while walks.gate is not None and not wanted <= listener.found.keys() | listener.absent:
+                asked = step.view("arriving").keys() & self._modules
+                wanted = {name for name in step.view(WHOLE) if name.endswith(ONCE) and not self._is_alias(name)}
+                while walks.gate is not None and not (wanted <= listener.found.keys() | listener.absent
+                                                      and asked <= listener.passed.keys()):
                     walks.advance()
+                for name in asked & listener.passed.keys():
+                    self.side.enter(name)
+                    listener.alone(name, step)
                 self.side.leave()
                 if walks.gate is None:
                     listener.tell_shared()
-                taken = in_trace({name: listener.found.pop(name) for name in wanted if name in listener.found})
+                taken = in_trace({name: listener.found.pop(name) for name in step.view(WHOLE) if name in listener.found
+                                  and not self._is_alias(name)})
                 yield Step(taken, told={"absent": sorted(listener.absent), "shared": self._aliases})
             while walks.gate is not None:
                 walks.advance()
@@ -169,19 +171,19 @@ class _Recomputed(paddle.autograd.PyLayer):
 
     @staticmethod
     def backward(ctx: Any, *seeds: Any) -> Any:
-        call, tensors, listener = ctx.call, ctx.tensors, listener_here()
-        side = call.gradients.side
-        side.come_to(call.gate)
-        found = listener.own_way(call, tensors, seeds)
-        if call.gradients.is_module(call.gate):
-            side.come_to(call.gate)
-            listener.alone(call, tensors, seeds)
+        call, tensors = ctx.call, ctx.tensors
+        call.gradients.side.come_to(call.gate)
+        found = listener_here().own_way(call, tensors, seeds)
         return (None, *(None if one.stop_gradient else gradient for one, gradient in zip(tensors, found, strict=True)))
 
 
 class _Listener:
     def __init__(self, gradients: PagedPaddleGradients) -> None:
-        self.gradients, self.known = gradients, {}
+        self.gradients = gradients
+        self.passed: dict[str, list[tuple[_Call, Sequence[Any], Sequence[Any]]]] = {}
+        """By module what its calls were given and gave, until it is fed what torch's was: of two modules that do not
+        depend on each other either may come first, and here another one than in torch.
+        """
         self.found: Gradients = {}
         self.absent: set[str] = set()
         self.calls: Counter[str] = Counter()
@@ -196,17 +198,20 @@ class _Listener:
                 self._shared[first] = gradient if before is None else before if gradient is None else before + gradient
             else:
                 self._tell(name, gradient, ONCE)
+        if self.gradients.is_module(call.gate):
+            self.passed.setdefault(call.gate, []).append((call, tensors, seeds))
         return entering
 
-    def alone(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> None:
-        name, run = call.gate, self.gradients.run
-        if name not in self.known["arriving"]:
-            return
+    def alone(self, name: str, step: Step) -> None:
+        """The way back through the module ``name``, whose weights are in, fed what is ``entering`` and ``arriving``."""
+        run, (call, tensors, seeds) = self.gradients.run, self.passed[name].pop(0)
+        if not self.passed[name]:
+            del self.passed[name]
         tensors, seeds = list(tensors), list(seeds)
         main = call.main(tensors)
-        if main is not None and name in self.known["entering"]:
-            tensors[main] = _as(run, name, self.known["entering"][name], tensors[main])
-        seeds[0] = _as(run, name, self.known["arriving"][name], seeds[0])
+        if main is not None and name in step.view("entering"):
+            tensors[main] = _as(run, name, step.view("entering")[name], tensors[main])
+        seeds[0] = _as(run, name, step.view("arriving")[name], seeds[0])
         found, again = call.repeat(tensors, seeds)
         for parameter, gradient in found.items():
             if not self.gradients.is_shared(parameter, self.calls):

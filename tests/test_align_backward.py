@@ -262,6 +262,15 @@ def test_a_model_larger_than_memory_is_aligned_gate_by_gate(run, shop):
         "h.1.ln_1.weight (isolated)") for tensor in outcome.report["tensors"])
 
 
+@pytest.mark.parametrize("head", ["BertForPreTraining", "BertModel"])
+def test_paged_heads_that_come_in_another_order_are_compared_and_not_as_zeros(head, shop):
+    """torch and Paddle go back through two heads of one encoder in different orders; a bare encoder needs two pairs."""
+    outcome = shop.align("backward", shop.make(head), "--paging", "on")
+    assert (outcome.code, outcome.failing) == (0, []), outcome.report.get("failures")
+    alone = [tensor for tensor in outcome.report["tensors"] if tensor["name"].endswith("linear1.weight (isolated)")]
+    assert len(alone) == 3 and all(0 < tensor["rel_l2"] < 1e-4 for tensor in alone)
+
+
 def test_nothing_of_a_gate_outlives_its_judgement(shop, monkeypatch):
     """Without the collector of cycles: what waits for it is a gigabyte a gate in a model of 6B."""
     large, seen = 1000, []
