@@ -1,8 +1,9 @@
 """``python -m align.backward``: gradients of every parameter, after one and after several iterations.
 
-Both sides are in eval mode, so without dropout and with the running statistics of a batch norm. Each iteration adds up
-the gradients of several micro-batches, clips them by their global norm and takes a step of plain SGD, so that an error
-of one is in the next. The first iteration and the last are compared (before clipping), and the global norms of all.
+Both sides are in eval mode, so without dropout; but batch norms are trained as in a fine-tuning, by the batch's own
+statistics, and the running ones are compared where gradients are. Each iteration adds up the gradients of several
+micro-batches, clips them by their global norm and takes a step of plain SGD, so that an error of one is in the next.
+The first iteration and the last are compared (before clipping), and the global norms of all.
 
 Each recorded module is also judged by itself: fed what enters torch's, and given torch's gradient of what it gives. Its
 parameters' gradients, and that of what enters it, are then its own work alone, so that the block at fault is named
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -27,10 +29,25 @@ from .compare import TensorResult, compare, missing
 from .diagnose import Explanation
 from .explanations.gradients import explained
 from .floor import YARDSTICK, Quantities, Quantity, floors_of, look_again
-from .gradients import Batch, Course, Gradients, Isolated, Settings, backwards, batches_of, digest_of
+from .gradients import (
+    NEAR,
+    ROWS,
+    Batch,
+    Course,
+    Gradients,
+    Isolated,
+    Settings,
+    backwards,
+    batches_of,
+    digest_of,
+    other_batches,
+)
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
+from .recompute import WHOLE
+from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
+from .tasks import BARE
 from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
 
@@ -39,6 +56,9 @@ NORM, CLIPPED = "global norm", "clipped global norm"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 CLIPPED_APART = "clipped apart"
 PAGED_ROWS = 2
+TRAINED = ("Batch norms were trained, by each micro-batch's own statistics; their running statistics are compared as "
+           "torch defines them. Paddle's running variance is the sum of squares over n, torch's over n - 1; that "
+           "difference is allowed for.")
 COPIES = 15
 """How many times a side's weights this stage holds unless it pages, worked out rather than measured: weights, those to
 go back to and gradients; and each of three times, both sides' gradients and torch's noise in float64."""
@@ -62,7 +82,7 @@ def reference(session: Session) -> Iterator[Step]:
         yield from _paged_reference(session)
         return
     settings = _settings(session)
-    yield from _recorded(session, settings, batches_of(session.run, settings))
+    yield from _recorded(session, settings, _clear_of_kinks(session, batches_of(session.run, settings)))
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
@@ -113,7 +133,8 @@ class _Side:
     """What one side recorded, by name, and what it says of itself."""
 
     def __init__(self, session: Session, steps: Sequence[Step]) -> None:
-        self.arrays = {name: array for step in steps for name, array in step.recorded.items()}
+        self.arrays = {name: array for step in steps
+                       for name, array in (step.views.get(WHOLE) or step.recorded).items()}
         self.absent = {name for step in steps for name in step.told.get("absent", ())}
         self.frozen = {name for step in steps for name in step.told.get("frozen", ())}
         self.notes = [note for step in steps for note in step.told.get("notes", ())]
@@ -238,7 +259,8 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
     step = Step({RECORDED: _suffixed(alone, ALONE), "entering": dict(isolated.entering),
                  "arriving": dict(isolated.arriving)}, {ISOLATED: by_itself},
                 {"settings": vars(settings), "inputs_digest": digest_of(batches),
-                 "absent": _suffixed_names(absent, ALONE), "notes": [*_told(settings, batches, course), YARDSTICK]})
+                 "absent": _suffixed_names(absent, ALONE), "notes": [
+                    *_told(settings, batches, course), *[TRAINED] * side.trains_statistics, YARDSTICK]})
     for number, several in enumerate(batches):
         for part, batch in enumerate(several):
             step.view(f"inputs.{number}.{part}").update(batch.inputs.arrays)
@@ -250,6 +272,22 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
         if number == 1 and settings.accumulate > 1:
             step.view(CLIPPED_APART).update(_suffixed(side.clipped_apart(batches[0], settings), _at(1)))
         yield step
+
+
+def _clear_of_kinks(session: Session, batches: list[list[Batch]]) -> list[list[Batch]]:
+    """``batches``, of which the first, that of the isolated gradients, is drawn anew while an element is so near to the
+    kink of a relu that rounding chooses its gradient; of all draws the one that stays farthest, where none is clear.
+    """
+    from .torch_gradients import TorchGradients
+    side = TorchGradients(session.reference, session.run, trained=True)
+    farthest, found = -1.0, batches[0][0]
+    for batch in chain(batches[0][:1], other_batches(session.run)):
+        distance = side.nearest_kink(batch)
+        if distance > farthest:
+            farthest, found = distance, batch
+        if distance > NEAR:
+            break
+    return [[found, *batches[0][1:]], *batches[1:]]
 
 
 def _told(settings: Settings, batches: Sequence[Sequence[Batch]], course: Course) -> list[str]:
@@ -323,16 +361,17 @@ def _settings(session: Session) -> Settings:
 
 # A model larger than memory -------------------------------------------------------------------------------------------
 
-def _paged_reference(session: Session) -> Iterator[Step]:
-    """The batch first, then a step for each gate, from the last to the first."""
+def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
+    """The batch first, then two steps for each gate, from the last to the first."""
     from .torch_recompute import PagedTorchGradients
-    batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), PAGED_ROWS)[0][0]
+    rows = ROWS if session.run.head.task in BARE else PAGED_ROWS  # of one pair the contrastive loss is 0
+    batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), rows)[0][0]
     side = PagedTorchGradients(session.reference, session.run)
     yield Step({"inputs": dict(batch.inputs.arrays), "labels": dict(batch.labels)}, told={
         "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [
             f"One iteration, of {batch.inputs.rows.batch} seeded rows, in eval mode: weights came in block by block, "
             "and each block was computed again on the way back.", YARDSTICK]})
-    yield from side.steps(batch, REORDERED_RUNS)
+    yield from side.steps(batch, reordered)
 
 
 def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> Iterator[Step]:
@@ -345,7 +384,25 @@ def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> It
 
 
 def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
-    """Each gate when both sides have told it; of its gradients nothing is kept but what comparing them gave."""
+    found, notes = _of_gates(session, pairs)
+    failing = {name: result for name, result in found.items() if not result.passed}
+
+    def look() -> int:
+        stage = replace(STAGE, reference=lambda session: _paged_reference(session, SECOND_LOOK))
+        again, _ = _of_gates(session, paired(stage, session), failing)
+        found.update(again)
+        return sum(not result.passed for result in found.values())
+    doubtful = len(failing) if all(result.doubtful for result in failing.values()) else 0
+    notes += look_again(session, "backward", doubtful, look)
+    names = sorted(found, key=lambda name: not name.endswith(ALONE))
+    return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
+
+
+def _of_gates(session: Session, pairs: Iterable[tuple[Step, Step]], asked: Container[str] | None = None,
+              ) -> tuple[dict[str, TensorResult], list[str]]:
+    """Results and notes of each gate when both sides have told it, of all names or of those ``asked``; of its gradients
+    nothing is kept but what comparing them gave.
+    """
     found: dict[str, TensorResult] = {}
     notes: list[str] = []
     for step, answer in pairs:
@@ -354,9 +411,13 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
         floors = {name: (kind, floor) for kind, several in step.floors.items() for name, floor in several.items()}
         notes += expected.notes
         found |= {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)
-                  if name in expected.arrays or name in given.arrays or name in expected.absent}
-    names = sorted(found, key=lambda name: not name.endswith(ALONE))
-    return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
+                  if (name in expected.arrays or name in given.arrays or name in expected.absent)
+                  and (asked is None or name in asked)}
+        del expected, given, floors
+        for one in (step, answer):
+            one.views.clear()
+            one.floors.clear()
+    return found, notes
 
 
 def _several(text: str) -> int:

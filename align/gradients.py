@@ -19,6 +19,9 @@ from .tasks import BARE, TASKS, Labels, numbers
 ROWS, TOKENS = 4, 64
 TEMPERATURE = 1.0
 """Of a bare encoder's contrastive loss, as in loss.py."""
+OTHER, DRAWS = 100_000, 8
+NEAR = 2.0**-19
+"""Of the rms of what enters a relu: how near to its kink, 16 units of rounding, an element is as good as on it."""
 Gradients = dict[str, np.ndarray]
 
 
@@ -79,6 +82,11 @@ def batches_of(run: Run, settings: Settings, rows: int = ROWS, tokens: int = TOK
     return found
 
 
+def other_batches(run: Run) -> Iterator[Batch]:
+    """Batches as :func:`batches_of` draws them, and none of those."""
+    return (_batch(run, OTHER + number, ROWS, TOKENS) for number in range(DRAWS))
+
+
 def digest_of(batches: Sequence[Sequence[Batch]]) -> str:
     """xxh3-128 over all arrays, in order."""
     hasher = xxhash.xxh3_128()
@@ -101,7 +109,7 @@ def in_paddle(run: Run, found: Mapping[str, np.ndarray | None]) -> dict[str, np.
     """Gradients by torch's path -> by Paddle's name in Paddle's layout, in the order of execution.
 
     ``found`` has every parameter under each of its names, None where it has no gradient. What torch has no parameter
-    for, which are buffers and what the conversion makes, is left out.
+    for, which are buffers and what the conversion makes, is left out. A linear's are turned views of ``found``.
     """
     paths = {key: path for path, key in run.plan.keys.items()}
     result: dict[str, np.ndarray | None] = {}
@@ -115,7 +123,7 @@ def in_paddle(run: Run, found: Mapping[str, np.ndarray | None]) -> dict[str, np.
             continue
         whole = {key: np.zeros(run.checkpoint.tensors[key].shape, np.float32) if array is None else array
                  for key, array in given.items()}
-        result[move.target] = np.ascontiguousarray(move.turn(move.take(whole.__getitem__)))
+        result[move.target] = move.turn(move.take(whole.__getitem__))
     return result
 
 

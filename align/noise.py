@@ -38,11 +38,17 @@ enough: of 2216 torch runs over 220 random models, held out of the pool, one in 
 The unit of a loss is not that of its value alone. -log softmax is the logarithm of a sum that begins with 1 (the
 largest score, shifted to 0), so its last digit is never below that of 1: for x, u x is read as u (x + base), base 1.
 Of a classifier that is sure and right, loss 1e-3, all torch runs round that logarithm alike, and to a relative 3e-5.
+
+Arrays may be a gigabyte each (the gradient of a 6B model's head), so whatever is computed of their elements is computed
+in tiles, in float64. x is kept in float64, s in float32, which moves a ratio by less than 1e-6 of itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -51,6 +57,7 @@ from .tolerance import FLOOR_UNITS, FORWARD, LIMITS
 
 EPS = 2.0**-23
 ENOUGH = 16
+TILE, SIDE = 1 << 18, 512
 ROBUST = {"total", "typical"}
 
 
@@ -78,7 +85,8 @@ class Judgement:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """The pooled error of torch at one place of the model: s as ``spread``, M as ``largest``.
+    """The pooled error of torch at one place of the model: x as ``oracle``, float64 [rows, channels], s as ``spread``,
+    float32, of its shape, M as ``largest``.
 
     ``few`` is max(eps, rho) S for a head of few elements, else 0. ``base`` is the magnitude of what a number of any
     size is the difference of: 1 for the logarithm of a sum that begins with 1, else 0.
@@ -95,7 +103,7 @@ class NoiseFloor:
         """Whether no run of torch makes any error here."""
         return self.largest == 0
 
-    @property
+    @cached_property
     def relative(self) -> float:
         """max(T, u (rms(x) + base)) / rms(x): torch's own relative L2 error."""
         norm = _rms(self.oracle)
@@ -104,32 +112,33 @@ class NoiseFloor:
 
     def of_sum(self, terms: NoiseFloor) -> NoiseFloor:
         """This floor of a single number, given that of the ``terms`` whose sum it is: s = hypot(D, I)."""
-        spread = np.hypot(self.spread, np.sqrt(np.square(terms.spread).sum()))
+        spread = np.hypot(self.spread, _norm(terms.spread))
         return replace(self, spread=spread, largest=max(self.largest, float(spread.max())))
 
     def judge(self, candidate: np.ndarray, kind: Kind) -> list[Judgement]:
         """All tests that apply, for a finite ``candidate`` of as many elements as the oracle has."""
-        x, s = self.oracle, self.spread
-        e = np.abs(candidate.astype(np.float64).reshape(x.shape) - x)
+        found = _Sums.of(self.oracle, self.spread, candidate.reshape(self.oracle.shape))
+        x, s, e = found.rms
         if self.few:
-            return [Judgement(kind, "few", _rms(e) / max(_rms(s), self.few), LIMITS[kind]["few"])]
-        unit, least = (0.0, 0.0) if self.exact else (FLOOR_UNITS * EPS, EPS**2 * _rms(x))
+            return [Judgement(kind, "few", e / max(s, self.few), LIMITS[kind]["few"])]
+        unit, least = (0.0, 0.0) if self.exact else (FLOOR_UNITS * EPS, EPS**2 * x)
         ratios = {
-            "total": _ratio(_rms(e), max(_rms(s), unit * (_rms(x) + self.base))),
-            "peak": _ratio(e.max(), max(self.largest, unit * (np.abs(x).max() + self.base))),
+            "total": _ratio(e, max(s, unit * (x + self.base))),
+            "peak": _ratio(found.peaks[1], max(self.largest, unit * (found.peaks[0] + self.base))),
         }
-        rows = [np.sqrt(np.mean(np.square(array), axis=1)) for array in (x, s, e)]
-        columns = [np.sqrt(np.mean(np.square(array), axis=0)) for array in (x, s, e)]
-        if x.shape[1] >= ENOUGH:
+        rows, columns = found.by_row, found.by_channel
+        length, channels = self.oracle.shape
+        if channels >= ENOUGH:
             typical = _typical(rows[1], rows[0])
             ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
             floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * (rows[0] + self.base) + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
-        elif x.shape[1] == 1 and x.shape[0] >= ENOUGH:
-            ratios["typical"] = self._typical_of_a_vector(e, unit)
-        if x.shape[0] >= ENOUGH:
-            spread = _spread_of_channels(columns[1], s, (x != 0) | (s != 0) | (e != 0))
-            ratios["channel"] = _largest_ratio(columns[2], np.maximum(spread, unit * (columns[0] + self.base) + least))
+        elif channels == 1 and length >= ENOUGH:
+            ratios["typical"] = self._typical_of_a_vector(np.abs(candidate.reshape(self.oracle.shape) - self.oracle),
+                                                          unit)
+        if length >= ENOUGH:
+            floor = np.maximum(found.spread_of_channels, unit * (columns[0] + self.base) + least)
+            ratios["channel"] = _largest_ratio(columns[2], floor)
         asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
 
@@ -151,47 +160,123 @@ class Pool:
     """Errors of torch's runs against one oracle, taken in one at a time."""
 
     def __init__(self, oracle: np.ndarray, base: float = 0.0) -> None:
-        self._oracle, self._base = _rows(oracle), base
-        self._squares = np.zeros_like(self._oracle)
+        self._oracle, self._base = _rows(oracle).astype(np.float64), base
+        self._spread = np.zeros_like(self._oracle, np.float32)
+        self._lent = False
         self._largest = 0.0
         self._runs = 0
 
     def add(self, run: np.ndarray) -> None:
         """``run``: what torch gave in float32, of the oracle's shape."""
-        error = _finite(_rows(run) - self._oracle)
-        self._squares += np.square(error)
-        self._largest = max(self._largest, float(np.abs(error).max(initial=0.0)))
+        if self._lent:
+            self._spread, self._lent = self._spread.copy(), False
+        run = run.reshape(self._oracle.shape)
+        share = 1 / (self._runs + 1)
+        for tile in _tiles(run):
+            squares = np.square(run[tile] - self._oracle[tile])
+            largest = float(np.sqrt(squares.max(initial=0.0)))
+            if np.isfinite(largest):
+                self._largest = max(self._largest, largest)
+            else:
+                squares = _finite(squares)
+            squares *= share
+            squares += np.square(self._spread[tile], dtype=np.float64) * (1 - share)
+            self._spread[tile] = np.sqrt(squares)
         self._runs += 1
 
     def floor(self) -> NoiseFloor:
-        return NoiseFloor(self._oracle, np.sqrt(self._squares / self._runs), self._largest, base=self._base)
+        """As of now; what is added later does not change it."""
+        self._lent = True
+        return NoiseFloor(self._oracle, self._spread, self._largest, base=self._base)
 
     def with_run(self, run: np.ndarray) -> NoiseFloor:
         """:meth:`floor` as it would be after :meth:`add` of ``run``."""
-        error = _rows(run) - self._oracle
-        return NoiseFloor(self._oracle, np.sqrt((self._squares + np.square(error)) / (self._runs + 1)),
-                          max(self._largest, float(np.abs(error).max(initial=0.0))))
+        other = copy(self)
+        other._lent = True
+        other.add(run)
+        return other.floor()
 
 
-def _finite(error: np.ndarray) -> np.ndarray:
-    """NaN for what is not finite: a floor of NaN passes nothing, an infinite one everything."""
-    return np.where(np.isfinite(error), error, np.nan)
+@dataclass(frozen=True)
+class _Sums:
+    """Of x, s and e in this order: sums of squares by row [3, rows] and by channel [3, channels], float64. ``live``
+    [channels] is in how many rows any of them is not 0; ``peaks`` are the largest |x| and |e|.
+    """
+
+    rows: np.ndarray
+    channels: np.ndarray
+    live: np.ndarray
+    peaks: tuple[float, float]
+
+    @classmethod
+    def of(cls, oracle: np.ndarray, spread: np.ndarray, candidate: np.ndarray) -> _Sums:
+        length, width = oracle.shape
+        rows, channels, live, peaks = np.zeros((3, length)), np.zeros((3, width)), np.zeros(width), (0.0, 0.0)
+        for tile in _tiles(oracle):
+            x, s = oracle[tile], spread[tile].astype(np.float64)
+            e = candidate[tile] - x
+            for number, array in enumerate((x, s, e)):
+                squares = np.square(array)
+                rows[number, tile[0]] += squares.sum(axis=1)
+                channels[number, tile[1]] += squares.sum(axis=0)
+            live[tile[1]] += ((x != 0) | (s != 0) | (e != 0)).sum(axis=0)
+            peaks = tuple(max(before, float(np.abs(array).max(initial=0.0)))
+                          for before, array in zip(peaks, (x, e), strict=True))
+        return cls(rows, channels, live, peaks)
+
+    @property
+    def by_row(self) -> np.ndarray:
+        """rms_c [3, rows]."""
+        return np.sqrt(self.rows / max(1, self.channels.shape[1]))
+
+    @property
+    def by_channel(self) -> np.ndarray:
+        """rms_r [3, channels]."""
+        return np.sqrt(self.channels / max(1, self.rows.shape[1]))
+
+    @property
+    def rms(self) -> list[float]:
+        size = self.rows.shape[1] * self.channels.shape[1]
+        return [float(total) for total in np.sqrt(self.rows.sum(axis=1) / max(1, size))]
+
+    @property
+    def spread_of_channels(self) -> np.ndarray:
+        """rms_r(s) of each channel; one with few ``live`` rows is given what s is in all of the tensor that lives,
+        too."""
+        everywhere = np.sqrt(self.rows[1].sum() / max(1, self.live.sum()))
+        spread = self.by_channel[1]
+        return np.where(self.live >= ENOUGH, spread, np.hypot(spread, everywhere * np.sqrt(
+            self.live / self.rows.shape[1])))
+
+
+def _tiles(rows: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Of [rows, channels], some ``TILE`` elements at a time, of no less than ``SIDE`` rows and channels where there are
+    so many: arrays may lie in memory by rows or by channels.
+    """
+    length, width = rows.shape
+    across = min(width, max(SIDE, TILE // max(1, length)))
+    down = max(1, TILE // max(1, across))
+    return ((slice(top, top + down), slice(left, left + across))
+            for top in range(0, length, down) for left in range(0, width, across))
+
+
+def _finite(squares: np.ndarray) -> np.ndarray:
+    """Of errors: NaN for what is not finite: a floor of NaN passes nothing, an infinite one everything."""
+    return np.where(np.isfinite(squares), squares, np.nan)
 
 
 def _rows(array: np.ndarray) -> np.ndarray:
-    """[rows, channels] in float64; a vector has one channel."""
-    return array.astype(np.float64).reshape(len(array), -1) if array.ndim else array.astype(np.float64).reshape(1, 1)
+    """[rows, channels]; a vector has one channel."""
+    return array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
 
 
-def _spread_of_channels(spread: np.ndarray, s: np.ndarray, live: np.ndarray) -> np.ndarray:
-    """rms_r(s) of each channel; one with few ``live`` rows is given what s is in all of the tensor that lives, too."""
-    rows = live.sum(axis=0)
-    everywhere = np.sqrt(np.square(s).sum() / max(1, rows.sum()))
-    return np.where(rows >= ENOUGH, spread, np.hypot(spread, everywhere * np.sqrt(rows / len(s))))
+def _norm(array: np.ndarray) -> float:
+    """The Euclidean norm of [rows, channels]."""
+    return float(np.sqrt(sum(float(np.square(array[tile], dtype=np.float64).sum()) for tile in _tiles(array))))
 
 
 def _rms(array: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
+    return _norm(array) / float(np.sqrt(array.size)) if array.size else 0.0
 
 
 def _typical(error: np.ndarray, scale: np.ndarray) -> float:

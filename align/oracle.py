@@ -39,10 +39,10 @@ class Reordered(TorchFunctionMode):
 
     In exact arithmetic nothing changes, so what changes is rounding: the spread over several seeds is the error
     that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n], and c added to them;
-    pictures [batch, channels, height, width]. A batch norm in eval mode has no axis to permute; its few operations are
-    done in another order, by lot. torch has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves
-    that out, a matmul of its own; odd seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times
-    the first's.
+    pictures [batch, channels, height, width]. A batch norm that is trained sums over rows and places, which are
+    permuted; in eval mode it has no axis to permute, and its few operations are done in another order, by lot. torch
+    has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves that out, a matmul of its own; odd
+    seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times the first's.
     """
 
     def __init__(self, seed: int) -> None:
@@ -67,7 +67,9 @@ class Reordered(TorchFunctionMode):
         if func in CONVOLUTION:
             with torch.backends.mkldnn.flags(enabled=False) if self.by_matmul else nullcontext():
                 return self._convolution(*args, **kwargs)
-        if func in BATCH_NORM and not kwargs.get("training"):
+        if func in BATCH_NORM:
+            if kwargs.get("training", args[5] if len(args) > 5 else False):
+                return self._trained_batch_norm(*args, **kwargs)
             return _batch_norm(self._lot(len(NORMALISE)), *args, **kwargs)
         if func in AVERAGE_POOL and args[1] in (1, (1, 1)):
             places = args[0].flatten(2)
@@ -99,6 +101,16 @@ class Reordered(TorchFunctionMode):
         permuted = F.layer_norm(x[..., order], shape, None if weight is None else weight[order],
                                 None if bias is None else bias[order], eps)
         return permuted[..., torch.argsort(order)]
+
+    def _trained_batch_norm(self, x: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        """Statistics of the batch x [batch, channels, ...], whose rows and places are permuted. torch adds up in
+        double, Paddle one place after the other: odd seeds add up by a matmul.
+        """
+        flat = x.reshape(*x.shape[:2], -1)
+        rows, places = self._order(len(x)), self._order(flat.shape[-1])
+        norm = _batch_norm_by_matmul if self.by_matmul else F.batch_norm
+        found = norm(flat[rows][..., places], *given, **named)
+        return found[torch.argsort(rows)][..., torch.argsort(places)].view(x.shape)
 
     def _cross_entropy(self, x: torch.Tensor, labels: torch.Tensor, **named: Any) -> torch.Tensor:
         """Rows and classes permuted: x [n, classes], labels [n], of which those that are no class stay as they are."""
@@ -147,6 +159,24 @@ def _batch_norm(order: int, x: torch.Tensor, mean: torch.Tensor, variance: torch
     weight, bias = torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias
     columns = (one.view(-1, *(1 for _ in x.shape[2:])) for one in (mean, (variance + eps).sqrt(), weight, bias))
     return NORMALISE[order](x, *columns)
+
+
+def _batch_norm_by_matmul(x: torch.Tensor, mean: torch.Tensor | None, variance: torch.Tensor | None,
+                          weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, training: bool = True,
+                          momentum: float = 0.1, eps: float = 1e-5) -> torch.Tensor:
+    """``F.batch_norm`` of a batch x [batch, channels, places], whose running ``mean`` and ``variance`` it moves."""
+    columns = x.movedim(1, -1).reshape(-1, x.shape[1])
+    shares = columns.new_full((1, len(columns)), 1 / len(columns))
+    centred = columns - shares @ columns
+    squares = shares @ centred.square()
+    found = centred / (squares + eps).sqrt()
+    if mean is not None and variance is not None:
+        with torch.no_grad():
+            mean.lerp_((shares @ columns)[0], momentum)
+            variance.lerp_(squares[0] * (len(columns) / (len(columns) - 1)), momentum)
+    found = found if weight is None else found * weight
+    found = found if bias is None else found + bias
+    return found.view(len(x), -1, x.shape[1]).movedim(-1, 1)
 
 
 class Float64(TorchFunctionMode):

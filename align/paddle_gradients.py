@@ -1,12 +1,13 @@
 """Gradients of a Paddle net, by its names: iterations of SGD, and each layer by itself.
 
-Eval mode, so without dropout. Weights are the same behind it as before.
+Eval mode, so without dropout; but batch norms are trained, by the batch's own statistics. Weights and running
+statistics are the same behind it as before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class PaddleGradients:
             if isinstance(tensor, paddle.base.framework.EagerParamBase):
                 held.setdefault(id(tensor), (tensor, []))[1].append(name)
         self._held = list(held.values())
+        self._norms = [_Norm(path, layer) for path, layer in self.model.named_sublayers()
+                       if {"_mean", "_variance"} <= layer._parameters.keys() | layer._buffers.keys()]
 
     @property
     def shared(self) -> dict[str, str]:
@@ -55,7 +58,7 @@ class PaddleGradients:
     def iterate(self, batches: Sequence[Sequence[Batch]], settings: Settings) -> Course:
         """Carry out the iterations, from the weights that the net has, and give it those back."""
         course = Course()
-        with self._restored():
+        with self._restored(), self._trained():
             for number, several in enumerate(batches, 1):
                 self._accumulate(several)
                 self._step(course, number, settings)
@@ -84,7 +87,7 @@ class PaddleGradients:
             cut = first.detach()
             return type(output)((cut, *output[1:])) if isinstance(output, (tuple, list)) else cut
         self._forget()
-        with self._hooks(before, after):
+        with self._hooks(before, after), self._trained():
             loss = self.loss(batch)
         ends = [*given, *([] if loss.stop_gradient else [(loss, paddle.ones_like(loss))])]
         paddle.autograd.backward([tensor for tensor, _ in ends], [seed for _, seed in ends])
@@ -118,6 +121,7 @@ class PaddleGradients:
     def _step(self, course: Course, number: int, settings: Settings) -> None:
         if number in settings.kept:
             course.gradients[number], absent = self._gradients()
+            course.gradients[number] |= {name: array for norm in self._norms for name, array in norm.statistics()}
             course.absent = course.absent or absent
         pairs = [(tensor, tensor.grad) for tensor, _ in self._held if tensor.grad is not None]
         course.norms[number] = norms_of([gradient.numpy() for _, gradient in pairs])
@@ -150,11 +154,59 @@ class PaddleGradients:
                 tensor.set_value(before)
 
     @contextmanager
+    def _trained(self) -> Iterator[None]:
+        """Batch norms in train mode, and as they were behind it."""
+        with ExitStack() as stack:
+            for norm in self._norms:
+                stack.enter_context(norm.trained())
+            yield
+
+    @contextmanager
     def _hooks(self, before: Any, after: Any) -> Iterator[None]:
         pairs = [(name, name) for _, name in self.run.modules]
         with hooked(dict(self.model.named_sublayers()), "register_forward_post_hook", pairs, before, after), (
                 heard_by(self)):
             yield
+
+
+class _Norm:
+    """A batch norm whose running statistics a batch moves by 1 - ``_momentum``, Paddle's momentum.
+
+    Paddle's running variance takes in sums of squares over n, torch's over n - 1, n = batch x height x width: that is
+    a difference between two definitions, and what is told of the variance is as torch defines it.
+    """
+
+    def __init__(self, path: str, layer: Any) -> None:
+        self.path, self._layer = path, layer
+        self._batches, self._size = 0, 0
+
+    @contextmanager
+    def trained(self) -> Iterator[None]:
+        layer, self._batches = self._layer, 0
+        before = self._before = {key: getattr(layer, key).numpy() for key in ("_mean", "_variance")}
+        training, layer.training = layer.training, True
+        hook = layer.register_forward_pre_hook(self._count)
+        try:
+            yield
+        finally:
+            hook.remove()
+            layer.training = training
+            for key, array in before.items():
+                getattr(layer, key).set_value(array)
+
+    def statistics(self) -> Iterator[tuple[str, np.ndarray]]:
+        """By name, float32 [channels]: mean and variance v_K after K batches. Of v_K = k^K v_0 + w, with k Paddle's
+        momentum, w is n / (n - 1) times as large by torch's definition.
+        """
+        yield f"{self.path}._mean", self._layer._mean.numpy()
+        kept = self._layer._momentum ** self._batches * self._before["_variance"].astype(np.float64)
+        moved = self._layer._variance.numpy() - kept
+        found = kept + moved * (self._size / max(1, self._size - 1))
+        yield f"{self.path}._variance", found.astype(np.float32)
+
+    def _count(self, layer: Any, arguments: tuple[Any, ...]) -> None:
+        self._batches += 1
+        self._size = arguments[0].size // len(self._before["_mean"])
 
 
 def _is_floating(value: Any) -> bool:

@@ -14,9 +14,9 @@ from .gradients import Batch, Gradients, names_of_parameter
 from .lockstep import heard_by, in_step, listener_here
 from .paddle_gradients import PaddleGradients
 from .paddle_net import PaddleNet
-from .recompute import ALONE, ONCE, put_together, taken_apart
+from .recompute import ALONE, ONCE, WHOLE, in_trace, put_together, taken_apart
 from .side import in_shape
-from .trace import RECORDED, Step
+from .trace import Step
 
 
 class PagedPaddleGradients:
@@ -44,26 +44,28 @@ class PagedPaddleGradients:
 
     def answers(self, batch: Batch, steps: Iterable[Step]) -> Iterator[Step]:
         """For each of the reference's steps the gradients of the same names, and what is left in the end."""
-        listener, told = _Listener(self), {}
-        asked: dict[str, Any] = {"entering": {}, "arriving": {}}
-        listener.known = asked
+        listener = _Listener(self)
         with self._recomputed(), in_step([lambda: self._pass(listener, batch)], self.side.enter) as walks:
             for step in steps:
-                for view in asked:
-                    asked[view].update(step.view(view))
-                wanted = {name for name in step.recorded if not self._is_alias(name)}
-                while walks.gate is not None and not wanted <= listener.found.keys():
+                asked = step.view("arriving").keys() & self._modules
+                wanted = {name for name in step.view(WHOLE) if name.endswith(ONCE) and not self._is_alias(name)}
+                while walks.gate is not None and not (wanted <= listener.found.keys() | listener.absent
+                                                      and asked <= listener.passed.keys()):
                     walks.advance()
+                for name in asked & listener.passed.keys():
+                    self.side.enter(name)
+                    listener.alone(name, step)
                 self.side.leave()
                 if walks.gate is None:
                     listener.tell_shared()
-                taken = {name: listener.found.pop(name) for name in wanted if name in listener.found}
-                yield Step({RECORDED: taken}, told={**told, "absent": sorted(listener.absent), "shared": self._aliases})
+                taken = in_trace({name: listener.found.pop(name) for name in step.view(WHOLE) if name in listener.found
+                                  and not self._is_alias(name)})
+                yield Step(taken, told={"absent": sorted(listener.absent), "shared": self._aliases})
             while walks.gate is not None:
                 walks.advance()
             self.side.leave()
         listener.tell_shared()
-        yield Step({RECORDED: listener.found})
+        yield Step(in_trace(listener.found))
 
     def is_shared(self, name: str, calls: Counter[str]) -> bool:
         """Whether more than one of the ``calls`` of gates uses the parameter ``name``."""
@@ -149,8 +151,7 @@ class _Call:
                 ends = [(one, seed) for one, seed in zip(self.run(entering), seeds, strict=True)
                         if not one.stop_gradient and seed is not None]
                 paddle.autograd.backward([one for one, _ in ends], [seed for _, seed in ends])
-            return ({name: None if table[key].grad is None else table[key].grad.numpy() for table, key, name in places},
-                    [one.grad for one in entering])
+            return {name: _taken(table[key]) for table, key, name in places}, [one.grad for one in entering]
         finally:
             for tensor, stopped in asked:
                 tensor.clear_gradient(False)
@@ -172,19 +173,23 @@ class _Recomputed(paddle.autograd.PyLayer):
     def backward(ctx: Any, *seeds: Any) -> Any:
         call, tensors = ctx.call, ctx.tensors
         call.gradients.side.come_to(call.gate)
-        found = listener_here().back(call, tensors, seeds)
+        found = listener_here().own_way(call, tensors, seeds)
         return (None, *(None if one.stop_gradient else gradient for one, gradient in zip(tensors, found, strict=True)))
 
 
 class _Listener:
     def __init__(self, gradients: PagedPaddleGradients) -> None:
-        self.gradients, self.known = gradients, {}
+        self.gradients = gradients
+        self.passed: dict[str, list[tuple[_Call, Sequence[Any], Sequence[Any]]]] = {}
+        """By module what its calls were given and gave, until it is fed what torch's was: of two modules that do not
+        depend on each other either may come first, and here another one than in torch.
+        """
         self.found: Gradients = {}
         self.absent: set[str] = set()
         self.calls: Counter[str] = Counter()
         self._shared: dict[str, Any] = {}
 
-    def back(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+    def own_way(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
         found, entering = call.repeat(tensors, seeds)
         for name, gradient in found.items():
             if self.gradients.is_shared(name, self.calls):
@@ -193,20 +198,26 @@ class _Listener:
                 self._shared[first] = gradient if before is None else before if gradient is None else before + gradient
             else:
                 self._tell(name, gradient, ONCE)
-        name, run = call.gate, self.gradients.run
-        if self.gradients.is_module(name) and name in self.known["arriving"]:
-            tensors, seeds = list(tensors), list(seeds)
-            main = call.main(tensors)
-            if main is not None and name in self.known["entering"]:
-                tensors[main] = _as(run, name, self.known["entering"][name], tensors[main])
-            seeds[0] = _as(run, name, self.known["arriving"][name], seeds[0])
-            found, again = call.repeat(tensors, seeds)
-            for parameter, gradient in found.items():
-                if not self.gradients.is_shared(parameter, self.calls):
-                    self._tell(parameter, gradient, ALONE)
-            if main is not None and again[main] is not None:
-                self.found[f"{name}{ALONE}"] = run.batch_first(name, again[main].numpy())
+        if self.gradients.is_module(call.gate):
+            self.passed.setdefault(call.gate, []).append((call, tensors, seeds))
         return entering
+
+    def alone(self, name: str, step: Step) -> None:
+        """The way back through the module ``name``, whose weights are in, fed what is ``entering`` and ``arriving``."""
+        run, (call, tensors, seeds) = self.gradients.run, self.passed[name].pop(0)
+        if not self.passed[name]:
+            del self.passed[name]
+        tensors, seeds = list(tensors), list(seeds)
+        main = call.main(tensors)
+        if main is not None and name in step.view("entering"):
+            tensors[main] = _as(run, name, step.view("entering")[name], tensors[main])
+        seeds[0] = _as(run, name, step.view("arriving")[name], seeds[0])
+        found, again = call.repeat(tensors, seeds)
+        for parameter, gradient in found.items():
+            if not self.gradients.is_shared(parameter, self.calls):
+                self._tell(parameter, gradient, ALONE)
+        if main is not None and again[main] is not None:
+            self.found[f"{name}{ALONE}"] = run.batch_first(name, again[main].numpy())
 
     def tell_shared(self) -> None:
         """The sums over gates, once the pass has ended."""
@@ -224,6 +235,13 @@ class _Listener:
 
 def _as(run: Any, name: str, array: np.ndarray, like: Any) -> Any:
     return paddle.to_tensor(np.ascontiguousarray(in_shape(run.batch_first(name, array), like.shape)))
+
+
+def _taken(parameter: Any) -> np.ndarray | None:
+    """The gradient, which is then not held twice."""
+    found = None if parameter.grad is None else parameter.grad.numpy()
+    parameter.clear_gradient(False)
+    return found
 
 
 def _is_tensor(value: Any) -> bool:

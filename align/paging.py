@@ -137,12 +137,11 @@ class Pages:
         for slot in self._open:
             slot.release()
         self._open = entering
+        _trim()
         if entering:
             for slot, memory in zip(entering, FRAMES.lend([slot.elements for slot in entering]), strict=True):
                 slot.fill(memory)
             self._see(entering)
-        else:
-            _trim()
 
     def show(self, look: Callable[[Slot], None]) -> None:
         """``look`` is shown every slot once: now where it is filled, else when it is filled for the first time."""

@@ -1,10 +1,12 @@
 """Gradients of the torch side, under Paddle's names: iterations of SGD, and each module by itself.
 
-Eval mode, so without dropout. Weights are the same behind it as before.
+Eval mode, so without dropout; but batch norms are trained, by the batch's own statistics. Weights and running
+statistics are the same behind it as before.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -12,16 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from convert.errors import BadInput
 
 from .gradients import TEMPERATURE, Batch, Course, Gradients, Isolated, Settings, in_paddle, norms_of, rows_of
 from .lockstep import heard_by
-from .oracle import MATMUL, Float64, Reordered
+from .oracle import CHUNK, MATMUL, Float64, Reordered, in_chunks
 from .runs import Run
 from .side import entering, fed, hooked, in_shape
 from .torch_side import TorchSide, _is_floating, contrastive, tensors_of
 
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
+RELU = {F.relu, torch.relu, torch.Tensor.relu}
 CLIP_EPSILON = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to the norm that it divides by; Paddle adds nothing."""
 
@@ -35,6 +40,15 @@ class TorchGradients:
         self._names = {name: parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)
                        if parameter.is_floating_point()}
         self._parameters = list({id(parameter): parameter for parameter in self._names.values()}.values())
+        self._norms = {path: module for path, module in self.model.named_modules()
+                       if isinstance(module, BATCH_NORM) and module.running_mean is not None}
+        self._statistics = {f"{path}.{key}": getattr(norm, key) for path, norm in self._norms.items()
+                            for key in ("running_mean", "running_var")}
+
+    @property
+    def trains_statistics(self) -> bool:
+        """Whether there are batch norms whose running statistics the iterations move."""
+        return bool(self._norms)
 
     def iterate(self, batches: Sequence[Sequence[Batch]], settings: Settings) -> Course:
         """Carry out the iterations, from the weights that the model has, and give it those back."""
@@ -47,6 +61,18 @@ class TorchGradients:
                 with torch.no_grad():
                     self._step(course, number, settings)
         return course
+
+    def nearest_kink(self, batch: Batch) -> float:
+        """The smallest |x| / rms(x) of what enters a relu, infinite where there is none.
+
+        Rounding decides on which side of 0 an element lies that is nearer than :data:`NEAR`, and with it all of its
+        gradient: there are two right ones.
+        """
+        if not any(isinstance(module, torch.nn.ReLU) for module in self.model.modules()):
+            return math.inf
+        with self._learning(), torch.no_grad(), _Kinks() as kinks:
+            self.loss(batch)
+        return kinks.nearest
 
     def clipped_apart(self, several: Sequence[Batch], settings: Settings) -> Gradients:
         """What accumulation gives where each micro-batch is clipped by itself: a mistake, to be known by its sum."""
@@ -136,6 +162,8 @@ class TorchGradients:
     def _step(self, course: Course, number: int, settings: Settings) -> None:
         if number in settings.kept:
             course.gradients[number], absent = self._gradients()
+            course.gradients[number] |= in_paddle(self.run, {name: statistic.numpy().copy() for name, statistic in
+                                                             self._statistics.items()})
             course.absent = course.absent or absent
         held = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         course.norms[number] = norms_of([gradient.numpy() for gradient in held])
@@ -148,7 +176,7 @@ class TorchGradients:
     def _gradients(self) -> tuple[Gradients, list[str]]:
         found = in_paddle(self.run, {name: None if parameter.grad is None else parameter.grad.numpy().copy()
                                      for name, parameter in self._names.items()})
-        return ({name: array for name, array in found.items() if array is not None},
+        return ({name: np.ascontiguousarray(array) for name, array in found.items() if array is not None},
                 [name for name, array in found.items() if array is None])
 
     def _forget(self) -> None:
@@ -158,12 +186,19 @@ class TorchGradients:
     @contextmanager
     def _learning(self) -> Iterator[None]:
         asked = [parameter.requires_grad for parameter in self._parameters]
+        buffers = [(buffer, buffer.clone()) for norm in self._norms.values() for buffer in norm.buffers()]
         try:
+            for norm in self._norms.values():
+                norm.training = True
             for parameter in self._parameters:
                 parameter.grad = None
                 parameter.requires_grad_(parameter.requires_grad or self._trained)
             yield
         finally:
+            for norm in self._norms.values():
+                norm.training = False
+            for buffer, before in buffers:
+                buffer.copy_(before)
             for parameter, before in zip(self._parameters, asked, strict=True):
                 parameter.grad = None
                 parameter.requires_grad_(before)
@@ -181,22 +216,36 @@ class TorchGradients:
     @contextmanager
     def _widened(self) -> Iterator[None]:
         """The model in double, parameters too, so that their gradients are; float32 again behind it."""
-        held = [parameter.data for parameter in self._parameters]
+        widened = [*self._parameters, *self._statistics.values()]
+        held = [tensor.data for tensor in widened]
         try:
-            for parameter in self._parameters:
-                parameter.data = parameter.data.double()
+            for tensor in widened:
+                tensor.data = tensor.data.double()
             with Float64():
                 yield
         finally:
-            for parameter, before in zip(self._parameters, held, strict=True):
-                parameter.grad = None
-                parameter.data = before
+            for tensor, before in zip(widened, held, strict=True):
+                tensor.grad = None
+                tensor.data = before
 
     @contextmanager
     def _hooks(self, before: Any, after: Any) -> Iterator[None]:
         with hooked(dict(self.model.named_modules()), "register_forward_hook", self.run.modules, before, after), (
                 heard_by(self)):
             yield
+
+
+class _Kinks(TorchFunctionMode):
+    """Looks at what enters relus; exact zeros are no accident of rounding and do not count."""
+
+    nearest = math.inf
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func in RELU:
+            x = args[0][args[0] != 0].abs()
+            self.nearest = min(self.nearest, float(x.min() / x.square().mean().sqrt()) if len(x) else math.inf)
+        return func(*args, **(kwargs or {}))
 
 
 def _clip(parameters: Sequence[Any], largest: float) -> None:
@@ -264,12 +313,10 @@ class ReorderedGradients(Reordered):
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
         rows, order, outputs = (self._order(size) for size in (x.shape[:-1].numel(), x.shape[-1], weight.shape[0]))
-        flat = x.reshape(-1, x.shape[-1])[rows][:, order]
-        found = F.linear(flat, weight[outputs][:, order])
+        found = _PermutedLinear.apply(x.reshape(-1, x.shape[-1])[rows], weight, order, outputs)
         if bias is not None:
-            added = bias[outputs]
-            found = found + (added.new_ones((len(flat), 1)) @ added[None] if self.by_matmul else added)
-        return found[torch.argsort(rows)][:, torch.argsort(outputs)].view(*x.shape[:-1], -1)
+            found = found + (bias.new_ones((len(found), 1)) @ bias[None] if self.by_matmul else bias)
+        return found[torch.argsort(rows)].view(*x.shape[:-1], -1)
 
     def _layer_norm(self, x: Any, *given: Any, **named: Any) -> Any:
         rows = self._order(x.shape[:-1].numel())
@@ -289,6 +336,26 @@ class ReorderedGradients(Reordered):
         found = super()._convolution(x[rows], weight[outputs], None if bias is None else bias[outputs], stride, padding,
                                      dilation, groups)
         return found[torch.argsort(rows)][:, torch.argsort(outputs)]
+
+
+class _PermutedLinear(torch.autograd.Function):
+    """x [n, k] times weight [m, k], summed over k in ``order``; the gradient of x is summed over m in the order of
+    ``outputs``. A large weight is permuted in chunks, so that no copy of it lies in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, order: Any, outputs: Any) -> Any:
+        ctx.save_for_backward(x, weight, outputs)
+        return in_chunks(x[:, order], weight, lambda rows, to: torch.index_select(rows, 1, order, out=to))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        x, weight, outputs = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            entering = torch.zeros_like(x)
+            for chunk in outputs.split(max(1, CHUNK // weight.shape[1])):
+                entering += gradient[:, chunk] @ weight[chunk]
+            return entering, gradient.T @ x, None, None
 
 
 MULTIPLIED = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}

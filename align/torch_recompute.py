@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from convert.errors import BadInput
@@ -14,12 +15,12 @@ from convert.errors import BadInput
 from .gradients import Batch, in_paddle
 from .lockstep import heard_by, in_step, listener_here
 from .oracle import Float64
-from .recompute import ALONE, ONCE, Passage, Pools, put_together, taken_apart
+from .recompute import ALONE, ONCE, Arrays, Passage, Pools, in_trace, put_together, taken_apart
 from .reference import Reference
 from .runs import Run
 from .side import in_shape
 from .torch_gradients import ReorderedGradients, TorchGradients
-from .trace import RECORDED, Step
+from .trace import Step
 
 
 class PagedTorchGradients:
@@ -46,24 +47,27 @@ class PagedTorchGradients:
         self._paddle = dict(run.modules)
 
     def steps(self, batch: Batch, reordered: int) -> Iterator[Step]:
-        """A step for each gate, from the last to the first, and one for the parameters that several gates share."""
+        """Two steps for each gate, from the last to the first, and one for the parameters that several gates share.
+
+        One is of the passes' own way; the other, of a recorded module, is fed what the plain pass was. Between them
+        all passes halt once more, so that only one of the two is in memory. The plain pass goes last: what it gave need
+        not be held while the others are pooled.
+        """
         plain, pools = _Plain(self), Pools()
-        passes: list[Callable[[], None]] = [lambda: self._pass(plain, batch, nullcontext())]
         pooled = [_Pooled(self, plain, pools, mode) for mode in (Float64(), *map(
             ReorderedGradients, range(1, reordered + 1)))]
-        passes += [lambda one=one: self._pass(one, batch, one.mode) for one in pooled]
+        passes: list[Callable[[], None]] = [lambda one=one: self._pass(one, batch, one.mode) for one in pooled]
+        passes.append(lambda: self._pass(plain, batch, nullcontext()))
         with self._recomputed(), in_step(passes, self.side.enter) as walks:
             while walks.gate is not None:
                 walks.advance()
                 if plain.passage is not None:
-                    passage, plain.passage = plain.passage, None
                     self.side.leave()
-                    yield self._step(passage, pools)
+                    yield self._step(plain.take(), pools)
         self.side.leave()
-        shared = [one.shared_gradients() for one in (*pooled, plain)]
-        for found in shared[:-1]:
-            pools.add({f"{name}{ONCE}": array for name, array in found.own.items()})
-        yield self._step(shared[-1], pools)
+        for one in pooled:
+            pools.add(one.shared_gradients().named)
+        yield self._step(plain.shared_gradients(), pools)
 
     def is_shared(self, name: str, calls: Counter[str]) -> bool:
         """Whether the parameter ``name`` is used by more than one of the ``calls`` of gates."""
@@ -71,8 +75,12 @@ class PagedTorchGradients:
         return sum(calls[gate] for gate in gates) > 1
 
     def in_paddle(self, found: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        named = in_paddle(self.run, {other: None if gradient is None else gradient.numpy()
-                                     for name, gradient in found.items() for other in self._names[name]})
+        """By Paddle's names what is taken out of ``found``, and which have no gradient."""
+        named: dict[str, Any] = {}
+        while found:
+            name, gradient = found.popitem()
+            named |= dict.fromkeys(self._names[name], None if gradient is None else gradient.numpy())
+        named = in_paddle(self.run, named)
         return ({name: array for name, array in named.items() if array is not None},
                 [name for name, array in named.items() if array is None])
 
@@ -86,8 +94,10 @@ class PagedTorchGradients:
 
     def _step(self, passage: Passage, pools: Pools) -> Step:
         arrays = passage.named
+        for name in arrays:
+            arrays[name] = np.ascontiguousarray(arrays[name])
         floors = pools.take(arrays)
-        return Step({RECORDED: arrays, "entering": passage.entering, "arriving": passage.arriving},
+        return Step({**in_trace(arrays), "entering": passage.entering, "arriving": passage.arriving},
                     {kind: {name: floor for name, floor in floors.items() if name.endswith(ending)}
                      for kind, ending in (("isolated", ALONE), ("propagated", ONCE))},
                     {"absent": [f"{name}{ONCE}" for name in passage.absent]})
@@ -134,8 +144,13 @@ class _Call:
         return found
 
     def back(self, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+        listener = listener_here()
         self.gradients.side.come_to(self.gate)
-        return listener_here().back(self, tensors, seeds)
+        entering = listener.own_way(self, tensors, seeds)
+        if self.gradients.name_of(self.gate) is not None:
+            self.gradients.side.come_to(self.gate)
+            listener.alone(self, tensors, seeds)
+        return entering
 
     def repeat(self, tensors: Sequence[Any], seeds: Sequence[Any], widened: bool) -> tuple[dict[str, Any], list[Any]]:
         """Gradients of the gate's parameters, by name, and of ``tensors``."""
@@ -193,6 +208,13 @@ class _Listening:
             self._shared[first] = gradient if before is None else before if gradient is None else before + gradient
         return found
 
+    def by_itself(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any], widened: bool) -> Arrays:
+        """By Paddle's names the gradients of what no other gate shares, and of what enters the gate."""
+        found, entering = call.repeat(tensors, seeds, widened)
+        inputs = self.inputs(call, entering, tensors)
+        return self.gradients.in_paddle({name: found.pop(name) for name in list(found) if not self.gradients.is_shared(
+            name, self.calls)})[0] | inputs
+
     def inputs(self, call: _Call, gradients: Sequence[Any], tensors: Sequence[Any]) -> dict[str, Any]:
         main, name = call.main(tensors), self.gradients.name_of(call.gate)
         if main is None or name is None or gradients[main] is None:
@@ -204,20 +226,30 @@ class _Plain(_Listening):
     """The pass that is compared; its own way is that of a gate by itself."""
 
     passage: Passage | None = None
+    arriving: Any = None
+    entering: Any = None
 
-    def back(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+    def take(self) -> Passage:
+        """What has been told since the last time."""
+        passage, self.passage = self.passage, None
+        return passage
+
+    def own_way(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
         found, entering = call.repeat(tensors, seeds, widened=False)
         own, absent = self.gradients.in_paddle(self.told(found))
+        self.passage = Passage(own, absent=absent)
         name, main = self.gradients.name_of(call.gate), call.main(tensors)
-        first = self.gradients.run.batch_first
-        passage = Passage(own, {}, absent=absent)
         if name is not None:
-            passage.alone = own | self.inputs(call, entering, tensors)
-            passage.arriving = {name: first(name, seeds[0].numpy()).copy()}
-            if main is not None:
-                passage.entering = {name: first(name, tensors[main].numpy()).copy()}
-        self.passage, self.here = passage, passage
+            first = self.gradients.run.batch_first
+            self.arriving = first(name, seeds[0].numpy()).copy()
+            self.entering = None if main is None else first(name, tensors[main].numpy()).copy()
         return entering
+
+    def alone(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> None:
+        name = self.gradients.name_of(call.gate)
+        entering = {} if self.entering is None else {name: self.entering}
+        self.passage = Passage(alone=self.by_itself(call, tensors, seeds, widened=False), entering=entering,
+                               arriving={name: self.arriving})
 
 
 class _Pooled(_Listening):
@@ -226,34 +258,31 @@ class _Pooled(_Listening):
     def __init__(self, gradients: PagedTorchGradients, plain: _Plain, pools: Pools, mode: Any) -> None:
         super().__init__(gradients)
         self.plain, self.pools, self.mode = plain, pools, mode
+        self._widened = isinstance(mode, Float64)
 
-    def back(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
-        active = torch.overrides._get_current_function_mode() is self.mode
-        with nullcontext() if active else self.mode:
-            return self._back(call, tensors, seeds)
-
-    def _back(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
-        widened = isinstance(self.mode, Float64)
-        found, entering = call.repeat(tensors, seeds, widened)
-        own, _ = self.gradients.in_paddle(self.told(found))
-        alone = {}
-        name, passage = self.gradients.name_of(call.gate), self.plain.here
-        if name is not None:
-            tensors, seeds = list(tensors), list(seeds)
-            main = call.main(tensors)
-            if main is not None:
-                tensors[main] = self._as(passage.entering[name], name, tensors[main])
-            seeds[0] = self._as(passage.arriving[name], name, seeds[0])
-            found, again = call.repeat(tensors, seeds, widened)
-            alone = self.gradients.in_paddle({key: one for key, one in found.items()
-                                              if not self.gradients.is_shared(key, self.calls)})[0]
-            alone |= self.inputs(call, again, tensors)
-        self.pools.add(Passage(own, alone).named)
+    def own_way(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+        with self._in_mode():
+            found, entering = call.repeat(tensors, seeds, self._widened)
+            own = self.gradients.in_paddle(self.told(found))[0]
+        self.pools.add(Passage(own).named)
         return entering
 
+    def alone(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> None:
+        name, main = self.gradients.name_of(call.gate), call.main(tensors)
+        tensors, seeds = list(tensors), list(seeds)
+        if main is not None:
+            tensors[main] = self._as(self.plain.entering, name, tensors[main])
+        seeds[0] = self._as(self.plain.arriving, name, seeds[0])
+        with self._in_mode():
+            alone = self.by_itself(call, tensors, seeds, self._widened)
+        self.pools.add(Passage(alone=alone).named)
+
+    def _in_mode(self) -> Any:
+        return nullcontext() if torch.overrides._get_current_function_mode() is self.mode else self.mode
+
     def _as(self, array: Any, name: str, like: Any) -> Any:
-        return torch.tensor(in_shape(self.gradients.run.batch_first(name, array), like.shape), dtype=torch.float64
-                            if isinstance(self.mode, Float64) else torch.float32)
+        return torch.tensor(in_shape(self.gradients.run.batch_first(name, array), like.shape),
+                            dtype=torch.float64 if self._widened else torch.float32)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -185,13 +185,7 @@ class StepFiles:
         shutil.rmtree(self._growing, ignore_errors=True)
         self._growing.mkdir(parents=True)
         for number, step in enumerate(steps):
-            arrays = {f"view/{view}/{name}": array for view, found in step.views.items() if view != RECORDED
-                      for name, array in found.items()}
-            for view, floors in step.floors.items():
-                for name, floor in floors.items():
-                    arrays |= {f"floor/{view}/{name}/{part}": np.asarray(getattr(floor, part)) for part in FLOOR}
-            told = np.frombuffer(json.dumps(step.told | {"recorded": list(step.recorded)}).encode(), np.uint8)
-            np.savez(self._growing / f"{number:05d}.npz", told=told, **arrays)
+            _write_step(step, self._growing / f"{number:05d}.npz")
             yield step
         self.remove()
         self._growing.rename(self.directory)
@@ -206,7 +200,9 @@ class StepFiles:
         hasher = xxhash.xxh3_128()
         for file in sorted(self.directory.glob("*.npz")):
             hasher.update(file.name.encode())
-            hasher.update(file.read_bytes())
+            with file.open("rb") as handle:
+                while part := handle.read(PART):
+                    hasher.update(part)
         return hasher.hexdigest()
 
     def read(self, trace: Trace) -> Iterator[Step]:
@@ -224,6 +220,17 @@ class StepFiles:
 
 
 FLOOR = ("oracle", "spread", "largest", "few", "base")
+PART = 1 << 24
+
+
+def _write_step(step: Step, file: Path) -> None:
+    arrays = {f"view/{view}/{name}": array for view, found in step.views.items() if view != RECORDED
+              for name, array in found.items()}
+    for view, floors in step.floors.items():
+        for name, floor in floors.items():
+            arrays |= {f"floor/{view}/{name}/{part}": np.asarray(getattr(floor, part)) for part in FLOOR}
+    told = np.frombuffer(json.dumps(step.told | {"recorded": list(step.recorded)}).encode(), np.uint8)
+    np.savez(file, told=told, **arrays)
 
 
 def _read_step(file: Path) -> Step:

@@ -60,7 +60,7 @@ def test_a_floor_is_what_float64_and_reordered_runs_of_the_same_code_give():
     np.testing.assert_allclose(floor["each"].oracle[:, 0], expected, rtol=1e-14)
     np.testing.assert_allclose(floor["mean"].oracle[0, 0], expected.mean(), rtol=1e-14)
     errors = np.array(runs, np.float64) - floor["each"].oracle[:, 0]
-    np.testing.assert_allclose(floor["each"].spread[:, 0], np.sqrt(np.square(errors).mean(0)), rtol=1e-12)
+    np.testing.assert_allclose(floor["each"].spread[:, 0], np.sqrt(np.square(errors).mean(0)), rtol=1e-6)
     assert 0 < floor["mean"].spread[0, 0] < 1e-6
 
 
@@ -107,7 +107,7 @@ def test_errors_that_terms_share_count_once_more():
         terms.add(1 / 300 + np.full(300, shared / 300))
     floor = number.floor().of_sum(terms.floor())
     direct = np.sqrt(np.mean(np.square([-2e-6, -1e-6, 1e-6, 2e-6])))
-    assert floor.spread[0, 0] == pytest.approx(np.hypot(direct, direct / np.sqrt(300)), rel=1e-8)
+    assert floor.spread[0, 0] == pytest.approx(np.hypot(direct, direct / np.sqrt(300)), rel=1e-6)
 
 
 def test_a_lucky_reference_leaves_a_number_what_its_terms_make_of_it():

@@ -22,6 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from align import noise
 from align.compare import compare
 from align.forward import agreement, top_agreement
 from align.noise import EPS, NoiseFloor, Pool
@@ -234,6 +235,46 @@ def test_the_five_ratios_of_an_error_that_is_everywhere_twice_the_noise():
     found = ratios(floor, oracle + 2e-5)
     assert found == pytest.approx({"total": 2, "peak": 2, "typical": 2, "channel": 2, "row": 2 / np.sqrt(2)})
     assert floor.relative == pytest.approx(1e-5)
+
+
+def by_formula(oracle, runs, candidate):
+    """The five ratios as the head of noise.py has them, of whole arrays in float64."""
+    def rms(array, axis=None):
+        return np.sqrt(np.mean(np.square(array), axis))
+    e, errors = candidate - oracle, np.stack(runs) - oracle
+    s, unit, x = rms(errors, 0), EPS / 2, oracle
+    typical = np.median(rms(s, 1) / rms(x, 1))
+    row = np.maximum(np.hypot(rms(s, 1), typical * rms(x, 1)), unit * rms(x, 1) + EPS**2 * rms(x))
+    return {"total": rms(e) / max(rms(s), unit * rms(x)),
+            "peak": np.abs(e).max() / max(np.abs(errors).max(), unit * np.abs(x).max()),
+            "typical": np.median(rms(e, 1) / rms(x, 1)) / max(typical, unit),
+            "row": (rms(e, 1) / row).max(),
+            "channel": (rms(e, 0) / np.maximum(rms(s, 0), unit * rms(x, 0) + EPS**2 * rms(x))).max()}
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (20, 40_000), (40_000, 20)])
+@pytest.mark.parametrize("size", [1e-20, 1.0])
+def test_an_array_taken_in_tiles_has_the_ratios_of_the_formula_however_it_lies_in_memory(shape, size):
+    """Errors of 1e-27, whose squares are no numbers of float32, among them."""
+    generator = np.random.default_rng(0)
+    oracle = size * generator.standard_normal(shape)
+    *runs, candidate = (np.float32(oracle * (1 + 1e-6 * generator.standard_normal(shape))) for _ in range(4))
+    assert oracle.size > noise.TILE
+    expected = by_formula(oracle, runs, candidate)
+    turned = floor_of(np.asfortranarray(oracle), *map(np.asfortranarray, runs))
+    for floor in (floor_of(oracle, *runs), turned):
+        assert ratios(floor, candidate) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_floor_stays_what_it_was_when_its_pool_is_given_more_runs():
+    oracle = np.ones((32, 32))
+    pool = Pool(oracle)
+    pool.add(oracle + 1e-6)
+    first = pool.floor()
+    more = pool.with_run(oracle + 3e-6)
+    pool.add(oracle + 3e-6)
+    assert first.spread == pytest.approx(1e-6, rel=1e-6)
+    assert more.spread == pytest.approx(np.sqrt(5) * 1e-6, rel=1e-6) == pool.floor().spread
 
 
 def test_one_bad_row_and_one_bad_channel_show_in_their_own_tests():
