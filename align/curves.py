@@ -99,6 +99,7 @@ class Curves:
             axes.plot(*zip(*out, strict=True), color=colours["bad"], linestyle="none", marker="X", markersize=6,
                       label="beyond what is allowed")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"1e{round(math.log10(value))}" if value > 0 else "")
         axes.set_ylim(bottom=least)
         axes.set_ylabel("distance from float64", color=colours["muted"])
         axes.set_xlabel("step", color=colours["muted"])

@@ -68,8 +68,8 @@ def lessons_of(session: Session, settings: Settings, rows: int, tokens: int) -> 
     pairs = list(zip(first[:taught], second[:taught], strict=True))
     steps = [[_batch([pairs[row] for row in chosen], run) for chosen in several]
              for several in _orders(len(pairs), settings, rows)]
-    notes = [f"Data: {len(examples)} rows of {told}. Trained on the first {taught}, in batches of {rows}; the metric is "
-             f"measured on the last {least}."]
+    notes = [f"Data: {len(examples)} rows of {told}. Trained on the first {taught}, in batches of {rows}; the metric "
+             f"is measured on the last {least}."]
     return Lessons(steps, examples[taught:], notes)
 
 
@@ -121,9 +121,9 @@ def _halves(rows: Sequence[Row], encoder: Encoder, task: str) -> tuple[list[Exam
 def _orders(many: int, settings: Settings, rows: int) -> Iterator[list[np.ndarray]]:
     """By step and micro-batch which rows: all of them in a seeded order, then in another, and so on."""
     generator = np.random.default_rng(settings.seed)
-    needed = settings.steps * settings.accumulate * rows
+    needed = settings.steps * settings.recipe.accumulate * rows
     order = np.concatenate([generator.permutation(many) for _ in range(-(-needed // many))])[:needed]
-    yield from ([*step] for step in order.reshape(settings.steps, settings.accumulate, rows))
+    yield from ([*step] for step in order.reshape(settings.steps, settings.recipe.accumulate, rows))
 
 
 def _batch(pairs: Sequence[tuple[Example, Example]], run: Run) -> Batch:

@@ -39,10 +39,10 @@ class Reordered(TorchFunctionMode):
 
     In exact arithmetic nothing changes, so what changes is rounding: the spread over several seeds is the error
     that torch itself has no claim to. x [..., k] with w [n, k]; a [..., k] with b [..., k, n], and c added to them;
-    pictures [batch, channels, height, width]. A batch norm in eval mode has no axis to permute; its few operations are
-    done in another order, by lot. torch has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves
-    that out, a matmul of its own; odd seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times
-    the first's.
+    pictures [batch, channels, height, width]. A batch norm in training mode is permuted over pictures and places; in
+    eval mode it has no axis to permute, and its few operations are done in another order, by lot. torch has two
+    convolutions for the CPU, oneDNN's and, where a build or a flag leaves that out, a matmul of its own; odd seeds take
+    the second. On few places (2 x 2 of 512 channels) its error is 4 times the first's.
     """
 
     def __init__(self, seed: int) -> None:
@@ -67,7 +67,9 @@ class Reordered(TorchFunctionMode):
         if func in CONVOLUTION:
             with torch.backends.mkldnn.flags(enabled=False) if self.by_matmul else nullcontext():
                 return self._convolution(*args, **kwargs)
-        if func in BATCH_NORM and not kwargs.get("training"):
+        if func in BATCH_NORM and kwargs.get("training"):
+            return self._batch_norm(*args, **kwargs)
+        if func in BATCH_NORM:
             return _batch_norm(self._lot(len(NORMALISE)), *args, **kwargs)
         if func in AVERAGE_POOL and args[1] in (1, (1, 1)):
             places = args[0].flatten(2)
@@ -121,6 +123,13 @@ class Reordered(TorchFunctionMode):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         turned = [size[::-1] if isinstance(size, tuple) else size for size in (stride, padding, dilation)]
         return F.conv2d(x.mT.contiguous(), weight.mT.contiguous(), bias, *turned, groups).mT.contiguous()
+
+    def _batch_norm(self, x: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        """Of the batch's own statistics, which are sums over pictures and places: x [batch, channels, ...]."""
+        rows, places = self._order(len(x)), self._order(x[0, 0].numel())
+        flat = x[rows].flatten(2)[..., places]
+        found = F.batch_norm(flat.view(x.shape), *given, **named).flatten(2)
+        return found[..., torch.argsort(places)][torch.argsort(rows)].view(x.shape)
 
     def _order(self, size: int) -> torch.Tensor:
         return torch.randperm(size, generator=self.generator)

@@ -14,9 +14,11 @@ from convert.errors import BadInput
 
 from .dropping import UPSCALED, Drops, packed
 from .gradients import Batch, Gradients, norms_of
+from .optimizing import decayed
 from .paddle_gradients import PaddleGradients
 from .paddle_net import PaddleNet
-from .training import BETAS, DECAY, EPSILON, Settings, factor
+from .paddle_optimizing import PaddleTraining
+from .training import Settings
 
 
 class PaddleTrainer(PaddleGradients):
@@ -40,6 +42,7 @@ class PaddleTrainer(PaddleGradients):
                     stack.callback(layers[name].register_forward_post_hook(lambda *_: self._left()).remove)
             stack.enter_context(patch.object(paddle.nn.functional, "dropout", self._dropout))
             self._begin()
+            stack.callback(self._updates.close)
             self.model.train()
             stack.callback(self.model.eval)
             yield self
@@ -61,13 +64,12 @@ class PaddleTrainer(PaddleGradients):
     def step(self) -> float:
         norm = float(np.linalg.norm(norms_of([tensor.grad.numpy() for tensor, _ in self._held
                                               if tensor.grad is not None])))
-        self.optimizer.step()
-        self.schedule.step()
+        self._updates.update()
         return norm
 
     @property
     def rate(self) -> float:
-        return float(self.optimizer.get_lr())
+        return self._updates.rate
 
     @property
     def drops(self) -> list[list[Any]]:
@@ -80,11 +82,12 @@ class PaddleTrainer(PaddleGradients):
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays = {f"weight/{number}": tensor.numpy() for number, (tensor, _) in enumerate(self._all)}
         numbers = {tensor.name: number for number, (tensor, _) in enumerate(self._held)}
-        for key, value in self.optimizer.state_dict().items():
+        found = self._updates.optimizer.state_dict()
+        for key, value in found.items():
             owner = max((name for name in numbers if key.startswith(f"{name}_")), key=len, default=None)
             if owner is not None:
                 arrays[f"slot/{numbers[owner]}/{key.removeprefix(f'{owner}_')}"] = value.numpy()
-        return arrays, {"schedule": self.schedule.state_dict()}
+        return arrays, {"schedule": found.get("LR_Scheduler")}
 
     def load(self, arrays: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
         for number, (tensor, _) in enumerate(self._all):
@@ -94,23 +97,16 @@ class PaddleTrainer(PaddleGradients):
             if name.startswith("slot/"):
                 _, number, slot = name.split("/")
                 slots[f"{self._held[int(number)][0].name}_{slot}"] = paddle.to_tensor(array)
-        self.optimizer.set_state_dict({**slots, "LR_Scheduler": told["schedule"]})
+        schedule = {} if told["schedule"] is None else {"LR_Scheduler": told["schedule"]}
+        self._updates.optimizer.set_state_dict({**slots, **schedule})
 
     def _begin(self) -> None:
-        """Optimizer and schedule; matrices decay, biases and norms do not."""
-        settings = self._settings
         self._start = [tensor.numpy() for tensor, _ in self._all]
-        learned = [tensor for tensor, _ in self._held if not tensor.stop_gradient]
-        if not learned:
+        named = [(names[0], tensor) for tensor, names in self._all[: len(self._held)] if not tensor.stop_gradient]
+        if not named:
             raise BadInput("the Paddle net has no parameter that asks for a gradient, so there is nothing to train.")
-        decaying = {tensor.name for tensor in learned if tensor.ndim > 1}
-        self.schedule = paddle.optimizer.lr.LambdaDecay(settings.lr, lambda step: factor(settings, step))
-        shared = dict(learning_rate=self.schedule, parameters=learned,
-                      grad_clip=paddle.nn.ClipGradByGlobalNorm(settings.clip))
-        self.optimizer = (paddle.optimizer.AdamW(
-            beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON, weight_decay=DECAY,
-            apply_decay_param_fun=decaying.__contains__, **shared) if settings.optimizer == "adamw" else
-            paddle.optimizer.SGD(**shared))
+        decays, matrices = decayed(self.run), {name for name, tensor in named if tensor.ndim > 1}
+        self._updates = PaddleTraining(self._settings.recipe, named, lambda name: decays.get(name, name in matrices))
 
     @property
     def _all(self) -> list[tuple[Any, list[str]]]:

@@ -94,7 +94,7 @@ class StageResult:
         """The report to paste into a pull request: verdict first, worst tensor next, everything after."""
         lines = [f"# {self.run}: {self.stage} **{self.verdict}**", "", self.summary(), ""]
         lines += [f"**Why:** {self.diagnosis.sentence}", ""] if self.diagnosis else []
-        lines += ["![Losses of both sides, and their distance from torch in float64](train.png)", ""] * bool(self.curves)
+        lines += ["![Losses of both sides, and their distance from float64](train.png)", ""] * bool(self.curves)
         lines += [f"- {failure}" for failure in self.failures[:20]]
         lines += [f"- … and {len(self.failures) - 20} more"] if len(self.failures) > 20 else []
         lines += [f"\n> {note}" for note in self.notes]

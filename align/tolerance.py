@@ -61,10 +61,10 @@ def margin_noise(largest: float) -> float:
     """
     return 2 * FORWARD * largest
 
-# After a training. METRIC_AFTER is what the reproduction guide's own check of a trained model asks for: absolute for a
-# rate, relative for a perplexity or a squared error. MOVED_MARGINS is a limit as those of LIMITS: in how many times what
-# torch's own runs move margins by a prediction may be another one. RATE bounds a learning rate, CHAOTIC is where torch's
-# own loss is told to be too far from float64 for a close judgement. BAND_STEPS to either side are pooled with a step.
+# After a training. METRIC_AFTER is what a trained model's metric may differ by: absolute for a rate, relative for a
+# perplexity or a squared error. MOVED_MARGINS is a limit as those of LIMITS: within how many times what torch's own
+# runs move margins by a prediction may be another one. RATE bounds a learning rate. CHAOTIC is from where on torch's
+# own loss is told to lie too far from float64 for a close judgement. BAND_STEPS to either side are pooled with a step.
 METRIC_AFTER = 0.0015
 MOVED_MARGINS = 6.0
 RATE = 1e-6

@@ -19,9 +19,10 @@ from .dropping import UPSCALED, Drops, packed
 from .gradients import Batch, Gradients, in_paddle, norms_of
 from .oracle import Float64
 from .runs import Run
-from .torch_gradients import ReorderedGradients, TorchGradients, _clip
+from .torch_gradients import ReorderedGradients, TorchGradients
+from .torch_optimizing import TorchTraining
 from .torch_side import TorchSide, floating, tensors_of
-from .training import BETAS, DECAY, EPSILON, Settings
+from .training import Settings
 
 STATISTICS = ("running_mean", "running_var")
 SEEDS = 1000
@@ -94,15 +95,12 @@ class TorchTrainer(TorchGradients):
     def step(self) -> float:
         gradients = [parameter.grad.numpy() for parameter in self._parameters if parameter.grad is not None]
         norm = float(np.linalg.norm(norms_of(gradients)))
-        with torch.no_grad():
-            _clip(self._parameters, self._settings.clip)
-        self.optimizer.step()
-        self.schedule.step()
+        self._updates.update()
         return norm
 
     @property
     def rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self._updates.rate
 
     @property
     def drops(self) -> list[list[Any]]:
@@ -115,10 +113,11 @@ class TorchTrainer(TorchGradients):
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays = {f"weight/{name}": _array(tensor) for name, tensor in self._held()}
         arrays |= {f"buffer/{name}": _array(tensor) for name, tensor in self._counters()}
-        for number, slots in self.optimizer.state_dict()["state"].items():
+        updates = self._updates
+        for number, slots in updates.optimizer.state_dict()["state"].items():
             arrays |= {f"slot/{number}/{slot}": _array(tensor) for slot, tensor in slots.items()
                        if isinstance(tensor, torch.Tensor)}
-        schedule = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
+        schedule = {name: value for name, value in updates.schedule.state_dict().items() if name != "lr_lambdas"}
         return arrays, {"schedule": schedule, "rate": self.rate}
 
     def load(self, arrays: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
@@ -131,26 +130,18 @@ class TorchTrainer(TorchGradients):
             if name.startswith("slot/"):
                 _, number, slot = name.split("/")
                 slots.setdefault(int(number), {})[slot] = torch.from_numpy(np.array(array))
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.schedule.load_state_dict({**told["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
-        for group in self.optimizer.param_groups:
+        optimizer, schedule = self._updates.optimizer, self._updates.schedule
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        schedule.load_state_dict({**told["schedule"], "lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group in optimizer.param_groups:
             group["lr"] = told["rate"]
 
     def _begin(self) -> None:
-        """Optimizer and schedule; matrices decay, biases and norms do not."""
-        from transformers import get_scheduler
-        settings = self._settings
         self._start = [_array(tensor).copy() for _, tensor in self._held()]
         learned = [parameter for parameter in self._parameters if parameter.requires_grad]
-        groups = [{"params": [one for one in learned if (one.dim() > 1) == matrices], "weight_decay": decay}
-                  for matrices, decay in ((True, DECAY), (False, 0.0))]
-        groups = [group for group in groups if group["params"]]
-        if not groups:
+        if not learned:
             raise BadInput("the torch net has no parameter that asks for a gradient, so there is nothing to train.")
-        self.optimizer = (torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, eps=EPSILON)
-                          if settings.optimizer == "adamw" else
-                          torch.optim.SGD([{"params": group["params"]} for group in groups], lr=settings.lr))
-        self.schedule = get_scheduler(settings.schedule, self.optimizer, settings.warmup, settings.steps)
+        self._updates = TorchTraining(self._settings.recipe, learned)
 
     def _held(self) -> list[tuple[str, Any]]:
         """Every parameter under each of its names, and the running statistics of batch norms."""

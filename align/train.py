@@ -32,14 +32,16 @@ from .gradients import Batch, backwards, digest_of
 from .inputs import SEED, Inputs, positive
 from .lessons import Lessons, lessons_of
 from .noise import Grown, NoiseFloor
+from .optimizing import OPTIMIZERS, SCHEDULES, Recipe
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE, base_of
 from .tolerance import BAND_STEPS, CHAOTIC, LIMITS, RATE, REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
-from .training import DECAY, OPTIMIZERS, SCHEDULES, Course, Settings, carry_out, key_of, require_finite
+from .training import Course, Settings, carry_out, key_of, require_finite
 
 LOSS, NORM, RATES = "loss", "gradient_norm", "learning_rate"
 MOVED, BAND, SCORED, PLACE = "moved", "band", "scored", "train"
+USUAL = {"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-2, "momentum": 1e-2}
 COPIES = 24
 """How many times a side's weights this stage holds, worked out rather than measured: weights, those to go back to,
 gradients and two moments; torch's also in float64; and how far all have moved, by run."""
@@ -54,11 +56,13 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=positive, default=64, metavar="N", help="where a row of text is cut; default 64")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="micro-batches whose gradients are added up for a step; default 1")
-    add("--lr", type=_above_zero, default=1e-4, metavar="RATE", help="the highest learning rate; default 1e-4")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="with decoupled decay of matrices, or plain; default "
-        "adamw")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="what moves the weights; default adamw")
+    add("--lr", type=_above_zero, metavar="RATE", help="the highest learning rate; default "
+        + ", ".join(f"{rate:g} of {name}" for name, rate in USUAL.items()))
+    add("--weight-decay", type=_not_below_zero, default=0.01, metavar="SHARE",
+        help="of matrices and tables, not of biases and norms; default 0.01")
     add("--schedule", choices=SCHEDULES, default="linear", help="how the rate goes down; default linear")
-    add("--warmup", type=_not_negative, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
+    add("--warmup", type=_whole, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
     add("--clip", type=_above_zero, default=1.0, metavar="NORM",
         help="to which global norm gradients are clipped; default 1.0")
     add("--dropout", type=_rate, nargs="?", const=0.0, metavar="RATE",
@@ -92,7 +96,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
             raise BadInput("the reference was recorded without its batches, so the candidate cannot be fed them. "
                            "Record it again: python -m align.train --only reference")
         _refuse_paging(session)
-        settings, given, side = Settings(**step.told["settings"]), _lessons_of(step), session.candidate
+        settings, given, side = Settings.told(step.told["settings"]), _lessons_of(step), session.candidate
         kept = Checkpoint(session.reports / PLACE, f"candidate-{side.framework}", key_of(
             settings, batches=step.told["inputs_digest"], weights=side.weights_digest, version=side.version),
             session.options.checkpoint_every, session.options.resume)
@@ -116,7 +120,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     looked = {"step": step}
 
     def look() -> int:
-        trained = _Trained(session, Settings(**step.told["settings"]), _lessons_of(step), resume=False)
+        trained = _Trained(session, Settings.told(step.told["settings"]), _lessons_of(step), resume=False)
         looked["step"] = trained.step(SECOND_LOOK)
         trained.forget()
         found.update(_judged(session, looked["step"], answer)[0])
@@ -133,7 +137,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
 # Judging --------------------------------------------------------------------------------------------------------------
 
 def _judged(session: Session, step: Step, answer: Step) -> tuple[dict[str, TensorResult], list[str]]:
-    settings = Settings(**step.told["settings"])
+    settings = Settings.told(step.told["settings"])
     wrong = dropping.differing(*(dropping.unpacked(side.told["drops"]) for side in (step, answer)))
     results = [*dropping.judged(wrong), _rates(step, answer)]
     losses, norms = (_against_the_band(name, step, answer) for name in (LOSS, NORM))
@@ -198,8 +202,8 @@ def _curves(step: Step, answer: Step) -> Curves:
 def _chaos(curves: Curves) -> list[str]:
     """What a wide band still excludes."""
     first, last = (curves.width[place] / abs(curves.exact[place] or 1.0) for place in (0, -1))
-    told = [f"Band: torch's own runs lie {first:.1e} of the loss from float64 in the first step, {last:.1e} in the last; "
-            f"a curve may lie {curves.limit:g} times as far."]
+    told = [f"Band: torch's own runs lie {first:.1e} of the loss from float64 in the first step, {last:.1e} in the "
+            f"last; a curve may lie {curves.limit:g} times as far."]
     if last > CHAOTIC:
         told.append(f"This training is chaotic: torch parts from itself by {last:.0%} of the loss. Its late steps can "
                     "only exclude what is larger; the first steps are judged as closely as ever. A smaller --lr or "
@@ -247,8 +251,8 @@ class _Trained:
             for part, batch in enumerate(several):
                 step.view(f"inputs.{number}.{part}").update(batch.inputs.arrays)
                 step.view(f"labels.{number}.{part}").update(batch.labels)
-        step.told |= {"settings": vars(settings), "inputs_digest": self._digest, "examples": examples,
-                      "rows": session.options.batch_size, "base": _base(session, self.given), "mistakes": start,
+        step.told |= {"settings": settings.as_json(), "inputs_digest": self._digest, "examples": examples,
+                      "rows": session.options.batch_size, "base": _base(session, self.given), **start,
                       "notes": [*self.given.notes, *_told(settings, course)]}
         return step
 
@@ -270,16 +274,17 @@ class _Trained:
             with trainer.tested():
                 return course, held_out.scored(side, self.given.held_out, session.run, session.options.batch_size)
 
-    def _start(self) -> dict[str, float]:
-        """The first step's loss under each mistake in stock; :class:`BadInput` where nothing can be dropped."""
-        from .explanations.training import supposed
+    def _start(self) -> dict[str, Any]:
+        """What torch makes of the mistakes in stock; :class:`BadInput` where nothing can be dropped."""
+        from .explanations.training import schedules, supposed
+        from .torch_optimizing import rates_of
         with _trainer(self.session.reference, self.settings, True).training() as trainer:
             found = supposed(trainer, self.session.run, self.given.batches, self.session.reference.token_loss)
             if self.settings.dropout is not None and not trainer.drops:
                 why = ("every rate in its config is 0, or it has none. Give a rate, as --dropout 0.1, or leave it out"
                        if self.settings.dropout == 0 else "it has none. Leave --dropout out")
                 raise BadInput(f"{self.session.run.head.architecture} drops nothing: {why}.")
-        return found
+        return {"mistakes": found, "schedules": schedules(self.settings.recipe, rates_of)}
 
 
 def _floor(runs: Sequence[np.ndarray]) -> NoiseFloor:
@@ -304,13 +309,14 @@ def _told(settings: Settings, course: Course) -> list[str]:
     dropped = {None: "nothing is dropped", 0: f"{len(course.drops)} places drop at their own rates, by the same seeded "
                "masks on both sides"}.get(settings.dropout, f"{len(course.drops)} places drop at rate "
                                           f"{settings.dropout}, by the same seeded masks on both sides")
-    several = f" of {settings.accumulate} micro-batches" if settings.accumulate > 1 else ""
-    warm = f" after {settings.warmup} steps of warm-up" if settings.warmup else ""
-    decayed = f", decay {DECAY:g} of matrices and none of biases and norms" if settings.optimizer == "adamw" else ""
+    recipe = settings.recipe
+    several = f" of {recipe.accumulate} micro-batches" if recipe.accumulate > 1 else ""
+    warm = f" after {recipe.warmup} steps of warm-up" if recipe.warmup else ""
     some = max(1, min(5, settings.steps // 2))
     before, after = np.mean(course.losses[:some]), np.mean(course.losses[-some:])
-    return [f"{settings.steps} steps{several} of {settings.optimizer} (rate {settings.lr:g}, {settings.schedule}{warm}"
-            f"{decayed}), clipped to a global norm of {settings.clip:g}, in training mode; {dropped}.",
+    return [f"{recipe.steps} steps{several} of {recipe.optimizer} (rate {recipe.lr:g}, {recipe.schedule}{warm}, decay "
+            f"{recipe.weight_decay:g} of matrices and none of biases and norms), clipped to a global norm of "
+            f"{recipe.clip:g}, in training mode; {dropped}.",
             f"torch's loss goes from {before:.4g} to {after:.4g} (mean of {some} steps each)."]
 
 
@@ -319,9 +325,9 @@ def _base(session: Session, given: Lessons) -> float:
 
 
 def _lessons_of(step: Step) -> Lessons:
-    settings = Settings(**step.told["settings"])
+    settings = Settings.told(step.told["settings"])
     several = [[Batch(Inputs(step.view(f"inputs.{number}.{part}")), step.view(f"labels.{number}.{part}"))
-                for part in range(settings.accumulate)] for number in range(settings.steps)]
+                for part in range(settings.recipe.accumulate)] for number in range(settings.steps)]
     return Lessons(several, lessons.unpacked(step.told["examples"], step.view("shown")), [])
 
 
@@ -335,16 +341,15 @@ def _trainer(side: Any, settings: Settings, trained: bool = False, *mode: Any) -
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    if options.warmup >= options.steps:
-        raise BadInput(f"--warmup {options.warmup} leaves none of {options.steps} steps at the full rate. Give fewer.")
-    return Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
+    given = {one.name: getattr(options, one.name) for one in fields(Recipe) if hasattr(options, one.name)}
+    return Settings(Recipe(**{**given, "lr": options.lr or USUAL[options.optimizer]}), options.dropout, options.seed)
 
 
 def _refuse_paging(session: Session) -> None:
     if session.paged:
-        raise BadInput("a training holds weights, gradients and moments in memory, and here weights would come in block "
-                       "by block (--paging, or the model does not fit). align.backward compares the gradients of such a "
-                       "model.")
+        raise BadInput("a training holds weights, gradients and moments in memory, and here weights would come in "
+                       "block by block (--paging on, or the model does not fit). align.backward compares the gradients "
+                       "of such a model.")
 
 
 def _above_zero(text: str) -> float:
@@ -354,7 +359,14 @@ def _above_zero(text: str) -> float:
     return number
 
 
-def _not_negative(text: str) -> int:
+def _not_below_zero(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return number
+
+
+def _whole(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")

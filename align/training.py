@@ -1,4 +1,4 @@
-"""A fine-tuning as both sides carry it out: its settings, the loop, what is kept of it, and the schedule's formula.
+"""A fine-tuning as both sides carry it out: its settings, the loop, and what is kept of it.
 
 The loop is the same on both sides; what it calls, losses, gradients, optimizer and schedule, is each framework's own.
 """
@@ -20,31 +20,35 @@ from convert.errors import BadInput
 
 from .checkpoints import Checkpoint
 from .gradients import Batch, Gradients
+from .optimizing import Recipe
 
-OPTIMIZERS, SCHEDULES = ("adamw", "sgd"), ("linear", "cosine", "constant")
 EARLY = 3
 """After so many steps the weights are compared, before small errors have grown into others."""
-BETAS, EPSILON, DECAY = (0.9, 0.999), 1e-8, 0.01
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``steps`` of ``optimizer`` with the rate ``lr`` under ``schedule``, each of ``accumulate`` micro-batches, whose
-    gradients are clipped to the global norm ``clip``. Matrices decay by :data:`DECAY`, biases and norms do not.
+    """``recipe`` says how weights are moved, ``seed`` in which order rows come and what is dropped.
 
     ``dropout`` is None where nothing is dropped, 0 where each net drops at its own rate, else the rate at every place
     where it could drop.
     """
 
-    steps: int
-    accumulate: int
-    clip: float
-    lr: float
-    optimizer: str
-    schedule: str
-    warmup: int
+    recipe: Recipe
     dropout: float | None
     seed: int
+
+    @classmethod
+    def told(cls, content: Mapping[str, Any]) -> Settings:
+        """Of what :meth:`as_json` gave."""
+        return cls(Recipe(**content["recipe"]), content["dropout"], content["seed"])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps
 
     @property
     def early(self) -> int:
@@ -166,21 +170,9 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def factor(settings: Settings, step: int) -> float:
-    """What the rate is multiplied by in step ``step``, counted from 0: transformers' schedules by their formulas.
-
-    Up from 0 over ``warmup`` steps; then 1, or down to 0 at ``steps``, in a line or half a cosine.
-    """
-    if step < settings.warmup:
-        return step / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return {"constant": 1.0, "linear": max(0.0, 1.0 - done),
-            "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))}[settings.schedule]
-
-
 def key_of(settings: Settings, **digests: str | None) -> dict[str, Any]:
     """What a checkpoint belongs to: another training is not resumed from it."""
-    return {**asdict(settings), **digests}
+    return {**asdict(settings.recipe), "dropout": settings.dropout, "seed": settings.seed, **digests}
 
 
 def require_finite(course: Course) -> None:

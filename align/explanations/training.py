@@ -7,7 +7,7 @@ such numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from convert.dtypes import to_float32
 from ..diagnose import Explanation
 from ..dropping import Call, differing, unpacked
 from ..gradients import Batch
+from ..optimizing import Recipe
 from ..runs import Run
 from ..tasks import IGNORED, TASKS, numbers
 from ..tolerance import LOSS, RATE
 from ..trace import Step
-from ..training import DECAY, Settings, factor
+from ..training import Settings
 from . import losses
 
 OTHERS = 16
@@ -55,6 +56,14 @@ def supposed(trainer: Any, run: Run, batches: Sequence[Sequence[Batch]], token_l
     return found
 
 
+def schedules(recipe: Recipe, rates_of: Callable[[Recipe, int], list[float]]) -> dict[str, list[float]]:
+    """The learning rates under each mistake of laying a schedule out; ``rates_of`` is torch's."""
+    changes = {"the schedule is laid out for twice as many steps": {"steps": 2 * recipe.steps},
+               "the schedule is laid out for one step more": {"steps": recipe.steps + 1},
+               **({"there is no warm-up": {"warmup": 0}} if recipe.warmup and recipe.schedule != "noam" else {})}
+    return {told: rates_of(replace(recipe, **change), recipe.steps) for told, change in changes.items()}
+
+
 def _moved(batch: Batch, way: int) -> Batch | None:
     labels = batch.labels.get("labels")
     if labels is None or labels.ndim != 2 or labels.dtype.kind == "f":
@@ -68,12 +77,12 @@ def _moved(batch: Batch, way: int) -> Batch | None:
 
 def explained(run: Run, step: Step, answer: Step, failing: Sequence[str]) -> Explanation | None:
     """The mistake that accounts for what fails first, if one does."""
-    settings = Settings(**step.told["settings"])
+    settings = Settings.told(step.told["settings"])
     if not failing:
         return None
     return next(filter(None, (
         _dropped(*(unpacked(side.told["drops"]) for side in (step, answer))),
-        _scheduled(settings, step.recorded["learning_rate"], answer.recorded["learning_rate"]),
+        _scheduled(step, answer),
         _misread(step, answer, failing), _accumulated(settings, step, answer, failing),
         _statistics(run, settings, step, answer, failing), _decayed(run, settings, step, answer, failing))), None)
 
@@ -92,32 +101,23 @@ def _dropped(theirs: Sequence[Call], ours: Sequence[Call]) -> Explanation | None
     return Explanation(kind, name.partition(" ")[0], f"{name}: {told}.{more}", None, None)
 
 
-def _scheduled(settings: Settings, theirs: np.ndarray, ours: np.ndarray) -> Explanation | None:
+def _scheduled(step: Step, answer: Step) -> Explanation | None:
+    theirs, ours = (side.recorded["learning_rate"] for side in (step, answer))
     before = _apart(ours, theirs)
     if before <= RATE:
         return None
-    for told, rates in _schedules(settings, theirs):
-        after = _apart(ours[: len(rates)], rates)
+    moved = {"the schedule is one step ahead, as if it were stepped before the optimizer": theirs[1:],
+             "the schedule is one step late": np.concatenate([theirs[:1], theirs[:-1]]),
+             "the schedule is never stepped": np.full_like(theirs, theirs[0])}
+    numbers = np.arange(len(theirs))
+    by_epoch = {f"the schedule is stepped once in {several} steps, as by epoch": theirs[numbers // several]
+                for several in range(2, len(theirs))}
+    for told, rates in {**moved, **step.told["schedules"], **by_epoch}.items():
+        after = _apart(ours[: len(rates)], np.array(rates))
         if len(rates) > 1 and after <= RATE:
-            return Explanation("schedule", "learning_rate", f"{told}: with that done to torch's own learning rates, the "
-                               f"error falls from {before:.1e} to {after:.1e}.", before, after)
+            return Explanation("schedule", "learning_rate", f"{told}: with that done to torch's own learning rates, "
+                               f"the error falls from {before:.1e} to {after:.1e}.", before, after)
     return None
-
-
-def _schedules(settings: Settings, rates: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    yield "the schedule is one step ahead, as if it were stepped before the optimizer", rates[1:]
-    yield "the schedule is one step late", np.concatenate([rates[:1], rates[:-1]])
-    yield "the schedule is never stepped", np.full_like(rates, rates[0])
-    if settings.warmup:
-        cold = replace(settings, warmup=0)
-        yield "there is no warm-up", np.array([settings.lr * factor(cold, step) for step in range(settings.steps)])
-    for several in range(2, settings.steps):
-        yield (f"the schedule is stepped once in {several} steps, as by epoch",
-               rates[np.arange(settings.steps) // several])
-    for told, steps in (("the schedule is laid out for twice as many steps", 2 * settings.steps),
-                        ("the schedule is laid out for one step more", settings.steps + 1)):
-        longer = replace(settings, steps=steps)
-        yield told, np.array([settings.lr * factor(longer, step) for step in range(settings.steps)])
 
 
 def _misread(step: Step, answer: Step, failing: Sequence[str]) -> Explanation | None:
@@ -136,7 +136,7 @@ def _misread(step: Step, answer: Step, failing: Sequence[str]) -> Explanation | 
 
 
 def _accumulated(settings: Settings, step: Step, answer: Step, failing: Sequence[str]) -> Explanation | None:
-    many = settings.accumulate
+    many = settings.recipe.accumulate
     if many == 1 or "gradient_norm (step 1)" not in failing or "loss (step 1)" in failing:
         return None
     theirs, ours = (float(side.recorded["gradient_norm"][0]) for side in (step, answer))
@@ -150,10 +150,10 @@ def _accumulated(settings: Settings, step: Step, answer: Step, failing: Sequence
 
 
 def _decayed(run: Run, settings: Settings, step: Step, answer: Step, failing: Sequence[str]) -> Explanation | None:
-    """Decay of what does not decay in torch, or none of what does: DECAY times the weight times the sum of rates."""
+    """Decay of what does not decay in torch, or none of what does: that share of the weight times the sum of rates."""
     names = _names(settings, failing)
-    share = DECAY * float(np.sum(step.recorded["learning_rate"][: settings.early]))
-    if not names or settings.optimizer != "adamw":
+    share = settings.recipe.weight_decay * float(np.sum(step.recorded["learning_rate"][: settings.early]))
+    if not names or settings.recipe.optimizer != "adamw":
         return None
     theirs, ours = step.view("moved"), answer.view("moved")
     names = [name for name in names if name in theirs and name in ours]
@@ -171,9 +171,9 @@ def _decayed(run: Run, settings: Settings, step: Step, answer: Step, failing: Se
             [error[name] - sign * share * start[name] for name in some]))
         if after <= LEFT * before:
             which = f"{some[0]} and {len(some) - 1} more" if len(some) > 1 else some[0]
-            return Explanation("weight-decay", some[0], f"{which} {told}: with {DECAY:g} times the weight and the rate "
-                               f"taken from each, the error of how far they have moved falls from {before / size:.1e} "
-                               f"to {after / size:.1e}.", before / size, after / size)
+            return Explanation("weight-decay", some[0], f"{which} {told}: with {settings.recipe.weight_decay:g} times "
+                               "the weight and the rate taken from each, the error of how far they have moved falls "
+                               f"from {before / size:.1e} to {after / size:.1e}.", before / size, after / size)
     return None
 
 
