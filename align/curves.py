@@ -51,13 +51,15 @@ class Curves:
         (directory / FILE).write_bytes(self.drawn("png", (9.0, 6.2), COLOURS))
         return directory / FILE
 
-    def drawn(self, kind: str, size: tuple[float, float], colours: Mapping[str, str], **how: Any) -> bytes:
-        """Losses above, distances from float64 below; ``kind`` is a format of matplotlib's."""
+    def drawn(self, kind: str, size: tuple[float, float], colours: Mapping[str, str], salt: str = "curves",
+              **how: Any) -> bytes:
+        """Losses above, distances from float64 below; ``kind`` is a format of matplotlib's, ``salt`` makes the names
+        in an SVG its own."""
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         file = io.BytesIO()
-        with rc_context({"font.size": 9, "axes.linewidth": 0.6, "svg.fonttype": "none", "svg.hashsalt": "curves",
+        with rc_context({"font.size": 9, "axes.linewidth": 0.6, "svg.fonttype": "none", "svg.hashsalt": salt,
                          "text.parse_math": False}):
             figure = Figure(size, layout="constrained", dpi=110)
             FigureCanvasAgg(figure)

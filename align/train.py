@@ -33,6 +33,7 @@ from .inputs import SEED, Inputs, positive
 from .lessons import Lessons, lessons_of
 from .noise import Grown, NoiseFloor
 from .optimizing import OPTIMIZERS, SCHEDULES, Recipe
+from .recording import SIDES
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE, base_of
 from .tolerance import BAND_STEPS, CHAOTIC, LIMITS, RATE, REORDERED_RUNS, SECOND_LOOK
@@ -129,9 +130,23 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     doubtful = len(failing) if all(result.doubtful for result in failing) else 0
     notes = [*step.told["notes"], *notes, *look_again(session, "train", doubtful, look)]
     curves = _curves(looked["step"], answer)
+    for side, each in zip(SIDES, (step, answer), strict=True):
+        _write_log(session, side, each)
     diagnosis = explained(session.run, step, answer, [result.name for result in found.values() if not result.passed])
     return Findings(list(found.values()), [*notes, *_chaos(curves)], _values(step, answer), diagnosis=diagnosis,
                     curves=curves)
+
+
+def _write_log(session: Session, side: str, step: Step) -> None:
+    """The log of a side's training, a line a step, and the metric's values, beside its recording."""
+    curves = zip(*(step.recorded[name] for name in (RATES, LOSS, NORM)), strict=True)
+    lines = [f"step {number}: {RATES} {rate:.9g}, {LOSS} {loss:.9g}, {NORM} {norm:.9g}"
+             for number, (rate, loss, norm) in enumerate(curves, 1)]
+    lines += [f"held out: {name.removeprefix('value.')} {float(value):.9g}" for name, value in step.recorded.items()
+              if name.startswith("value.")]
+    directory = session.reports / "traces"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"train_{side}.log").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 # Judging --------------------------------------------------------------------------------------------------------------
@@ -179,7 +194,7 @@ def widths(runs: np.ndarray) -> np.ndarray:
 
 def _moved(session: Session, step: Step, answer: Step) -> list[TensorResult]:
     """How far each weight has come, in the order of execution."""
-    suffix = f" (after step {Settings(**step.told['settings']).early})"
+    suffix = f" (after step {Settings.told(step.told['settings']).early})"
     theirs, ours = step.view(MOVED), answer.view(MOVED)
     made = {move.target for move in session.run.plan.moves if move.filling}
     found = {}
