@@ -68,7 +68,7 @@ class Drops:
         rate = self._rate or p
         if not training:
             return 1.0 if mode == UPSCALED else 1.0 - rate
-        generator = np.random.default_rng([self._seed, *self._pass, xxhash.xxh3_64_intdigest(place), number])
+        generator = np.random.default_rng([self._seed, *self._pass, xxhash.xxh3_64_intdigest(place.encode()), number])
         kept = generator.random(int(np.prod(shape)), np.float32) >= rate
         return np.where(kept, np.float32(1.0 if mode == DOWNSCALED or rate >= 1 else 1 / (1 - rate)),
                         np.float32(0)).reshape(shape)

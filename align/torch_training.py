@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from convert.errors import BadInput
 
 from .dropping import UPSCALED, Drops, packed
 from .gradients import Batch, Gradients, in_paddle, norms_of
+from .optimizing import Recipe
 from .oracle import Float64
 from .runs import Run
 from .torch_gradients import ReorderedGradients, TorchGradients
@@ -43,12 +45,29 @@ def reordered(number: int) -> Mode:
     return lambda step: ReorderedGradients(number + SEEDS * step)
 
 
-class TorchTrainer(TorchGradients):
-    """One training of ``side``; ``mode(step)`` is what its passes are computed in."""
+NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, side: TorchSide, run: Run, settings: Settings, trained: bool, mode: Mode = plain) -> None:
+
+def rounding(recipe: Recipe, number: int) -> Mapping[str, Any]:
+    """What the optimizer of the ``number``-th reordered training is told besides: every other one has betas in float32.
+
+    torch keeps beta^t in double where its betas are numbers, and in float32 where they are tensors, as Paddle always
+    does. It is the same optimizer; 1 - beta^t is off by some 1e-5 in its first steps, which moves all weights alike.
+    """
+    if number % 2 == 0 or recipe.optimizer not in ("adam", "adamw"):
+        return NO_CHOICES
+    return {"betas": (torch.tensor(recipe.beta1), torch.tensor(recipe.beta2)), "foreach": False}
+
+
+class TorchTrainer(TorchGradients):
+    """One training of ``side``; ``mode(step)`` is what its passes are computed in, ``choices`` what its optimizer is
+    told besides.
+    """
+
+    def __init__(self, side: TorchSide, run: Run, settings: Settings, trained: bool, mode: Mode = plain,
+                 choices: Mapping[str, Any] = NO_CHOICES) -> None:
         super().__init__(side, run, trained)
-        self._settings, self._mode = settings, mode
+        self._settings, self._mode, self._choices = settings, mode, choices
         self._dropped = Drops(settings.seed, settings.dropout)
         self._buffers = dict(self.model.named_buffers())
 
@@ -141,7 +160,7 @@ class TorchTrainer(TorchGradients):
         learned = [parameter for parameter in self._parameters if parameter.requires_grad]
         if not learned:
             raise BadInput("the torch net has no parameter that asks for a gradient, so there is nothing to train.")
-        self._updates = TorchTraining(self._settings.recipe, learned)
+        self._updates = TorchTraining(self._settings.recipe, learned, **self._choices)
 
     def _held(self) -> list[tuple[str, Any]]:
         """Every parameter under each of its names, and the running statistics of batch norms."""

@@ -42,7 +42,11 @@ from .training import Course, Settings, carry_out, key_of, require_finite
 
 LOSS, NORM, RATES = "loss", "gradient_norm", "learning_rate"
 MOVED, BAND, SCORED, PLACE = "moved", "band", "scored", "train"
-USUAL = {"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-2, "momentum": 1e-2}
+USUAL = {"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-2, "momentum": 1e-3}
+"""The rate of each optimizer, where none is asked for."""
+ROWS = {False: 4, True: 16}
+"""Of a batch, where no number is asked for: of pictures more. In batches of 4 a batch norm's own statistics are of so
+few places that two runs of torch part by a tenth of the loss in 60 steps."""
 COPIES = 24
 """How many times a side's weights this stage holds, worked out rather than measured: weights, those to go back to,
 gradients and two moments; torch's also in float64; and how far all have moved, by run."""
@@ -53,11 +57,13 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(copies=COPIES)
     add = parser.add_argument
     add("--steps", type=positive, default=60, metavar="N", help="how many steps the optimizer takes; default 60")
-    add("--batch-size", type=positive, default=4, metavar="N", help="rows of a micro-batch; default 4")
+    add("--batch-size", type=positive, metavar="N", help=f"rows of a micro-batch; default {ROWS[False]}, of pictures "
+        f"{ROWS[True]}")
     add("--tokens", type=positive, default=64, metavar="N", help="where a row of text is cut; default 64")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="micro-batches whose gradients are added up for a step; default 1")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="what moves the weights; default adamw")
+    add("--optimizer", choices=OPTIMIZERS, help="what moves the weights; default adamw, of nets that look at pictures "
+        "momentum")
     add("--lr", type=_above_zero, metavar="RATE", help="the highest learning rate; default "
         + ", ".join(f"{rate:g} of {name}" for name, rate in USUAL.items()))
     add("--weight-decay", type=_not_below_zero, default=0.01, metavar="SHARE",
@@ -83,9 +89,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def reference(session: Session) -> Iterator[Step]:
     """Torch's training and those that span the band, with the batches for the candidate."""
     _refuse_paging(session)
-    settings = _settings(session.options)
-    given = lessons_of(session, settings, session.options.batch_size, session.options.tokens)
-    trained = _Trained(session, settings, given, session.options.resume)
+    settings = _settings(session)
+    given = lessons_of(session, settings, _rows(session), session.options.tokens)
+    trained = _Trained(session, settings, given, _rows(session), session.options.resume)
     yield trained.step(REORDERED_RUNS)
     trained.forget()
 
@@ -113,6 +119,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Learning rates, what has moved, losses and norms against the band, and the metric."""
+    pairs = iter(pairs)
     taken = next((pair for pair in pairs if pair[0].recorded), None)
     if taken is None:
         return Findings([])
@@ -121,7 +128,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     looked = {"step": step}
 
     def look() -> int:
-        trained = _Trained(session, Settings.told(step.told["settings"]), _lessons_of(step), resume=False)
+        trained = _Trained(session, Settings.told(step.told["settings"]), _lessons_of(step), step.told["rows"], True)
         looked["step"] = trained.step(SECOND_LOOK)
         trained.forget()
         found.update(_judged(session, looked["step"], answer)[0])
@@ -132,6 +139,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     curves = _curves(looked["step"], answer)
     for side, each in zip(SIDES, (step, answer), strict=True):
         _write_log(session, side, each)
+    for _ in pairs:  # both sides learn that they are no longer needed
+        pass
     diagnosis = explained(session.run, step, answer, [result.name for result in found.values() if not result.passed])
     return Findings(list(found.values()), [*notes, *_chaos(curves)], _values(step, answer), diagnosis=diagnosis,
                     curves=curves)
@@ -240,8 +249,8 @@ def _values(step: Step, answer: Step) -> dict[str, tuple[float, float]]:
 class _Trained:
     """Torch's trainings: plain, in float64, and with sums reordered."""
 
-    def __init__(self, session: Session, settings: Settings, given: Lessons, resume: bool) -> None:
-        self.session, self.settings, self.given = session, settings, given
+    def __init__(self, session: Session, settings: Settings, given: Lessons, rows: int, resume: bool) -> None:
+        self.session, self.settings, self.given, self.rows = session, settings, given, rows
         self._resume, self._kept = resume, []
         self._digest = digest_of(given.batches)
 
@@ -250,16 +259,17 @@ class _Trained:
         from . import torch_training
         session, settings = self.session, self.settings
         start = self._start()
-        modes = {"plain": torch_training.plain, "float64": torch_training.in_float64} | {
-            f"reordered-{number}": torch_training.reordered(number) for number in range(1, reordered + 1)}
-        trained = {name: self._train(name, mode) for name, mode in modes.items()}
+        ways = {"plain": (torch_training.plain,), "float64": (torch_training.in_float64,)} | {
+            f"reordered-{number}": (torch_training.reordered(number), torch_training.rounding(settings.recipe, number))
+            for number in range(1, reordered + 1)}
+        trained = {name: self._train(name, *way) for name, way in ways.items()}
+        runs = [trained[name] for name in ("float64", "plain", *list(ways)[2:])]
         course, scores = trained["plain"]
-        courses = [trained[name][0] for name in ("float64", "plain", *list(modes)[2:])]
         step = _of_course(session, course, scores)
-        step.views[SCORED] = held_out.packed([trained[name][1] for name in ("float64", "plain", *list(modes)[2:])])
-        step.views[BAND] = {LOSS: np.array([one.losses for one in courses]),
-                            NORM: np.array([one.norms for one in courses])}
-        step.floors[MOVED] = {name: _floor([one.moved[name] for one in courses]) for name in course.moved}
+        step.views[SCORED] = held_out.packed([scores for _, scores in runs])
+        step.views[BAND] = {LOSS: np.array([one.losses for one, _ in runs]),
+                            NORM: np.array([one.norms for one, _ in runs])}
+        step.floors[MOVED] = {name: _floor([one.moved[name] for one, _ in runs]) for name in course.moved}
         examples, shown = lessons.packed(self.given.held_out)
         step.views["shown"] = shown
         for number, several in enumerate(self.given.batches):
@@ -267,7 +277,7 @@ class _Trained:
                 step.view(f"inputs.{number}.{part}").update(batch.inputs.arrays)
                 step.view(f"labels.{number}.{part}").update(batch.labels)
         step.told |= {"settings": settings.as_json(), "inputs_digest": self._digest, "examples": examples,
-                      "rows": session.options.batch_size, "base": _base(session, self.given), **start,
+                      "rows": self.rows, "base": _base(session, self.given), **start,
                       "notes": [*self.given.notes, *_told(settings, course)]}
         return step
 
@@ -276,18 +286,18 @@ class _Trained:
         for kept in self._kept:
             kept.remove()
 
-    def _train(self, name: str, mode: Any) -> tuple[Course, dict[str, np.ndarray]]:
+    def _train(self, name: str, *way: Any) -> tuple[Course, dict[str, np.ndarray]]:
         session, side = self.session, self.session.reference
         kept = Checkpoint((session.run.directory if session.options.only else session.reports) / PLACE, f"torch-{name}",
                           key_of(self.settings, batches=self._digest, source=session.run.conversion.source_digest,
                                  version=side.version), session.options.checkpoint_every, self._resume)
         self._kept.append(kept)
-        with _trainer(side, self.settings, True, mode).training(double=name == "float64") as trainer:
+        with _trainer(side, self.settings, True, *way).training(double=name == "float64") as trainer:
             course = carry_out(trainer, self.given.batches, self.settings, kept, session.advance)
             if name == "plain":
                 require_finite(course)
             with trainer.tested():
-                return course, held_out.scored(side, self.given.held_out, session.run, session.options.batch_size)
+                return course, held_out.scored(side, self.given.held_out, session.run, self.rows)
 
     def _start(self) -> dict[str, Any]:
         """What torch makes of the mistakes in stock; :class:`BadInput` where nothing can be dropped."""
@@ -346,18 +356,25 @@ def _lessons_of(step: Step) -> Lessons:
     return Lessons(several, lessons.unpacked(step.told["examples"], step.view("shown")), [])
 
 
-def _trainer(side: Any, settings: Settings, trained: bool = False, *mode: Any) -> Any:
+def _trainer(side: Any, settings: Settings, trained: bool = False, *way: Any) -> Any:
     """Of a Paddle net, or of a torch net: the reference, or one that is compared with it."""
     if side.framework == "torch":
         from .torch_training import TorchTrainer
-        return TorchTrainer(side, side.run, settings, trained, *mode)
+        return TorchTrainer(side, side.run, settings, trained, *way)
     from .paddle_training import PaddleTrainer
     return PaddleTrainer(side, settings)
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _settings(session: Session) -> Settings:
+    options = session.options
+    optimizer = options.optimizer or ("momentum" if session.run.head.inputs == "pixels" else "adamw")
     given = {one.name: getattr(options, one.name) for one in fields(Recipe) if hasattr(options, one.name)}
-    return Settings(Recipe(**{**given, "lr": options.lr or USUAL[options.optimizer]}), options.dropout, options.seed)
+    recipe = Recipe(**{**given, "optimizer": optimizer, "lr": options.lr or USUAL[optimizer]})
+    return Settings(recipe, options.dropout, options.seed)
+
+
+def _rows(session: Session) -> int:
+    return session.options.batch_size or ROWS[session.run.head.inputs == "pixels"]
 
 
 def _refuse_paging(session: Session) -> None:
