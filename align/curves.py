@@ -105,6 +105,7 @@ class Curves:
         axes.set_ylim(bottom=least)
         axes.set_ylabel("distance from float64", color=colours["muted"])
         axes.set_xlabel("step", color=colours["muted"])
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
     @property
     def _steps(self) -> list[int]:
