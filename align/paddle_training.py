@@ -15,6 +15,7 @@ from convert.errors import BadInput
 from .dropping import UPSCALED, Drops, packed
 from .gradients import Batch, Gradients, norms_of
 from .optimizing import decayed
+from .own_optimizer import OwnOptimizer
 from .paddle_gradients import PaddleGradients
 from .paddle_net import PaddleNet
 from .paddle_optimizing import PaddleTraining
@@ -22,11 +23,12 @@ from .training import Settings
 
 
 class PaddleTrainer(PaddleGradients):
-    """One training of ``side``."""
+    """One training of ``side``, by Paddle's optimizer as ``settings`` have it, or by a set-up of the user's ``own``."""
 
-    def __init__(self, side: PaddleNet, settings: Settings) -> None:
+    def __init__(self, side: PaddleNet, settings: Settings, own: OwnOptimizer | None = None) -> None:
         super().__init__(side)
-        self._settings = settings
+        self._settings, self._own = settings, own
+        self._passes, self._norm = 0, 0.0
         self._dropped = Drops(settings.seed, settings.dropout)
 
     @contextmanager
@@ -41,6 +43,7 @@ class PaddleTrainer(PaddleGradients):
                         lambda *_, name=name: self._entered(name)).remove)
                     stack.callback(layers[name].register_forward_post_hook(lambda *_: self._left()).remove)
             stack.enter_context(patch.object(paddle.nn.functional, "dropout", self._dropout))
+            self._forget()
             self._begin()
             stack.callback(self._updates.close)
             self.model.train()
@@ -54,18 +57,17 @@ class PaddleTrainer(PaddleGradients):
         yield
 
     def learn(self, batch: Batch, step: int, part: int, share: int) -> float:
-        if part == 0:
-            self._forget()
         self._dropped.begin(step, part)
         loss = self.loss(batch)
         (loss / share).backward()
+        self._norm = float(np.linalg.norm(norms_of([tensor.grad.numpy() for tensor, _ in self._held
+                                                    if tensor.grad is not None])))
+        self._passes += 1
+        self._updates.after_backward(self._passes)
         return float(loss)
 
     def step(self) -> float:
-        norm = float(np.linalg.norm(norms_of([tensor.grad.numpy() for tensor, _ in self._held
-                                              if tensor.grad is not None])))
-        self._updates.update()
-        return norm
+        return self._norm
 
     @property
     def rate(self) -> float:
@@ -87,7 +89,7 @@ class PaddleTrainer(PaddleGradients):
             owner = max((name for name in numbers if key.startswith(f"{name}_")), key=len, default=None)
             if owner is not None:
                 arrays[f"slot/{numbers[owner]}/{key.removeprefix(f'{owner}_')}"] = value.numpy()
-        return arrays, {"schedule": found.get("LR_Scheduler")}
+        return arrays, {"schedule": found.get("LR_Scheduler"), "passes": self._passes}
 
     def load(self, arrays: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
         for number, (tensor, _) in enumerate(self._all):
@@ -97,6 +99,7 @@ class PaddleTrainer(PaddleGradients):
             if name.startswith("slot/"):
                 _, number, slot = name.split("/")
                 slots[f"{self._held[int(number)][0].name}_{slot}"] = paddle.to_tensor(array)
+        self._passes = told["passes"]
         schedule = {} if told["schedule"] is None else {"LR_Scheduler": told["schedule"]}
         self._updates.optimizer.set_state_dict({**slots, **schedule})
 
@@ -105,6 +108,9 @@ class PaddleTrainer(PaddleGradients):
         named = [(names[0], tensor) for tensor, names in self._all[: len(self._held)] if not tensor.stop_gradient]
         if not named:
             raise BadInput("the Paddle net has no parameter that asks for a gradient, so there is nothing to train.")
+        if self._own is not None:
+            self._updates = self._own.training(self.model, self._settings.recipe.accumulate)
+            return
         decays, matrices = decayed(self.run), {name for name, tensor in named if tensor.ndim > 1}
         self._updates = PaddleTraining(self._settings.recipe, named, lambda name: decays.get(name, name in matrices))
 

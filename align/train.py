@@ -70,6 +70,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
         help="of matrices and tables, not of biases and norms; default 0.01")
     add("--schedule", choices=SCHEDULES, default="linear", help="how the rate goes down; default linear")
     add("--warmup", type=_whole, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
+    add("--candidate-optimizer", metavar="MODULE:FUNCTION", help="a set-up of yours for the Paddle side, as "
+        "my_training:build, as align.optimizer takes it: an optimizer, or that and what your loop does after each "
+        "backward pass; the other flags say what torch does")
     add("--clip", type=_above_zero, default=1.0, metavar="NORM",
         help="to which global norm gradients are clipped; default 1.0")
     add("--dropout", type=_rate, nargs="?", const=0.0, metavar="RATE",
@@ -104,10 +107,11 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
                            "Record it again: python -m align.train --only reference")
         _refuse_paging(session)
         settings, given, side = Settings.told(step.told["settings"]), _lessons_of(step), session.candidate
+        own = session.options.candidate_optimizer
         kept = Checkpoint(session.reports / PLACE, f"candidate-{side.framework}", key_of(
-            settings, batches=step.told["inputs_digest"], weights=side.weights_digest, version=side.version),
-            session.options.checkpoint_every, session.options.resume)
-        with _trainer(side, settings).training() as trainer:
+            settings, batches=step.told["inputs_digest"], weights=side.weights_digest, version=side.version,
+            candidate_optimizer=own), session.options.checkpoint_every, session.options.resume)
+        with _candidate_trainer(side, settings, own).training() as trainer:
             course = carry_out(trainer, given.batches, settings, kept, session.advance)
             with trainer.tested():
                 scores = held_out.scored(side, given.held_out, session.run, step.told["rows"])
@@ -287,12 +291,13 @@ class _Trained:
             kept.remove()
 
     def _train(self, name: str, *way: Any) -> tuple[Course, dict[str, np.ndarray]]:
+        from .torch_training import TorchTrainer
         session, side = self.session, self.session.reference
         kept = Checkpoint((session.run.directory if session.options.only else session.reports) / PLACE, f"torch-{name}",
                           key_of(self.settings, batches=self._digest, source=session.run.conversion.source_digest,
                                  version=side.version), session.options.checkpoint_every, self._resume)
         self._kept.append(kept)
-        with _trainer(side, self.settings, True, *way).training(double=name == "float64") as trainer:
+        with TorchTrainer(side, side.run, self.settings, True, *way).training(double=name == "float64") as trainer:
             course = carry_out(trainer, self.given.batches, self.settings, kept, session.advance)
             if name == "plain":
                 require_finite(course)
@@ -303,8 +308,10 @@ class _Trained:
         """What torch makes of the mistakes in stock; :class:`BadInput` where nothing can be dropped."""
         from .explanations.training import schedules, supposed
         from .torch_optimizing import rates_of
-        with _trainer(self.session.reference, self.settings, True).training() as trainer:
-            found = supposed(trainer, self.session.run, self.given.batches, self.session.reference.token_loss)
+        from .torch_training import TorchTrainer
+        side = self.session.reference
+        with TorchTrainer(side, side.run, self.settings, trained=True).training() as trainer:
+            found = supposed(trainer, self.session.run, self.given.batches, side.token_loss)
             if self.settings.dropout is not None and not trainer.drops:
                 why = ("every rate in its config is 0, or it has none. Give a rate, as --dropout 0.1, or leave it out"
                        if self.settings.dropout == 0 else "it has none. Leave --dropout out")
@@ -356,13 +363,16 @@ def _lessons_of(step: Step) -> Lessons:
     return Lessons(several, lessons.unpacked(step.told["examples"], step.view("shown")), [])
 
 
-def _trainer(side: Any, settings: Settings, trained: bool = False, *way: Any) -> Any:
-    """Of a Paddle net, or of a torch net: the reference, or one that is compared with it."""
-    if side.framework == "torch":
-        from .torch_training import TorchTrainer
-        return TorchTrainer(side, side.run, settings, trained, *way)
-    from .paddle_training import PaddleTrainer
-    return PaddleTrainer(side, settings)
+def _candidate_trainer(side: Any, settings: Settings, own: str | None) -> Any:
+    """Of a Paddle net, or of a torch net that is compared with torch."""
+    if side.framework != "torch":
+        from .own_optimizer import OwnOptimizer
+        from .paddle_training import PaddleTrainer
+        return PaddleTrainer(side, settings, OwnOptimizer(own) if own else None)
+    if own:
+        raise BadInput(f"--candidate-optimizer {own} is for a Paddle net, and the candidate is a torch net.")
+    from .torch_training import TorchTrainer
+    return TorchTrainer(side, side.run, settings, trained=False)
 
 
 def _settings(session: Session) -> Settings:

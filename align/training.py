@@ -77,23 +77,30 @@ class Trainer(Protocol):
     """A side in training mode, with its optimizer."""
 
     def learn(self, batch: Batch, step: int, part: int, share: int) -> float:
-        """The loss of a micro-batch, the ``part``-th of ``share``; its gradient, divided by ``share``, is added up."""
+        """The loss of a micro-batch, the ``part``-th of ``share``; its gradient, divided by ``share``, is added up.
+
+        What a loop does behind a backward pass may be done here already, or in :meth:`step`.
+        """
 
     def step(self) -> float:
-        """Clip, move the weights, and the schedule by one; the global norm before clipping."""
+        """Clip, move the weights, and go on in the schedule; the global norm before clipping."""
 
     @property
-    def rate(self) -> float: ...
+    def rate(self) -> float:
+        """What the next step takes."""
 
-    def moved(self) -> Gradients: ...
+    def moved(self) -> Gradients:
+        """How far weights and running statistics are from where they began."""
 
     @property
-    def drops(self) -> list[list[Any]]: ...
+    def drops(self) -> list[list[Any]]:
+        """The calls of dropout of the first pass, as JSON holds them."""
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything that the next step depends on: arrays, and what JSON holds."""
 
-    def load(self, arrays: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None: ...
+    def load(self, arrays: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
 
 
 def carry_out(side: Trainer, batches: Sequence[Sequence[Batch]], settings: Settings, kept: Checkpoint,
@@ -117,8 +124,9 @@ def carry_out(side: Trainer, batches: Sequence[Sequence[Batch]], settings: Setti
 
 def _take_step(side: Trainer, several: Sequence[Batch], course: Course) -> None:
     step = course.done
+    rate = side.rate
     losses = [side.learn(batch, step, part, len(several)) for part, batch in enumerate(several)]
-    rate, norm = side.rate, side.step()
+    norm = side.step()
     if step == 0:
         course.drops = side.drops
     course.losses.append(float(np.mean(losses)))
