@@ -129,6 +129,12 @@ class TorchTrainer(TorchGradients):
         found = {name: _array(tensor) - start for (name, tensor), start in zip(self._held(), self._start, strict=True)}
         return {name: array for name, array in in_paddle(self.run, found).items() if array is not None}
 
+    def sizes(self) -> dict[str, float]:
+        """The root mean square of each weight and running statistic as it was in the beginning, by Paddle's names."""
+        found = {name: start for (name, _), start in zip(self._held(), self._start, strict=True)}
+        return {name: float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
+                for name, array in in_paddle(self.run, found).items() if array is not None}
+
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         arrays = {f"weight/{name}": _array(tensor) for name, tensor in self._held()}
         arrays |= {f"buffer/{name}": _array(tensor) for name, tensor in self._counters()}

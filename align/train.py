@@ -216,7 +216,7 @@ def _moved(session: Session, step: Step, answer: Step) -> list[TensorResult]:
             found[name] = missing(f"{name}{suffix}", "candidate" if name in theirs else "reference")
             continue
         known = step.floors[MOVED][name]
-        total = Grown(known.oracle, known.spread, known.largest)
+        total = Grown(known.oracle, known.spread, known.largest, base=known.base)
         found[name] = compare(f"{name}{suffix}", theirs[name], ours[name], np.inf, None, {"propagated": total})
     return [found[name] for name in reversed(backwards(session.run, list(found)))]
 
@@ -273,7 +273,8 @@ class _Trained:
         step.views[SCORED] = held_out.packed([scores for _, scores in runs])
         step.views[BAND] = {LOSS: np.array([one.losses for one, _ in runs]),
                             NORM: np.array([one.norms for one, _ in runs])}
-        step.floors[MOVED] = {name: _floor([one.moved[name] for one, _ in runs]) for name in course.moved}
+        step.floors[MOVED] = {name: _floor([one.moved[name] for one, _ in runs], start["sizes"][name])
+                              for name in course.moved}
         examples, shown = lessons.packed(self.given.held_out)
         step.views["shown"] = shown
         for number, several in enumerate(self.given.batches):
@@ -316,16 +317,19 @@ class _Trained:
                 why = ("every rate in its config is 0, or it has none. Give a rate, as --dropout 0.1, or leave it out"
                        if self.settings.dropout == 0 else "it has none. Leave --dropout out")
                 raise BadInput(f"{self.session.run.head.architecture} drops nothing: {why}.")
-        return {"mistakes": found, "schedules": schedules(self.settings.recipe, rates_of)}
+            return {"mistakes": found, "schedules": schedules(self.settings.recipe, rates_of), "sizes": trainer.sizes()}
 
 
-def _floor(runs: Sequence[np.ndarray]) -> NoiseFloor:
-    """Of ``runs``, of which the first is in float64; its spread is one number for all elements."""
+def _floor(runs: Sequence[np.ndarray], size: float) -> NoiseFloor:
+    """Of ``runs``, of which the first is in float64; its spread is one number for all elements.
+
+    How far a weight has moved is the difference of two numbers of its ``size``, and each step rounds the weight.
+    """
     errors = [run.astype(np.float64) - runs[0] for run in runs[1:]]
     spread = np.sqrt(np.mean([np.mean(np.square(error)) for error in errors]))
     oracle = runs[0].astype(np.float64)
     return NoiseFloor(oracle.reshape(len(oracle), -1) if oracle.ndim else oracle.reshape(1, 1), np.array([[spread]]),
-                      float(max(np.abs(error).max(initial=0.0) for error in errors)))
+                      float(max(np.abs(error).max(initial=0.0) for error in errors)), base=size)
 
 
 def _of_course(session: Session, course: Course, scores: Mapping[str, np.ndarray]) -> Step:

@@ -163,15 +163,48 @@ def test_a_mistake_is_caught_named_and_explained(mistake, recorded):
     assert fnmatch(outcome.report["first_divergence"], mistake.named)
 
 
+OWN = """
+import paddle
+
+def build(net, decays=lambda name: not name.endswith("bias") and ".ln_" not in name):
+    warm = paddle.optimizer.lr.LinearWarmup(paddle.optimizer.lr.PolynomialDecay(1e-4, 3, 0.0, 1.0), 1, 0.0, 1e-4)
+    names = {tensor.name for name, tensor in net.named_parameters() if decays(name)}
+    clip = paddle.nn.ClipGradByGlobalNorm(1.0)
+    return paddle.optimizer.AdamW(warm, parameters=net.parameters(), weight_decay=0.1, epsilon=1e-8, grad_clip=clip,
+                                  apply_decay_param_fun=names.__contains__)
+
+def all_decay(net):
+    return build(net, lambda name: True)
+"""
+
+
+def test_a_set_up_of_the_users_own_is_judged_by_the_same_training(recorded, tmp_path, monkeypatch):
+    (tmp_path / "my_training.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert judged(recorded, "gptj", "--candidate-optimizer", "my_training:build").code == 0
+    wrong = judged(recorded, "gptj", "--candidate-optimizer", "my_training:all_decay")
+    assert (wrong.code, wrong.report["diagnosis"]["kind"]) == (1, "weight-decay")
+
+
 def test_what_a_net_does_only_while_it_trains_is_seen_by_no_earlier_stage(shop):
-    for mistake in [one for one in MISTAKES if one.name in ("labels shifted once more in training",)]:
-        with mistake.plant(shop.output("gptj")):
-            assert [shop.align(stage, "gptj").code for stage in ("forward", "loss")] == [0, 0]
+    moving, = [mistake for mistake in MISTAKES if mistake.name == "labels shifted once more in training"]
+    with moving.plant(shop.output("gptj")):
+        assert shop.align("loss", "gptj").code == 0
 
 
-@pytest.mark.parametrize("head, flags", [("BertModel", ()), ("T5ForConditionalGeneration", DROPPING),
-                                         ("BertForSequenceClassification", ("--dropout",)),
-                                         ("BertForTokenClassification", ("--optimizer", "sgd"))])
+@pytest.mark.full
+@pytest.mark.parametrize("mistake", [one for one in MISTAKES if not one.pictures], ids=lambda mistake: mistake.name)
+def test_no_earlier_stage_sees_a_mistake_of_a_training(mistake, shop):
+    with mistake.plant(shop.output("gptj")):
+        assert [shop.align(stage, "gptj").code for stage in ("weights", "forward", "metric", "loss", "backward")
+                ] == [0] * 5
+
+
+@pytest.mark.parametrize("head, flags", [
+    ("BertForSequenceClassification", ("--dropout",)),
+    pytest.param("BertModel", (), marks=pytest.mark.full),
+    pytest.param("T5ForConditionalGeneration", DROPPING, marks=pytest.mark.full),
+    pytest.param("BertForTokenClassification", ("--optimizer", "sgd"), marks=pytest.mark.full)])
 def test_a_right_net_is_aligned(head, flags, shop):
     run = shop.make(head, tokenizer=True)
     outcome = shop.align("train", run, *SHORT, *flags)
@@ -240,7 +273,8 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("optimizer, schedule", [("adamw", "cosine"), ("momentum", "constant")])
+@pytest.mark.parametrize("optimizer, schedule", [
+    ("adamw", "cosine"), pytest.param("momentum", "constant", marks=pytest.mark.full)])
 def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(optimizer, schedule, shop, monkeypatch):
     flags = (*SHORT, "--optimizer", optimizer, "--schedule", schedule, "--seed", "3", "--dropout", "0.1")
     whole = shop.align("train", "gptj", *flags)
