@@ -15,7 +15,7 @@ from conftest import call
 PROJECT = Path(__file__).resolve().parents[1]
 TEXTS = ("README.md", "examples/my_gpt.py", "examples/eight_heads.py")
 COMMANDS = ("convert", "convert.gptj", "convert.back", "convert.draft", "align", "align.weights",
-            "align.forward", "align.metric", "align.loss", "align.diagnose")
+            "align.forward", "align.metric", "align.loss", "align.train", "align.diagnose")
 
 
 def left_behind():
