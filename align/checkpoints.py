@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,5 @@ class Checkpoint:
     def remove(self) -> None:
         for file in (self.file, self.file.with_suffix(".growing")):
             file.unlink(missing_ok=True)
+        with suppress(OSError):  # others are kept there still, or nothing ever was
+            self.directory.rmdir()

@@ -150,7 +150,8 @@ class RecordedStage:
         from .paging import is_needed
         if self.copies and (options.paging == "on" or (
                 options.paging == "auto" and is_needed(run, self.copies * (1 if options.only else 2)))):
-            return "It holds the weights many times over, which do not fit into memory or, with --paging on, may not."
+            return ("It holds weights, gradients and moments of both sides at once, and memory does not suffice, or "
+                    "--paging on says so.")
         return None
 
 

@@ -92,6 +92,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def reference(session: Session) -> Iterator[Step]:
     """Torch's training and those that span the band, with the batches for the candidate."""
     _refuse_paging(session)
+    if session.options.split and session.options.dataset is None:
+        raise BadInput(f"--split {session.options.split} is of a set that --dataset names, and there is none. Give it, "
+                       "or leave --split out.")
     settings = _settings(session)
     given = lessons_of(session, settings, _rows(session), session.options.tokens)
     trained = _Trained(session, settings, given, _rows(session), session.options.resume)

@@ -210,7 +210,7 @@ def test_a_right_net_is_aligned(head, flags, shop):
     outcome = shop.align("train", run, *SHORT, *flags)
     assert (outcome.code, outcome.failing) == (0, []), (outcome.report.get("failures"), outcome.stderr)
     assert all(tensor["max_abs"] is not None for tensor in outcome.report["tensors"])
-    assert not list((shop.reports / run / "train").glob("*")), "a training that is over leaves no checkpoint"
+    assert not (shop.reports / run / "train").exists(), "a training that is over leaves no checkpoint"
 
 
 def test_the_report_shows_both_curves_and_the_submission_has_log_and_plot(recorded, tmp_path):
@@ -235,7 +235,7 @@ def test_the_report_shows_both_curves_and_the_submission_has_log_and_plot(record
 @pytest.mark.parametrize("flags, word", [
     (("--dropout",), "drops nothing"), (("--warmup", "60"), "--warmup"), (("--limit", "1"), "too few"),
     (("--paging", "on"), "in memory"), (("--lr", "1e30", "--optimizer", "sgd", *SHORT), "no finite number in step"),
-    (("--dropout", "1.5"), "between 0 and 1")])
+    (("--dropout", "1.5"), "between 0 and 1"), (("--split", "train"), "--dataset names")])
 def test_what_cannot_be_trained_is_refused_in_a_sentence(flags, word, shop):
     outcome = shop.align("train", "gptj", *flags)
     assert outcome.code == 2 and word in outcome.stderr
@@ -262,14 +262,14 @@ def test_a_checkpoint_that_was_broken_off_leaves_the_one_before(tmp_path, monkey
 
 def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path):
     def kept(**key):
-        return Checkpoint(tmp_path, "side", key, 2, resume=True)
+        return Checkpoint(tmp_path / "train", "side", key, 2, resume=True)
     kept(steps=4).save({}, {})
     with pytest.raises(BadInput, match="its steps is 4, now it is 5"):
         kept(steps=5).load()
     kept(steps=4).file.write_bytes(b"PK")
     with pytest.raises(BadInput, match="damaged"):
         kept(steps=4).load()
-    assert Checkpoint(tmp_path, "side", {"steps": 4}, 2, resume=False).load() is None
+    assert Checkpoint(tmp_path / "train", "side", {"steps": 4}, 2, resume=False).load() is None
     assert not list(tmp_path.iterdir())
 
 
