@@ -25,6 +25,7 @@ class PaddleTraining:
     """
 
     def __init__(self, recipe: Recipe, parameters: Sequence[tuple[str, Any]], decays: Callable[[str], bool]) -> None:
+        self.recipe = recipe
         self.tensors = [tensor for _, tensor in parameters]
         self._before = [tensor.regularizer for tensor in self.tensors]
         decaying = [tensor for name, tensor in parameters if decays(name)]
@@ -42,6 +43,11 @@ class PaddleTraining:
         if isinstance(schedule, lr.LRScheduler):
             schedule.step()
         self.optimizer.clear_grad(set_to_zero=False)
+
+    def after_backward(self, number: int) -> None:
+        """:meth:`update` behind the last of the micro-batches of an update, which are counted from 1."""
+        if number % self.recipe.accumulate == 0:
+            self.update()
 
     def close(self) -> None:
         for tensor, before in zip(self.tensors, self._before, strict=True):
