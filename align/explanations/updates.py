@@ -144,6 +144,8 @@ class Variant:
     largest: bool = False
     """AMSGrad."""
     dampened: bool = False
+    everywhere: bool = False
+    """Whether every parameter decays."""
     divided: float = 1.0
     """What gradients are times beside the division by the number of micro-batches."""
     factor: float = 1.0
@@ -292,8 +294,8 @@ def _mistakes(right: Variant) -> Iterator[tuple[str, str, Variant]]:
             ("group", "each group of parameters is clipped by its own norm, as Paddle's ClipGradByGlobalNorm does "
              "where an optimizer has parameter groups, and torch's clip_grad_norm_ by the norm of all"),
             ("tensor", "each parameter is clipped by its own norm (ClipGradByNorm) rather than by the norm of all"),
-            ("value", "each element is clipped (ClipGradByValue) rather than the norm of all"),
-            ("none", "gradients are not clipped")):
+            ("none", "gradients are not clipped"),
+            ("value", "each element is clipped (ClipGradByValue) rather than the norm of all")):
         if recipe.clip is not None and (clip != "micro" or many > 1):
             kind = {"micro": "clipped-before-accumulation"}.get(clip, "clipping")
             yield kind, told, replace(right, clip=clip)
@@ -347,8 +349,11 @@ def _fitted(case: Case, right: Variant) -> Iterator[tuple[str, str, Variant]]:
         for _ in range(3):
             decay += _best(case, names, lambda decay: replace(right, recipe=replace(recipe, weight_decay=decay)), decay,
                            max(1e-3, decay / 10))
-        yield "weight-decay", f"the weight decay is {decay:.4g} rather than {recipe.weight_decay:g}", replace(
-            right, recipe=replace(recipe, weight_decay=decay))
+        default = ", the default of AdamW on both sides," if abs(decay - 0.01) < 1e-4 else ""
+        for everywhere in (False, True):
+            yield "weight-decay", (f"the weight decay is {decay:.4g}{default} rather than {recipe.weight_decay:g}"
+                                   f"{', and of all parameters, biases and norms too' * everywhere}"), replace(
+                                       right, recipe=replace(recipe, weight_decay=decay), everywhere=everywhere)
     factor = 1.0
     for _ in range(3):
         factor += _best(case, case.names, lambda factor: replace(right, factor=factor), factor, 0.01 * factor or 0.01)
@@ -373,7 +378,7 @@ def simulated(case: Case, variant: Variant, name: str, decays: bool) -> np.ndarr
     recipe, rates = variant.recipe, case.rates * variant.factor
     held = case.start[name].astype(np.float64)
     given = [case.gradient(which, name) for which in range(GIVEN)]
-    decay = recipe.weight_decay if decays else 0.0
+    decay = recipe.weight_decay if decays or variant.everywhere else 0.0
     first, second = np.zeros_like(held), np.zeros_like(held)
     largest = np.zeros_like(held)
     for number, parts in enumerate(_parts(case, variant, name)):
