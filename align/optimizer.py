@@ -33,7 +33,7 @@ from .own_optimizer import OwnOptimizer
 from .stage import Findings, RecordedStage, Session, main
 from .tolerance import RATE, RATE_UNIT, REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
-from .updates import GIVEN, Course, courses_of, own_batches, with_rounding
+from .updates import GIVEN, Course, Rounding, courses_of, own_batches, with_rounding
 
 OWN = "own gradients"
 RATES_OF = "learning-rate"
@@ -44,8 +44,9 @@ LONG, LONG_WARMUP, BEYOND = 1000, 100, 50
 COPIES = 17
 """As in backward.py: with float64 at two moments, and an optimizer's two, for a training of the reference."""
 SAMPLED = ("The weights do not fit into memory: of each parameter the first rows are updated, with seeded gradients, "
-           "and no net is trained. Yardstick: torch's own rounding error against float64, and what float32 does to "
-           "updates.")
+           "and no net is trained.")
+GIVEN_YARDSTICK = ("Yardstick of given gradients: torch's own error against float64, and what float32 does to each "
+                   "update by running error analysis; of a side's own gradients that too.")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +94,8 @@ def reference(session: Session) -> Iterator[Step]:
                  told={"courses": [course.as_told for course in courses], "own": own.as_told, "decays": decays,
                        "schedules": [vars(one) for one in _schedules(options)], "sampled": session.paged,
                        "inputs_digest": digest_of(batches),
-                       "notes": [*_told(recipes[-1], options, decays), SAMPLED if session.paged else YARDSTICK]})
+                       "notes": [*_told(recipes[-1], options, decays), SAMPLED if session.paged else YARDSTICK,
+                                 GIVEN_YARDSTICK]})
     for number, found in enumerate(gradients):
         first.view(f"gradients.{number}").update(found)
     for number, several in enumerate(batches):
@@ -165,6 +167,10 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
             why.append(explained(Case(course, first, failing, expected, given, floors)))
         if not course.factors:
             notes += _look_again(session, first, step, found, given)
+    own_wrong = [name for name, result in found.items() if not result.passed and name.endswith(f"{OWN})")]
+    if own_wrong and len(own_wrong) == sum(not result.passed for result in found.values()):
+        notes.append("Of given gradients all parameters agree, of each side's own they do not: it is the gradients "
+                     "that differ, not the optimizer. See align.backward.")
     if left_out:
         notes.append(f"Left out, as the set-up of the candidate's is another: {', '.join(left_out)}.")
     first_why = next((one for one in why if one), None)
@@ -229,7 +235,8 @@ def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Seq
               reordered: int = REORDERED_RUNS) -> Step:
     """The reference's own training and its noise floor."""
     session.advance(f"torch, {course.name}")
-    rates, behind = side.own(course, batches)
+    rounding = Rounding(course.recipe)
+    rates, behind = side.own(course, batches, rounding)
     arrays = _suffixed(behind, course)
     session.advance("torch's own noise")
 
@@ -237,8 +244,8 @@ def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Seq
         return {name: Quantity(array) for name, array in _suffixed(side.own(course, batches)[1], course).items()}
     floors = floors_of(session.reference, [measured], [{name: Quantity(array) for name, array in arrays.items()}],
                        reordered, side.modes)[0]
-    rounding = _suffixed(side.own_rounding(course, batches), course)
-    floors = {name: with_rounding(floor, rounding[name]) for name, floor in floors.items()}
+    spread = _suffixed(side.spread(rounding), course)
+    floors = {name: with_rounding(floor, spread[name]) for name, floor in floors.items()}
     return Step({RECORDED: {_rates(course): np.array(rates), **arrays}}, {PROPAGATED: floors},
                 {"course": course.as_told})
 

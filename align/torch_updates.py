@@ -78,13 +78,13 @@ class TorchUpdates(TorchGradients):
                                  for found in (plain, oracle, spread))
         return rates, plain, {name: floor_of(oracle[name], plain[name], spread[name]) for name in plain}
 
-    def own(self, course: Course, batches: Sequence[Sequence[Batch]], watch: Watch = _unwatched,
+    def own(self, course: Course, batches: Sequence[Sequence[Batch]], rounding: Rounding | None = None,
             ) -> tuple[list[float], dict[str, np.ndarray]]:
-        """(rate of each update, parameters behind the last) of the model's own gradients.
+        """(rate of each update, parameters behind the last) of the model's own gradients; ``rounding`` is told of each.
 
         In float64 where :meth:`modes` has the model in it.
         """
-        rates = []
+        rates, watch = [], _watching(rounding) if rounding else _unwatched
         with self._learning(), self._restored():
             training = TorchTraining(course.recipe, [one for one in self._parameters if one.requires_grad])
             for several in batches:
@@ -96,10 +96,8 @@ class TorchUpdates(TorchGradients):
             found = {name: parameter.detach().numpy().copy() for name, parameter in self._names.items()}
         return rates, self._told(found)
 
-    def own_rounding(self, course: Course, batches: Sequence[Sequence[Batch]]) -> dict[str, np.ndarray]:
-        """What float32 may do to the updates themselves on the way of :meth:`own`."""
-        rounding = Rounding(course.recipe)
-        self.own(course, batches, _watching(rounding))
+    def spread(self, rounding: Rounding) -> dict[str, np.ndarray]:
+        """What was told to ``rounding``, by Paddle's names."""
         return self._told({name: rounding.spread(name) for name in self._names})
 
     @cached_property

@@ -240,7 +240,7 @@ def test_no_earlier_stage_sees_a_wrong_optimizer(shop, monkeypatch):
     right = paddle.optimizer.AdamW.__init__
     monkeypatch.setattr(paddle.optimizer.AdamW, "__init__", lambda self, *given, apply_decay_param_fun=None, **named:
                         right(self, *given, **named))
-    for name, *flags in (("weights",), ("forward",), ("loss",), ("backward", "--iterations", "2")):
+    for name, *flags in (("weights",), ("forward",), ("loss",), ("backward", "--iterations", "2", "--accumulate", "1")):
         assert shop.align(name, "gptj", *flags).code == 0, name
     outcome = shop.align("optimizer", "gptj", "--optimizer", "adamw", *SHORT)
     assert (outcome.code, outcome.report["diagnosis"]["kind"]) == (1, "decay-group")
