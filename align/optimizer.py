@@ -57,22 +57,26 @@ def flags(parser: argparse.ArgumentParser) -> None:
         "gradients of each side's own")
     add("--candidate-optimizer", metavar="MODULE:FUNCTION", help="a set-up of yours, as my_training:build: given the "
         "Paddle net it returns an optimizer, or that and what your loop does after each backward pass")
-    add("--updates", type=positive, default=10, metavar="N", help="how many; default 10")
-    add("--schedule", choices=SCHEDULES, help="of the updates; default linear, and all kinds by themselves")
+    add("--updates", type=positive, default=10, metavar="N", help="how many are carried out; default 10")
+    add("--schedule", choices=SCHEDULES, help="how rates go in them; default linear, and all kinds by themselves")
     add("--steps", type=positive, metavar="N", help="how long the schedule is; default as long as the updates")
     add("--warmup", type=_count, metavar="N", help="updates in which the rate rises; default a third of the steps")
     add("--lr", type=_above_zero, metavar="RATE", help="the largest rate; default "
         f"{', '.join(f'{rate:g} for {name}' for name, rate in RATES.items())}")
-    add("--accumulate", type=positive, default=2, metavar="N", help="micro-batches of an update; default 2")
+    add("--accumulate", type=positive, default=2, metavar="N", help="how many micro-batches an update has; default 2")
     add("--clip", type=_not_negative, default=1.0, metavar="NORM", help="to which global norm gradients are clipped, 0 "
         "for no clipping; default 1.0")
     add("--weight-decay", type=_not_negative, default=0.01, metavar="RATE", help="of all parameters but biases and "
         "norms; default 0.01")
-    add("--momentum", type=_below_one, default=0.9, help="of Momentum; default 0.9")
-    add("--nesterov", action="store_true", help="Momentum looks ahead")
-    add("--beta1", type=_below_one, default=0.9, help="of Adam and AdamW; default 0.9")
-    add("--beta2", type=_below_one, default=0.999, help="of Adam and AdamW; default 0.999")
-    add("--epsilon", type=_not_negative, default=1e-8, help="of Adam and AdamW; default 1e-8")
+    add("--momentum", type=_below_one, default=0.9, metavar="SHARE", help="what Momentum keeps of its velocity; "
+        "default 0.9")
+    add("--nesterov", action="store_true", help="let Momentum look ahead, as Nesterov's does")
+    add("--beta1", type=_below_one, default=0.9, metavar="SHARE", help="what Adam and AdamW keep of the first moment; "
+        "default 0.9")
+    add("--beta2", type=_below_one, default=0.999, metavar="SHARE", help="what Adam and AdamW keep of the second "
+        "moment; default 0.999")
+    add("--epsilon", type=_not_negative, default=1e-8, metavar="NUMBER", help="what Adam and AdamW add to the root of "
+        "the second moment; default 1e-8")
 
 
 def reference(session: Session) -> Iterator[Step]:
