@@ -91,7 +91,10 @@ def reference(session: Session) -> Iterator[Step]:
     some = [batch for several in own_batches(session.run, replace(own, updates=GIVEN)) for batch in several]
     micro = side.gradients_of(some[:GIVEN])
     gradients = [side.in_paddle(one) for one in micro]
-    courses = courses_of(recipes, options.updates, *_size(gradients[0]))
+    size = _size(gradients[0])
+    if not 0 < size[0] < np.inf:
+        raise BadInput(f"the norm of torch's gradients is {size[0]:g}, and nothing can be trained by them.")
+    courses = courses_of(recipes, options.updates, *size)
     decays = {name: bool(held) for name, held in decayed(session.run).items() if name in gradients[0]}
     first = Step({RECORDED: {_by_itself(one): np.array(rates_of(one, LONG + BEYOND)) for one in _schedules(options)},
                   START: {name: array for name, array in side.start.items() if name in decays}},
@@ -342,7 +345,10 @@ def _count(text: str) -> int:
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return number
