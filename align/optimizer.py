@@ -3,7 +3,8 @@
 Schedules: the rate of every update of a long training. Then updates of the run's weights, by SGD, Momentum, Adam and
 AdamW, which both sides are given the same gradients for, so that a difference is the optimizer's alone: torch's own
 gradients of two seeded batches, scaled by powers of two so that clipping has something to do and now and then nothing.
-Last the net trains with one of them, each side with its own gradients.
+Last the net trains with one of them, each side with its own gradients. Of a model that is larger than memory the first
+rows of each parameter are updated, with seeded gradients.
 
 The reference is ``torch.optim``, ``transformers``' schedules and ``clip_grad_norm_``, the candidate Paddle's as
 somebody who knows their differences sets them up, or with ``--candidate-optimizer`` a set-up of the user's.
@@ -27,12 +28,12 @@ from .explanations.updates import Case, explained, explained_rates
 from .floor import YARDSTICK, Quantity, floors_of, look_again
 from .gradients import Batch, digest_of
 from .inputs import Inputs, positive
-from .optimizing import OPTIMIZERS, RATES, SCHEDULES, Recipe, decayed
+from .optimizing import KINDS, RATES, SCHEDULES, Recipe, decayed
 from .own_optimizer import OwnOptimizer
 from .stage import Findings, RecordedStage, Session, main
 from .tolerance import RATE, RATE_UNIT, REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
-from .updates import GIVEN, Course, courses_of, own_batches, with_rounding
+from .updates import GIVEN, Course, Rounding, courses_of, own_batches, with_rounding
 
 OWN = "own gradients"
 RATES_OF = "learning-rate"
@@ -42,54 +43,66 @@ LONG, LONG_WARMUP, BEYOND = 1000, 100, 50
 """Updates of the schedules that are compared by themselves, those that warm up, and how many behind the last."""
 COPIES = 17
 """As in backward.py: with float64 at two moments, and an optimizer's two, for a training of the reference."""
+SAMPLED = ("The weights do not fit into memory: of each parameter the first rows are updated, with seeded gradients, "
+           "and no net is trained.")
+GIVEN_YARDSTICK = ("Yardstick of given gradients: torch's own error against float64, and what float32 does to each "
+                   "update by running error analysis; of a side's own gradients that too.")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What torch trains with, which is what the candidate is asked for."""
     parser.set_defaults(copies=COPIES)
     add = parser.add_argument
-    add("--optimizer", choices=OPTIMIZERS, help="compare this one alone; default all, and adamw for a training with "
+    add("--optimizer", choices=KINDS, help="compare this one alone; default all, and adamw for a training with "
         "gradients of each side's own")
     add("--candidate-optimizer", metavar="MODULE:FUNCTION", help="a set-up of yours, as my_training:build: given the "
         "Paddle net it returns an optimizer, or that and what your loop does after each backward pass")
-    add("--updates", type=positive, default=10, metavar="N", help="how many; default 10")
-    add("--schedule", choices=SCHEDULES, help="of the updates; default linear, and all kinds by themselves")
+    add("--updates", type=positive, default=10, metavar="N", help="how many are carried out; default 10")
+    add("--schedule", choices=SCHEDULES, help="how rates go in them; default linear, and all kinds by themselves")
     add("--steps", type=positive, metavar="N", help="how long the schedule is; default as long as the updates")
     add("--warmup", type=_count, metavar="N", help="updates in which the rate rises; default a third of the steps")
     add("--lr", type=_above_zero, metavar="RATE", help="the largest rate; default "
         f"{', '.join(f'{rate:g} for {name}' for name, rate in RATES.items())}")
-    add("--accumulate", type=positive, default=2, metavar="N", help="micro-batches of an update; default 2")
+    add("--accumulate", type=positive, default=2, metavar="N", help="how many micro-batches an update has; default 2")
     add("--clip", type=_not_negative, default=1.0, metavar="NORM", help="to which global norm gradients are clipped, 0 "
         "for no clipping; default 1.0")
     add("--weight-decay", type=_not_negative, default=0.01, metavar="RATE", help="of all parameters but biases and "
         "norms; default 0.01")
-    add("--momentum", type=_below_one, default=0.9, help="of Momentum; default 0.9")
-    add("--nesterov", action="store_true", help="Momentum looks ahead")
-    add("--beta1", type=_below_one, default=0.9, help="of Adam and AdamW; default 0.9")
-    add("--beta2", type=_below_one, default=0.999, help="of Adam and AdamW; default 0.999")
-    add("--epsilon", type=_not_negative, default=1e-8, help="of Adam and AdamW; default 1e-8")
+    add("--momentum", type=_below_one, default=0.9, metavar="SHARE", help="what Momentum keeps of its velocity; "
+        "default 0.9")
+    add("--nesterov", action="store_true", help="let Momentum look ahead, as Nesterov's does")
+    add("--beta1", type=_below_one, default=0.9, metavar="SHARE", help="what Adam and AdamW keep of the first moment; "
+        "default 0.9")
+    add("--beta2", type=_below_one, default=0.999, metavar="SHARE", help="what Adam and AdamW keep of the second "
+        "moment; default 0.999")
+    add("--epsilon", type=_not_negative, default=1e-8, metavar="NUMBER", help="what Adam and AdamW add to the root of "
+        "the second moment; default 1e-8")
 
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's rates, and its parameters behind each course with their noise floors."""
     from .torch_optimizing import rates_of
-    from .torch_updates import TorchUpdates
-    _require_memory(session)
+    from .torch_updates import TorchSample, TorchUpdates
     recipes, options = _recipes(session.options), session.options
-    side = TorchUpdates(session.reference, session.run, trained=True)
+    side = TorchSample(session.run) if session.paged else TorchUpdates(session.reference, session.run, trained=True)
     session.advance("torch")
     own = Course(f"{recipes[-1].optimizer}, {OWN}", recipes[-1], options.updates)
     batches = own_batches(session.run, own)
-    micro = side.gradients_of([batch for several in own_batches(session.run, replace(own, updates=GIVEN))
-                               for batch in several][:GIVEN])
+    some = [batch for several in own_batches(session.run, replace(own, updates=GIVEN)) for batch in several]
+    micro = side.gradients_of(some[:GIVEN])
     gradients = [side.in_paddle(one) for one in micro]
-    courses = courses_of(recipes, options.updates, *_size(gradients[0]))
+    size = _size(gradients[0])
+    if not 0 < size[0] < np.inf:
+        raise BadInput(f"the norm of torch's gradients is {size[0]:g}, and nothing can be trained by them.")
+    courses = courses_of(recipes, options.updates, *size)
     decays = {name: bool(held) for name, held in decayed(session.run).items() if name in gradients[0]}
     first = Step({RECORDED: {_by_itself(one): np.array(rates_of(one, LONG + BEYOND)) for one in _schedules(options)},
                   START: {name: array for name, array in side.start.items() if name in decays}},
                  told={"courses": [course.as_told for course in courses], "own": own.as_told, "decays": decays,
-                       "schedules": [vars(one) for one in _schedules(options)], "inputs_digest": digest_of(batches),
-                       "notes": [*_told(recipes[-1], options, decays), YARDSTICK]})
+                       "schedules": [vars(one) for one in _schedules(options)], "sampled": session.paged,
+                       "inputs_digest": digest_of(batches),
+                       "notes": [*_told(recipes[-1], options, decays), SAMPLED if session.paged else YARDSTICK,
+                                 GIVEN_YARDSTICK]})
     for number, found in enumerate(gradients):
         first.view(f"gradients.{number}").update(found)
     for number, several in enumerate(batches):
@@ -102,12 +115,12 @@ def reference(session: Session) -> Iterator[Step]:
         rates, found, floors = side.given(course, micro)
         yield Step({RECORDED: {_rates(course): np.array(rates)}, BEHIND: found}, {ISOLATED: floors},
                    {"course": course.as_told})
-    yield _own_step(session, side, own, batches)
+    if not session.paged:
+        yield _own_step(session, side, own, batches)
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """The same of the candidate."""
-    _require_memory(session)
     first = next(steps := iter(steps), Step())
     if "courses" not in first.told:
         raise BadInput("the reference was recorded without its gradients, so the candidate cannot be given them. "
@@ -115,7 +128,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     own, chosen = Course.told(first.told["own"]), session.options.candidate_optimizer
     batches, gradients = _batches_of(first, own), [first.view(f"gradients.{number}") for number in range(GIVEN)]
     session.advance(session.candidate.framework)
-    side = _updates_of(session, first.told["decays"])
+    side = _updates_of(session, first)
     yield Step({RECORDED: {} if chosen or _is_torch(session) else _schedules_of_paddle(first)},
                told={"inputs_digest": digest_of(batches)})
     for step in steps:
@@ -161,6 +174,10 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
             why.append(explained(Case(course, first, failing, expected, given, floors)))
         if not course.factors:
             notes += _look_again(session, first, step, found, given)
+    own_wrong = [name for name, result in found.items() if not result.passed and name.endswith(f"{OWN})")]
+    if own_wrong and len(own_wrong) == sum(not result.passed for result in found.values()):
+        notes.append("Of given gradients all parameters agree, of each side's own they do not: it is the gradients "
+                     "that differ, not the optimizer. See align.backward.")
     if left_out:
         notes.append(f"Left out, as the set-up of the candidate's is another: {', '.join(left_out)}.")
     first_why = next((one for one in why if one), None)
@@ -225,7 +242,8 @@ def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Seq
               reordered: int = REORDERED_RUNS) -> Step:
     """The reference's own training and its noise floor."""
     session.advance(f"torch, {course.name}")
-    rates, behind = side.own(course, batches)
+    rounding = Rounding(course.recipe)
+    rates, behind = side.own(course, batches, rounding)
     arrays = _suffixed(behind, course)
     session.advance("torch's own noise")
 
@@ -233,23 +251,28 @@ def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Seq
         return {name: Quantity(array) for name, array in _suffixed(side.own(course, batches)[1], course).items()}
     floors = floors_of(session.reference, [measured], [{name: Quantity(array) for name, array in arrays.items()}],
                        reordered, side.modes)[0]
-    rounding = _suffixed(side.own_rounding(course, batches), course)
-    floors = {name: with_rounding(floor, rounding[name]) for name, floor in floors.items()}
+    spread = _suffixed(side.spread(rounding), course)
+    floors = {name: with_rounding(floor, spread[name]) for name, floor in floors.items()}
     return Step({RECORDED: {_rates(course): np.array(rates), **arrays}}, {PROPAGATED: floors},
                 {"course": course.as_told})
 
 
-def _updates_of(session: Session, decays: Mapping[str, bool]) -> Any:
-    """Of a Paddle net, or of a torch net that is compared with torch."""
-    chosen = session.options.candidate_optimizer
-    if not _is_torch(session):
-        from .paddle_updates import PaddleUpdates
-        return PaddleUpdates(session.candidate, lambda name: decays.get(name, False),
-                             OwnOptimizer(chosen) if chosen else None)
-    if chosen:
-        raise BadInput(f"--candidate-optimizer {chosen} is for a Paddle net, and the candidate is a torch net.")
-    from .torch_updates import TorchUpdates
-    return TorchUpdates(session.candidate, session.run, trained=False)
+def _updates_of(session: Session, first: Step) -> Any:
+    """Of a Paddle net, of a few rows of its parameters, or of a torch net that is compared with torch."""
+    chosen, decays = session.options.candidate_optimizer, first.told["decays"]
+    if chosen and (_is_torch(session) or first.told["sampled"]):
+        raise BadInput(f"--candidate-optimizer {chosen} is given a Paddle net with its weights in memory, and this "
+                       "candidate is none. Use --paging off, or --target models.")
+    if _is_torch(session):
+        from .torch_updates import TorchUpdates
+        return TorchUpdates(session.candidate, session.run, trained=False)
+    from .paddle_updates import PaddleSample, PaddleUpdates
+    if first.told["sampled"]:
+        return PaddleSample(first.view(START), lambda name: decays.get(name, False))
+    if session.paged:
+        raise BadInput("the reference was recorded with all of its weights in memory: give --paging off here too.")
+    return PaddleUpdates(session.candidate, lambda name: decays.get(name, False),
+                         OwnOptimizer(chosen) if chosen else None)
 
 
 def _is_torch(session: Session) -> bool:
@@ -262,13 +285,6 @@ def _schedules_of_paddle(first: Step) -> dict[str, np.ndarray]:
     return {_by_itself(recipe): np.array(rates_of(recipe, LONG + BEYOND)) for recipe in recipes}
 
 
-def _require_memory(session: Session) -> None:
-    if session.paged:
-        raise BadInput("updates need weights, gradients and two moments of both sides in memory, for which this "
-                       "machine has too little or --paging on was given. Use --paging off, or a smaller model of the "
-                       "family: an optimizer treats every parameter alike.")
-
-
 # What is asked --------------------------------------------------------------------------------------------------------
 
 def _recipes(options: argparse.Namespace) -> list[Recipe]:
@@ -276,7 +292,7 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
     steps = options.steps or options.updates
     warmup = steps // 3 if options.warmup is None else options.warmup
     alone = [options.optimizer or "adamw"]
-    names = alone if options.optimizer or options.candidate_optimizer else OPTIMIZERS
+    names = alone if options.optimizer or options.candidate_optimizer else KINDS
     return [Recipe(name, options.lr or RATES[name], options.schedule or "linear", steps, warmup, options.clip or None,
                    options.accumulate, options.weight_decay, options.momentum, options.nesterov, options.beta1,
                    options.beta2, options.epsilon) for name in names]
@@ -329,7 +345,10 @@ def _count(text: str) -> int:
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return number

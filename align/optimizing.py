@@ -13,7 +13,7 @@ from convert.errors import BadInput
 
 from .runs import Run
 
-OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+KINDS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "noam")
 RATES = {"sgd": 0.1, "momentum": 0.1, "adam": 1e-3, "adamw": 1e-3}
 
@@ -50,9 +50,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """:class:`BadInput` where it says what no schedule can do."""
-        if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
+        if self.optimizer not in KINDS or self.schedule not in SCHEDULES:
             raise BadInput(f"there is no optimizer {self.optimizer} or no schedule {self.schedule}; there are "
-                           f"{', '.join(OPTIMIZERS)} and {', '.join(SCHEDULES)}.")
+                           f"{', '.join(KINDS)} and {', '.join(SCHEDULES)}.")
         if self.schedule != "constant" and self.warmup >= self.steps:
             raise BadInput(f"a warm-up of {self.warmup} leaves nothing of {self.steps} steps for the schedule "
                            f"{self.schedule}; give --warmup less than the steps.")

@@ -78,3 +78,25 @@ class PaddleUpdates(PaddleGradients):
         finally:
             for tensor, regularizer, attributes, clipped in held:
                 tensor.regularizer, tensor.optimize_attr, tensor.need_clip = regularizer, attributes, clipped
+
+
+class PaddleSample:
+    """Of a model larger than memory: ``start`` is what is updated of each parameter, by its name."""
+
+    def __init__(self, start: Mapping[str, np.ndarray], decays: Callable[[str], bool]) -> None:
+        self._start, self._decays = start, decays
+
+    def given(self, course: Course, gradients: Sequence[Mapping[str, np.ndarray]]) -> Found:
+        """As :meth:`PaddleUpdates.given`."""
+        held = {name: paddle.create_parameter(list(array.shape), "float32") for name, array in self._start.items()}
+        for name, tensor in held.items():
+            tensor.set_value(self._start[name])
+        training, rates = PaddleTraining(course.recipe, list(held.items()), self._decays), []
+        for update in range(course.updates):
+            for which, factor in course.parts(update):
+                for name, tensor in held.items():
+                    array = gradients[which][name] * np.float32(factor / course.recipe.accumulate)
+                    (tensor * paddle.to_tensor(array)).sum().backward()
+            rates.append(training.rate)
+            training.update()
+        return rates, {name: tensor.numpy() for name, tensor in held.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .texts import Example, Row, columns
 
 PIXELS = "pixel_values"
 PROCESSOR = "preprocessor_config.json"
-TORCHVISION = dict(size={"shortest_edge": 224}, crop_pct=224 / 256, resample=2)  # 2: bilinear
+RESIZED, CROPPED = 256, 224
 GREY_MEAN, GREY_DEVIATION = (0.449,), (0.226,)
 SIZES = ((96, 128), (120, 96), (97, 97), (100, 131))
 Canvas = np.ndarray
@@ -32,7 +33,7 @@ def load_processor(directory: Path, channels: int) -> tuple[Any, str]:
     """(transformers' processor for pictures of 3 channels or of 1, what is told of it)."""
     for package in ("transformers", "PIL"):
         require(package)
-    from transformers import AutoImageProcessor, ConvNextImageProcessor
+    from transformers import AutoImageProcessor
     if (directory / PROCESSOR).is_file():
         try:
             return (AutoImageProcessor.from_pretrained(directory, use_fast=False, trust_remote_code=False),
@@ -40,9 +41,26 @@ def load_processor(directory: Path, channels: int) -> tuple[Any, str]:
         except Exception as error:
             raise BadInput(f"{PROCESSOR} in {directory} cannot be used ({type(error).__name__}: {error}).") from error
     mean, deviation = (MEAN, DEVIATION) if channels == 3 else (GREY_MEAN, GREY_DEVIATION)
-    return (ConvNextImageProcessor(**TORCHVISION, image_mean=list(mean), image_std=list(deviation)),
+    return (partial(as_torchvision, mean=mean, deviation=deviation),
             f"as torchvision evaluates, because the checkpoint has no {PROCESSOR}: shorter side 256, 224 x 224 from "
             "the centre, ImageNet's mean and deviation")
+
+
+def as_torchvision(picture: np.ndarray, *, mean: Sequence[float], deviation: Sequence[float], **_: object,
+                   ) -> dict[str, list[np.ndarray]]:
+    """What torchvision's references evaluate ResNets with (``ImageClassification``), called as a processor is.
+
+    The shorter side to 256 by PIL's bilinear; 224 x 224 from the centre, where half of an odd remainder is rounded to
+    the even number (``functional.center_crop``), unlike in transformers, which rounds down; float32, normalised.
+    """
+    from PIL import Image
+    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+    short = min(image.size)
+    width, height = (RESIZED * side // short for side in image.size)
+    left, top = (round((side - CROPPED) / 2) for side in (width, height))
+    cut = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR).crop(
+        (left, top, left + CROPPED, top + CROPPED)), np.float32).reshape(CROPPED, CROPPED, -1)
+    return {PIXELS: [np.moveaxis((cut / 255 - np.float32(mean)) / np.float32(deviation), -1, 0)]}
 
 
 def examples_of(rows: Sequence[Row], directory: Path, sizes: Sizes) -> tuple[list[Example], str]:

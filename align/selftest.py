@@ -134,12 +134,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Proof:
-    """All outcomes, and what went wrong without any fault (``false_alarms``, one sentence each)."""
+    """All outcomes; what went wrong without any fault, and faults that never came into effect, a sentence each."""
 
     outcomes: Sequence[Outcome]
     false_alarms: Sequence[str] = ()
     skipped: Sequence[str] = ()
     seconds: float = 0.0
+    unplanted: Sequence[str] = ()
 
     @property
     def missed(self) -> list[Outcome]:
@@ -164,7 +165,8 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        return bool(self.outcomes) and not (self.missed or self.false_alarms or self.explained_wrongly) and (
+        return bool(self.outcomes) and not (
+            self.missed or self.false_alarms or self.explained_wrongly or self.unplanted) and (
             self.named >= NAMED and self.explained >= EXPLAINED)
 
     def totals(self) -> list[str]:
@@ -182,6 +184,7 @@ class Proof:
             f"explained: {_of(self.wanted, lambda found: found.explained == 'yes')} with an explanation in stock = "
             f"{self.explained:.1%} (wanted: {EXPLAINED:.0%}); wrongly: {len(self.explained_wrongly)} (wanted: 0)",
             *(f"FALSE ALARM without any fault: {told}" for told in self.false_alarms),
+            *(f"NOT PLANTED: {told}" for told in self.unplanted),
             *(f"left out: {told}" for told in self.skipped),
         ]
 
@@ -271,7 +274,7 @@ class Bench:
             raise RuntimeError(f"the demo model {model.run} could not be converted: {said.getvalue().strip()}")
 
     def plant(self, fault: Fault) -> Outcome:
-        """Plant, align, undo."""
+        """Plant, align, undo; :class:`NotPlanted` for a fault that never came into effect."""
         from .faults import NotPlanted
         started = time.perf_counter()
         model, said = Model(fault.family, fault.changes), "nothing"
@@ -280,8 +283,7 @@ class Bench:
             with fault.plant(self.output(model)):
                 code, result, said = self.align(fault.stage, model, fault.target)
         except NotPlanted as failure:
-            raise RuntimeError(f"{fault.name} never came into effect: {failure}; align.{fault.stage} said: {said}"
-                               ) from None
+            raise NotPlanted(f"{fault.name}: {failure}; align.{fault.stage} said: {said}") from None
         if self._files(model) != before:
             raise RuntimeError(f"{fault.name} was not undone")
         return Outcome(fault, code, result, time.perf_counter() - started, said)
@@ -296,7 +298,8 @@ class Bench:
     def align(self, name: str, model: Model, target: str) -> tuple[int, StageResult | None, str]:
         """``python -m align.<name>`` in this process: (exit code, what it reported, the last it said on stderr).
 
-        The code that a demo brings along is ours.
+        The code that a demo brings along is ours. Nothing is paged, however short memory may be, since a net that is
+        paged is not loaded as a whole, where faults are planted.
         """
         from . import report, stage
         saved: list[StageResult] = []
@@ -310,7 +313,8 @@ class Bench:
                 contextlib.redirect_stderr(err)):
             try:
                 code = stage.main(import_module(f".{name}", __package__).STAGE, [
-                    "--run", model.run, "--reports", str(self.reports), "--target", target, "--trust-remote-code"])
+                    "--run", model.run, "--reports", str(self.reports), "--target", target, "--trust-remote-code",
+                    "--paging", "off"])
             except SystemExit as stopped:
                 code = int(stopped.code or 0)
         found = next((result for result in reversed(saved) if result.stage == name), None)
@@ -323,9 +327,11 @@ class Bench:
 def prove(faults: Sequence[Fault], root: Path, tell: Callable[[str], None] = lambda told: None) -> Proof:
     """Plant all ``faults`` in a bench under ``root``, with a run without a fault before and after those of a model."""
     started = time.perf_counter()
+    from .faults import NotPlanted
     bench = Bench(root)
     outcomes: list[Outcome] = []
     skipped: list[str] = []
+    unplanted: list[str] = []
     groups: dict[tuple[str, str, Model], list[Fault]] = {}
     for fault in faults:
         groups.setdefault((fault.stage, fault.target, Model(fault.family, fault.changes)), []).append(fault)
@@ -340,9 +346,12 @@ def prove(faults: Sequence[Fault], root: Path, tell: Callable[[str], None] = lam
             bench.clean(stage, model, target, "before the faults")
             for number, fault in enumerate(chosen, 1):
                 tell(f"{model.run} {number}/{len(chosen)}: {fault.kind}, {fault.place}")
-                outcomes.append(bench.plant(fault))
+                try:
+                    outcomes.append(bench.plant(fault))
+                except NotPlanted as failure:
+                    unplanted.append(str(failure))
             bench.clean(stage, model, target, "after the faults")
-    return Proof(outcomes, bench.false_alarms, skipped, time.perf_counter() - started)
+    return Proof(outcomes, bench.false_alarms, skipped, time.perf_counter() - started, unplanted)
 
 
 @contextmanager

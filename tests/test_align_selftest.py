@@ -1,6 +1,7 @@
 """The selftest itself: its list of faults, a sample of them in the real pipeline, and how an outcome is judged."""
 
 import csv
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -151,9 +152,21 @@ def test_the_promises_hold_only_if_all_is_caught_nothing_wrongly_explained_and_c
     assert not Proof([good, outcome(code=0, failing=None)]).holds
     assert not Proof([good] * 9 + [outcome(diagnosis=explained("gelu-variant", "layers.1.q"))]).holds
     assert not Proof([good], ["bert, models: exit code 1"]).holds
+    assert not Proof([good], unplanted=["kind/bert/net: no net was loaded"]).holds
     assert Proof([good] * 19 + [outcome()]).holds
     assert not Proof([good] * 18 + [outcome()] * 2).holds
     assert not Proof([good] * 79 + [outcome(named="layers.1.q")] * 21).holds
+
+
+def test_a_fault_that_does_not_come_into_effect_is_told_and_stops_no_other(tmp_path):
+    @contextmanager
+    def nothing(output):
+        yield
+        raise NotPlanted("nothing was broken")
+    real = next(fault for fault in FAULTS if fault.name == "missed transpose of q/bert/checkpoint")
+    proof = prove([replace(real, plant=nothing), real], tmp_path)
+    assert [told for told in proof.totals() if told.startswith("NOT PLANTED: missed transpose of q/bert/checkpoint")]
+    assert len(proof.outcomes) == 1 and proof.outcomes[0].caught and not proof.holds
 
 
 def test_unknown_faults_are_refused_and_the_list_needs_no_model(capsys):

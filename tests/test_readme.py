@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import call
 
+from align.page import stage_names
+
 PROJECT = Path(__file__).resolve().parents[1]
 TEXTS = ("README.md", "examples/my_gpt.py", "examples/eight_heads.py")
-COMMANDS = ("convert", "convert.gptj", "convert.back", "convert.draft", "align", "align.weights",
-            "align.forward", "align.metric", "align.loss", "align.train", "align.diagnose")
+COMMANDS = ("convert", "convert.gptj", "convert.back", "convert.draft", "align", "align.diagnose",
+            *(f"align.{stage}" for stage in stage_names()))
 
 
 def left_behind():

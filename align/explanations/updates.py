@@ -144,6 +144,8 @@ class Variant:
     largest: bool = False
     """AMSGrad."""
     dampened: bool = False
+    kept: bool = False
+    """Whether gradients, clipped as they are, are still there when the next update's are added."""
     everywhere: bool = False
     """Whether every parameter decays."""
     divided: float = 1.0
@@ -237,6 +239,10 @@ def explained(case: Case) -> Explanation | None:
     if not case.names:
         return None
     right = Variant.of(case.course.recipe)
+    if all(np.array_equal(case.given[f"{name} ({case.course.name})"], case.start[name]) for name in case.names):
+        told = (f"{len(case.failing)} parameters are not updated at all, as if they were not among the optimizer's "
+                f"({', '.join(name.partition(' ')[0] for name in case.failing[:SHOWN])})")
+        return case.explanation("not-updated", told, {name: case.start[name] for name in case.names})
     groups = _wrong_groups(case, right)
     if groups:
         return groups
@@ -299,6 +305,8 @@ def _mistakes(right: Variant) -> Iterator[tuple[str, str, Variant]]:
         if recipe.clip is not None and (clip != "micro" or many > 1):
             kind = {"micro": "clipped-before-accumulation"}.get(clip, "clipping")
             yield kind, told, replace(right, clip=clip)
+    yield "not-cleared", "gradients are not cleared behind an update, and the next one's are added to them", replace(
+        right, kept=True)
     if many > 1:
         yield "accumulation", (f"the losses of {many} micro-batches are added up without dividing them by {many}"
                                ), replace(right, divided=float(many))
@@ -421,13 +429,15 @@ def _parts(case: Case, variant: Variant, name: str) -> list[np.ndarray]:
     alike = {"group": lambda one: case.decays[one] == case.decays[name], "tensor": lambda one: one == name}
     chosen = [one for one in case.products if alike.get(variant.clip, lambda one: True)(one)]
     products = sum(case.products[one] for one in chosen)
+    left = np.zeros(GIVEN)
     for update in range(case.course.updates):
         parts = [np.eye(GIVEN)[which] * factor * variant.divided / recipe.accumulate
                  for which, factor in case.course.parts(update)]
         if variant.clip == "micro":
             parts = [part * _shrunk(recipe, part, products) for part in parts]
-        whole = np.sum(parts, axis=0)
+        whole = np.sum(parts, axis=0) + left
         found.append(whole * (_shrunk(recipe, whole, products) if variant.clip in ("update", "group", "tensor") else 1))
+        left = found[-1] if variant.kept else left
     return found
 
 

@@ -151,6 +151,23 @@ def not_clipped(net: Any) -> Any:
     return _adamw(net, clip=None)
 
 
+def not_cleared(net: Any) -> tuple[Any, Loop]:
+    """Nothing clears the gradients."""
+    optimizer = _adamw(net)
+
+    def after_backward(number: int) -> None:
+        if number % RECIPE.accumulate == 0:
+            optimizer.step()
+            optimizer._learning_rate.step()
+    return optimizer, after_backward
+
+
+def norms_left_out(net: Any) -> Any:
+    """The optimizer is given nothing but matrices, so biases and norms stay as they are."""
+    matrices = [tensor for tensor in net.parameters() if len(tensor.shape) > 1]
+    return paddle.optimizer.AdamW(schedule_of(RECIPE), parameters=matrices, weight_decay=RECIPE.weight_decay)
+
+
 def group_rate(net: Any) -> Any:
     """A group's rate, as torch has it; in Paddle it is a factor."""
     names = {tensor.name for tensor in net.parameters() if len(tensor.shape) > 1}
@@ -196,6 +213,8 @@ MISTAKES = (
     Mistake("clipped_first", "clipped-before-accumulation"),
     Mistake("clipped_in_groups", "clipping"),
     Mistake("not_clipped", "clipping"),
+    Mistake("not_cleared", "not-cleared"),
+    Mistake("norms_left_out", "not-updated", ("--clip", "0")),
     Mistake("group_rate", "rate-factor"),
     Mistake("other_beta", "betas"),
     Mistake("no_momentum", "momentum", ("--optimizer", "momentum")),
