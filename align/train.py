@@ -32,7 +32,7 @@ from .gradients import Batch, backwards, digest_of
 from .inputs import SEED, Inputs, positive
 from .lessons import Lessons, lessons_of
 from .noise import Grown, NoiseFloor
-from .optimizing import OPTIMIZERS, SCHEDULES, Recipe
+from .optimizing import KINDS, SCHEDULES, Recipe
 from .recording import SIDES
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE, base_of
@@ -62,7 +62,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=positive, default=64, metavar="N", help="where a row of text is cut; default 64")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="micro-batches whose gradients are added up for a step; default 1")
-    add("--optimizer", choices=OPTIMIZERS, help="what moves the weights; default adamw, of nets that look at pictures "
+    add("--optimizer", choices=KINDS, help="what moves the weights; default adamw, of nets that look at pictures "
         "momentum")
     add("--lr", type=_above_zero, metavar="RATE", help="the highest learning rate; default "
         + ", ".join(f"{rate:g} of {name}" for name, rate in USUAL.items()))
