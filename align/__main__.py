@@ -64,7 +64,7 @@ def _run_all(options: argparse.Namespace) -> int:
         stage = import_module(f"{__package__}.{name}").STAGE
         if (options.only or options.compare) and not isinstance(stage, RecordedStage):
             continue
-        if lacking := stage.lacking(run):
+        if lacking := stage.lacking(run) or (isinstance(stage, RecordedStage) and stage.too_large(run, options)):
             passed_by[name] = lacking
             print(f"{name}: passed by. {lacking}", flush=True)
             continue

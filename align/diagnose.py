@@ -49,7 +49,7 @@ COARSE = 40.0
 @dataclass(frozen=True)
 class Explanation:
     """Why a place diverged. ``before`` and ``after`` are the candidate's relative L2 error against the reference as
-    it is, and against the reference with the explanation put into it.
+    it is, and against the reference with the explanation put into it; None where no error was measured.
 
     ``subject`` is a parameter, or a module and one of its operations, by Paddle's names.
     """
@@ -57,8 +57,8 @@ class Explanation:
     kind: str
     subject: str
     sentence: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
 
 
 def diagnose(session: Session, inputs: Inputs, name: str) -> Explanation | None:

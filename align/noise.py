@@ -151,6 +151,16 @@ class NoiseFloor:
         return _ratio(e, max(s, unit * (x + self.base)))
 
 
+class Grown(NoiseFloor):
+    """Of errors that many steps have grown, in whatever elements they pleased: only their size all together is judged.
+    """
+
+    def judge(self, candidate: np.ndarray, kind: Kind) -> list[Judgement]:
+        error = candidate.astype(np.float64).reshape(self.oracle.shape) - self.oracle
+        unit = 0.0 if self.exact else FLOOR_UNITS * EPS * (_rms(self.oracle) + self.base)
+        return [Judgement(kind, "total", _ratio(_rms(error), max(_rms(self.spread), unit)), LIMITS[kind]["total"])]
+
+
 def is_few(rows: np.ndarray) -> bool:
     """Whether an output [rows, channels] has too few of both for tests of a distribution."""
     return max(_rows(rows).shape) < ENOUGH

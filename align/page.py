@@ -20,6 +20,8 @@ from convert.errors import ALIGNED as EXIT_OK
 from convert.errors import BadInput, guarded
 from convert.report import SCHEMA, latest_run
 
+from .curves import Curves
+
 Json = Mapping[str, Any]
 
 ORDER = ("convert", "weights", "data", "forward", "quick", "metric", "loss", "backward", "optimizer", "train",
@@ -244,7 +246,7 @@ def _view(directory: Path) -> dict[str, Any]:
         "agreeing": [stage.name for stage in checked if stage.state == ALIGNED],
         "diverged": diverged, "closest": _closest(checked),
         "diagnoses": [(stage, stage.diagnosis) for stage in stages if stage.diagnosis],
-        "chart": charted and _charts(charted), "charted": charted,
+        "chart": charted and _charts(charted), "charted": charted, "training": _training(stages),
         "conversion": conversion, "plan": conversion and _plan(conversion), "sides": _sides(checked),
         "shown_failures": SHOWN_FAILURES,
     }
@@ -427,6 +429,20 @@ def _charts(stage: StageView) -> dict[str, Any]:
     with rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks are the browser's to find
         return {shape: Markup(_svg(stage.depth, shape == "narrow")) for shape in ("wide", "narrow")}
+
+
+def _training(stages: Sequence[StageView]) -> dict[str, Any] | None:
+    """The curves of the first stage that has some, wide and narrow."""
+    from markupsafe import Markup
+    found = ((stage, Curves.read(stage.content.get("curves"))) for stage in stages if not stage.doubt)
+    stage, curves = next(((stage, curves) for stage, curves in found if curves), (None, None))
+    if curves is None:
+        return None
+    colours = {**INKS, "torch": INKS["isolated"], "paddle": INKS["propagated"]}
+    bare = dict(transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = {shape: Markup(_inline(curves.drawn("svg", size, colours, f"curves {shape}", **bare).decode()))
+             for shape, size in (("wide", (10.4, 5.6)), ("narrow", (4.6, 5.4)))}
+    return {"name": stage.name, "steps": len(curves.reference), "limit": curves.limit, **drawn}
 
 
 def _svg(tensors: Sequence[Tensor], downwards: bool) -> str:

@@ -15,6 +15,7 @@ from convert.report import SCHEMA
 from .compare import Measures, TensorResult
 
 if TYPE_CHECKING:
+    from .curves import Curves
     from .diagnose import Explanation
 
 ALIGNED, DIVERGED = "aligned", "diverged"
@@ -42,6 +43,7 @@ class StageResult:
     sublayers: Sequence[TensorResult] = ()
     diagnosis: Explanation | None = None
     caveat: str | None = None
+    curves: Curves | None = None
 
     @property
     def verdict(self) -> str:
@@ -68,6 +70,8 @@ class StageResult:
         reports.mkdir(parents=True, exist_ok=True)
         (reports / f"{self.stage}.json").write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False), "utf-8")
         (reports / f"{self.stage}.md").write_text(self.markdown(), "utf-8")
+        if self.curves:
+            self.curves.save(reports)
         return reports / f"{self.stage}.md"
 
     def as_json(self) -> dict[str, Any]:
@@ -82,6 +86,7 @@ class StageResult:
             "named": self.named, "diagnosis": self.diagnosis and {
                 name: getattr(self.diagnosis, name) for name in ("kind", "subject", "sentence", "before", "after")},
             "sublayers": [_tensor_json(tensor) for tensor in self.sublayers],
+            **({"curves": self.curves.as_json()} if self.curves else {}),
             "failures": self.failures, "notes": list(self.notes), "caveat": self.caveat,
             "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
         }
@@ -90,6 +95,7 @@ class StageResult:
         """The report to paste into a pull request: verdict first, worst tensor next, everything after."""
         lines = [f"# {self.run}: {self.stage} **{self.verdict}**", "", self.summary(), ""]
         lines += [f"**Why:** {self.diagnosis.sentence}", ""] if self.diagnosis else []
+        lines += ["![Losses of both sides, and their distance from float64](train.png)", ""] * bool(self.curves)
         lines += [f"- {failure}" for failure in self.failures[:20]]
         lines += [f"- … and {len(self.failures) - 20} more"] if len(self.failures) > 20 else []
         lines += [f"\n> {note}" for note in self.notes]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .candidate import Candidate
     from .compare import TensorResult
+    from .curves import Curves
     from .diagnose import Explanation
     from .evidence import Inspection
     from .reference import Reference
@@ -44,6 +45,7 @@ class Findings:
     diagnosis: Explanation | None = None
     caveat: str | None = None
     """What this verdict does not say, where it is no evidence of more."""
+    curves: Curves | None = None
 
 
 @dataclass
@@ -142,6 +144,17 @@ class RecordedStage:
     lacking: Callable[[Run], str | None] = lambda run: None
     weights: bool = True
     """Whether a net is part of it; what is only about data reads no weights."""
+    copies: int = 0
+    """How many times a side's weights must fit into memory; 0 where weights can come in block by block instead."""
+
+    def too_large(self, run: Run, options: argparse.Namespace) -> str | None:
+        """Why ``python -m align`` passes this stage by on a model that does not fit."""
+        from .paging import is_needed
+        if self.copies and (options.paging == "on" or (
+                options.paging == "auto" and is_needed(run, self.copies * (1 if options.only else 2)))):
+            return ("It holds weights, gradients and moments of both sides at once, and memory does not suffice, or "
+                    "--paging on says so.")
+        return None
 
 
 def main(stage: Stage | RecordedStage, arguments: Sequence[str] | None = None) -> int:
@@ -203,7 +216,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
             reference=reference.side, candidate=candidate.side, inputs_digest=reference.inputs_digest,
             notes=[*reference.notes, *candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
-            caveat=findings.caveat,
+            caveat=findings.caveat, curves=findings.curves,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )

@@ -91,6 +91,8 @@ def _part(stage: str, reports: Path) -> Part:
     else:
         files |= traces | {f"{name}_diff.log": reports / "traces" / f"{stage}_diff.txt"}
         lost = [one for one, source in files.items() if not source.is_file()]
+        more = {f"{name}_{side}.log": reports / "traces" / f"{stage}_{side}.log" for side in ("torch", "paddle")}
+        files |= _there(more | {f"{name}.png": reports / f"{stage}.png"})
         absent = f"{', '.join(lost)}: not written; reprod_log is not installed" if lost else None
     return Part(stage, folder, _there(files), absent, report)
 

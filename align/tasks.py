@@ -102,7 +102,7 @@ def _classification_labels(inputs: Inputs, config: Config, sizes: Sizes, generat
     own loss is 9e-7 of itself from float64.
     """
     rows, classes = len(inputs.mask), sizes["labels"]
-    kind = _problem(config, classes)
+    kind = problem_of(config, classes)
     if kind == "single_label_classification":
         return {"labels": _row_labels(inputs, classes, generator, ignore)}
     shape = (rows, classes) if classes > 1 or kind == "multi_label_classification" else (rows,)
@@ -111,7 +111,7 @@ def _classification_labels(inputs: Inputs, config: Config, sizes: Sizes, generat
     return {"labels": drawn.astype(np.float32)}
 
 
-def _problem(config: Config, classes: int) -> str:
+def problem_of(config: Config, classes: int) -> str:
     return config.get("problem_type") or ("regression" if classes == 1 else "single_label_classification")
 
 
@@ -124,7 +124,7 @@ def terms_of(task: Task, outputs: Mapping[str, np.ndarray], labels: Labels, conf
     """
     if numbers(labels):
         x, y = (array.astype(np.float64).reshape(-1) for array in (outputs["logits"], labels["labels"]))
-        several = _problem(config, outputs["logits"].shape[-1]) == "multi_label_classification"
+        several = problem_of(config, outputs["logits"].shape[-1]) == "multi_label_classification"
         return (np.logaddexp(x, 0.0) - x * y if several else np.square(x - y)) / x.size
     flat = task.token_losses(outputs, labels)
     return np.concatenate([task.share * losses[kind].astype(np.float64) / max(1, (targets >= 0).sum())

@@ -73,3 +73,18 @@ def margin_noise(largest: float) -> float:
 QUICK = 1e-3
 QUICK_GAIN = 100.0
 QUICK_LARGEST = 0.1
+
+
+# How far a rate may be from torch's, relatively: what the issue asks for. Both sides compute rates in float64, where
+# half a cosine falls to 0 as the difference of two numbers near 1, so nothing below RATE_UNIT of the largest is asked.
+RATE = 1e-6
+RATE_UNIT = 2.0**-50
+
+# After a training. METRIC_AFTER is what a trained model's metric may differ by: absolute for a rate, relative for a
+# perplexity or a squared error. MOVED_MARGINS is a limit as those of LIMITS: within how many times what torch's own
+# runs move margins by a prediction may be another one. CHAOTIC is from where on torch's own loss is told to lie too far
+# from float64 for a close judgement. BAND_STEPS to either side are pooled with a step.
+METRIC_AFTER = 0.0015
+MOVED_MARGINS = 6.0
+CHAOTIC = 1e-2
+BAND_STEPS = 2

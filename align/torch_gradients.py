@@ -82,7 +82,7 @@ class TorchGradients:
                 self._forget()
                 (self.loss(batch) / len(several)).backward()
                 with torch.no_grad():
-                    _clip(self._parameters, settings.clip)
+                    clip(self._parameters, settings.clip)
                 for name, array in self._gradients()[0].items():
                     total[name] = total[name] + array if name in total else array
         return total
@@ -167,7 +167,7 @@ class TorchGradients:
             course.absent = course.absent or absent
         held = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         course.norms[number] = norms_of([gradient.numpy() for gradient in held])
-        _clip(self._parameters, settings.clip)
+        clip(self._parameters, settings.clip)
         course.clipped[number] = float(np.linalg.norm(norms_of([gradient.numpy() for gradient in held])))
         for parameter in self._parameters:
             if parameter.grad is not None:
@@ -248,7 +248,7 @@ class _Kinks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _clip(parameters: Sequence[Any], largest: float) -> None:
+def clip(parameters: Sequence[Any], largest: float) -> None:
     """``clip_grad_norm_`` to the norm ``largest``, without the epsilon by which torch stays below it.
 
     torch multiplies by min(1, c / (n + 1e-6)), Paddle by c / max(n, c). Of a norm n of 1 that is 1e-6 of every

@@ -22,6 +22,7 @@ from convert.resnet import unsupported
 
 from .config import Config
 from .heads import classified
+from .layer import BatchNorm2D
 from .pretrained import Pretrained
 
 
@@ -69,10 +70,10 @@ class ResNetPretrained(Pretrained, ResNet):
         self.config = config
         self.num_classes, self.with_pool = classes, classes > 0
         self.groups, self.base_width, self.dilation = 1, 64, 1
-        self.inplanes, self._norm_layer = config.embedding_size, nn.BatchNorm2D
+        self.inplanes, self._norm_layer = config.embedding_size, BatchNorm2D
 
         self.conv1 = nn.Conv2D(config.num_channels, self.inplanes, 7, stride=2, padding=3, bias_attr=False)
-        self.bn1 = nn.BatchNorm2D(self.inplanes)
+        self.bn1 = BatchNorm2D(self.inplanes)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2D(kernel_size=3, stride=2, padding=1)
         self.layer1, self.layer2, self.layer3, self.layer4 = (

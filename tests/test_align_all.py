@@ -126,7 +126,7 @@ def test_what_has_changed_is_repeated(stubbed, change):
 def test_other_flags_and_nets_of_ones_own_are_repeated(stubbed):
     assert stubbed.run() == 0
     stubbed.started.clear()
-    assert stubbed.run("--paging", "on") == 0 and stubbed.started == stage_names()
+    assert stubbed.run("--paging", "on") == 0 and stubbed.started == [name for name in stage_names() if name != "train"]
     (stubbed.workshop.reports / "gptj" / "my.net").mkdir()
     for _ in range(2):
         stubbed.started.clear()
