@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .diagnose import Explanation
     from .evidence import Inspection
     from .reference import Reference
-    from .report import StageResult
+    from .report import StageResult, Table
     from .runs import Run
     from .trace import Step
 
@@ -42,6 +42,7 @@ class Findings:
     named: str | None = None
     sublayers: Sequence[TensorResult] = ()
     diagnosis: Explanation | None = None
+    tables: Sequence[Table] = ()
 
 
 @dataclass
@@ -166,7 +167,7 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
         print(latest_told(options))
     if options.only:
         from .recording import record
-        with _progress(stage.name) as advance:
+        with _progress(stage.name, options) as advance:
             told = record(stage, _session(options, advance))
         print(told)
         return errors.ALIGNED
@@ -192,7 +193,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
     from .recording import findings_of
     from .report import StageResult
     started = time.perf_counter()
-    with _progress(stage.name) as advance:
+    with _progress(stage.name, options) as advance:
         session = _session(options, advance)
         findings, reference, candidate = findings_of(stage, session)
         return StageResult(
@@ -201,7 +202,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
             reference=reference.side, candidate=candidate.side, inputs_digest=reference.inputs_digest,
             notes=[*reference.notes, *candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
-            seconds=time.perf_counter() - started,
+            tables=findings.tables, seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
@@ -227,9 +228,9 @@ def latest_told(options: argparse.Namespace) -> str:
 
 
 @contextmanager
-def _progress(stage: str) -> Iterator[Callable[[str], None]]:
-    """What is being done right now, on stderr; quiet where stderr is not a terminal."""
-    if not sys.stderr.isatty():
+def _progress(stage: str, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """What is being done right now, on stderr; quiet where stderr is not a terminal, or the user is asked there."""
+    if not sys.stderr.isatty() or getattr(options, "interactive", False):
         yield lambda told: None
         return
     from rich.console import Console
