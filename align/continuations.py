@@ -67,15 +67,12 @@ def case_of(name: str, strategy: Strategy, step: Step, answer: Step) -> Case:
     if theirs.shape != ours.shape:
         return Case(name, theirs, ours, (), strategy)
     margins, noise = step.view("margins")[name], step.view("noise")[name]
-    states = [side.view("states").get(name) for side in (step, answer)]
-    padded = _padded_rows(step)
-    rows = []
-    for number in range(len(theirs)):
-        place = _place_of_beams(*(one[:, number] for one in states), theirs[number], ours[number]) if (
-            None not in [type(one) if one is None else 1 for one in states] and states[0] is not None
-        ) else _place(theirs[number], ours[number])
-        rows.append(_row(name, number, padded[number], strategy, theirs[number], ours[number], place, margins[number],
-                         noise[number]))
+    left, right = (side.view("states").get(name) for side in (step, answer))
+    padded, rows = _padded_rows(step), []
+    for number, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+        place = _place(one, other) if left is None or right is None else place_of_beams(
+            left[:, number], right[:, number], one, other)
+        rows.append(_row(name, number, padded[number], strategy, one, other, place, margins[number], noise[number]))
     return Case(name, theirs, ours, tuple(rows), strategy)
 
 
@@ -84,8 +81,8 @@ def _row(name: str, number: int, padded: bool, strategy: Strategy, theirs: np.nd
     length = _length(theirs, strategy)
     until = length if place is None else min(place, length)
     decided = margins > noise
-    at = place if place is not None else int(np.argmin(np.where(noise > 0, margins / np.where(noise > 0, noise, 1),
-                                                               np.inf)))
+    ratios = np.divide(margins, noise, out=np.full(len(noise), np.inf), where=noise > 0)
+    at = int(ratios.argmin()) if place is None else place
     first = _place(theirs, ours)
     token = first if first is not None and place is not None else None
     return Row(name, number, padded, int(decided[:until].sum()), int((~decided[:until]).sum()), place,
@@ -99,9 +96,9 @@ def _place(theirs: np.ndarray, ours: np.ndarray) -> int | None:
     return int(differs.argmax()) if differs.any() else None
 
 
-def _place_of_beams(theirs: np.ndarray, ours: np.ndarray, chosen: np.ndarray, taken: np.ndarray) -> int | None:
+def place_of_beams(theirs: np.ndarray, ours: np.ndarray, chosen: np.ndarray, taken: np.ndarray) -> int | None:
     """The step behind which other texts are under way; the last place, behind all steps, where only the choice among
-    texts that have ended differs.
+    texts that have ended differs. ``theirs`` and ``ours`` [steps, beams, tokens], what was chosen [tokens].
     """
     for step, (left, right) in enumerate(zip(theirs, ours, strict=False)):
         if as_set(left) != as_set(right):
@@ -135,8 +132,8 @@ def judged(case: Case, spell: Spell) -> TensorResult:
     if failed:
         return replace(result, passed=False, failure=f"{case.name}: {_sentence(failed, case, spell)}")
     if result.passed and not any(row.compared for row in case.rows):
-        return replace(result, passed=False, failure=f"{case.name}: no token could be compared; at every step the scores "
-                       "lie closer together than rounding can tell")
+        return replace(result, passed=False, failure=f"{case.name}: no token could be compared; at every step the "
+                       "scores lie closer together than rounding can tell")
     return result
 
 
@@ -176,7 +173,8 @@ def sheet(rows: Sequence[Row], spell: Spell) -> Table:
 
 def _cells(row: Row, spell: Spell) -> list[str]:
     same = row.reference == row.candidate
-    place = "–" if row.place is None else f"{row.place}{' (undecided)' if row.undecided else ''}: {row.theirs}, {row.ours}"
+    how = " (undecided)" if row.undecided else ""
+    place = "–" if row.place is None else f"{row.place}{how}: {row.theirs}, {row.ours}"
     return [row.name, f"{row.number}{' (padded)' if row.padded else ''}", str(row.compared), str(row.close), place,
             _number(row.margin), _number(row.noise), spell(row.reference)[:SHOWN],
             "the same" if same else spell(row.candidate)[:SHOWN]]

@@ -1,7 +1,7 @@
 """What a net is given while it continues texts: all of them at each step, or the last tokens behind what it keeps.
 
-It is what transformers' own ``prepare_inputs_for_generation`` makes: positions count the tokens that are no padding, the
-mask covers what is kept too. Both are given where torch's class takes them.
+It is what transformers' own ``prepare_inputs_for_generation`` makes: positions count the tokens that are no padding,
+the mask covers what is kept too. Both are given where torch's class takes them.
 """
 
 from __future__ import annotations

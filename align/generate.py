@@ -1,8 +1,8 @@
-"""``python -m align.generate``: texts continued by both sides, greedily, by beams and by drawing, with cache and without.
+"""``python -m align.generate``: texts continued by both sides, greedily, by beams and drawn, with cache and without.
 
 The reference is transformers' own ``generate``. The candidate's logits go through a loop of ours (search.py), which is
 also run on torch's logits, so that a difference of the loop is told from one of the net. Draws have the same noise on
-both sides. A text may end before its time: besides the config's end, a token that the texts do come to is taken for one.
+both sides. So that texts do end early, a token that they come to is taken for the end, besides the config's.
 
 A token counts where its margin, by how much logits would have to move for another to be taken, exceeds the noise of
 rounding. Where two texts part at a smaller margin, neither is wrong, and nothing behind that place can be compared.
@@ -22,14 +22,14 @@ import numpy as np
 from convert.errors import BadInput
 
 from . import starts
-from .continuations import Case, Row, case_of, judged, side_by_side, sheet
+from .continuations import Case, case_of, judged, place_of_beams, sheet, side_by_side
 from .explanations.decoding import explained, mistakes_of
 from .feeding import Cached, Feed, Start, Whole
 from .inputs import Inputs, positive
-from .margins import Measured, margin
+from .margins import Measured, Replay, margin
 from .reference import Reference
 from .runs import Run
-from .search import Strategy, as_set, write
+from .search import Strategy, without_early_end, write
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import GENERATING
 from .tolerance import FORWARD, LIMITS, REORDERED_RUNS, step_noise
@@ -39,20 +39,21 @@ GREEDY, BEAM, TOP_K, TOP_P, TEMPERATURE = STRATEGIES = ("greedy", "beam", "top-k
 ENDED, CACHED = "-ended", " (with cache)"
 TOKENS, PAGED_TOKENS, ENDED_PENALTY = 24, 4, 0.5
 MARGINS, NOISE, STATES, START = "margins", "noise", "states", "start"
-CHOOSING = ("strategy", "tokens", "rows", "prompt", "beams", "length_penalty", "early_stopping", "top_k", "top_p",
-            "temperature", "seed")
+CHOOSING = ("strategy", "tokens", "rows", "prompt", "interactive", "beams", "length_penalty", "early_stopping",
+            "top_k", "top_p", "temperature", "seed")
 """The flags that say what is continued, and how."""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """What is continued, and how."""
     add = parser.add_argument
-    add("--prompt", nargs="+", metavar="TEXT", help="what is to be continued, as 'Once upon a time'; both continuations "
+    add("--prompt", nargs="+", metavar="TEXT", help="what is to be continued, as 'Once upon a time'; both texts "
         "are shown side by side; default: beginnings of texts that ship with the project")
     add("--interactive", action="store_true", help="ask for prompts, one after the other, until an empty line")
     add("--strategy", nargs="+", choices=STRATEGIES, default=None, metavar="NAME",
         help=f"which of {', '.join(STRATEGIES)}; default all of them")
-    add("--tokens", type=positive, help=f"how many new ones at most, as 32; default {TOKENS}, {PAGED_TOKENS} with paging")
+    add("--tokens", type=positive, help=f"how many new ones at most, as 32; default {TOKENS}, with paging "
+        f"{PAGED_TOKENS}")
     add("--rows", type=positive, help=f"how many texts are continued together, as 8; default {starts.ROWS}")
     add("--beams", type=_several, help="how wide the search by beams is, at least 2; default 4")
     add("--length-penalty", type=float, metavar="POWER", help="of the length that a beam's score is divided by, as 2; "
@@ -60,8 +61,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--early-stopping", action="store_true", default=None, help="end a search as soon as there are as many ended "
         "texts as beams")
     add("--top-k", type=positive, metavar="K", help="draw from so many of the best tokens, as 50; default 8")
-    add("--top-p", type=_share, metavar="P", help="draw from the fewest tokens with so much of the probability; default "
-        "0.9")
+    add("--top-p", type=_share, metavar="P", help="draw from the fewest tokens with so much of the probability, as "
+        "0.95; default 0.9")
     add("--temperature", type=_above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
     add("--seed", type=int, help="of the noise that both sides draw with; default 0")
 
@@ -98,8 +99,8 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
         _refuse_other(session)
     for step in steps:
         if START not in step.views:
-            raise BadInput("the reference was recorded without its prompts, so the candidate cannot be fed them. Record "
-                           "it again: python -m align.generate --only reference")
+            raise BadInput("the reference was recorded without its prompts, so the candidate cannot be fed them. "
+                           "Record it again: python -m align.generate --only reference")
         yield _answered(session, step)
 
 
@@ -137,10 +138,10 @@ def _shares(cases: Sequence[Case]) -> list[str]:
         return []
     cut = [row for row in rows if row.undecided]
     tokens, close = sum(row.compared for row in rows), sum(row.close for row in rows)
-    told = f"{len(rows) - len(cut)} of {len(rows)} rows are judged to their end: {tokens} tokens, and {close} more at a " \
-           "margin within the noise that are equal all the same."
-    return [told, *([f"{len(cut)} rows part where scores lie closer together than rounding can tell, and are compared up "
-                     "to there."] if cut else [])]
+    more = f", and {close} more at a margin within the noise, which are equal all the same" if close else ""
+    parted = [f"{len(cut)} rows part where scores lie closer together than rounding can tell, and are compared up to "
+              "there."] if cut else []
+    return [f"{len(rows) - len(cut)} of {len(rows)} rows are judged to their end: {tokens} tokens{more}.", *parted]
 
 
 # The reference --------------------------------------------------------------------------------------------------------
@@ -191,8 +192,9 @@ def _note(step: Step, name: str, found: Any, start: Start, strategy: Strategy, m
         margins, noise = _margins_of_beams(search, len(start.ids))
         states = np.stack([_padded(state, strategy) for state in replayed.states])
         step.view(STATES)[name] = states
-        loop = [_first_of_beams(states[:, row], np.stack([_padded(state, strategy) for state in written.states])[:, row],
-                                written.tokens[row], found.tokens[row]) for row in range(len(start.ids))]
+        ours = np.stack([_padded(state, strategy) for state in written.states])
+        loop = [place_of_beams(states[:, row], ours[:, row], found.tokens[row], written.tokens[row])
+                for row in range(len(start.ids))]
     for row, place in enumerate(loop):
         if place is not None:  # the loop is at fault, or two scores are equal but for the last digit
             close = margins[row, min(place, margins.shape[1] - 1)] <= noise[row, min(place, margins.shape[1] - 1)]
@@ -200,36 +202,11 @@ def _note(step: Step, name: str, found: Any, start: Start, strategy: Strategy, m
             loop[row] = None if close else place
     step.view(MARGINS)[name], step.view(NOISE)[name] = margins, noise
     step.told["loop"][name] = loop
-    step.told["mistakes"][name] = mistakes_of(found, replayed, start, strategy)
-
-
-class Replay:
-    """What torch gave for each text that it continued, given to our loop. A text that torch never continued gets what
-    its first one got, for the loop has parted from transformers' then.
-    """
-
-    def __init__(self, found: Any, strategy: Strategy) -> None:
-        self._beams, self._found, self._step = strategy.beams, found, 0
-        self._start = found.ids[0].shape[1]
-
-    @property
-    def states(self) -> list[np.ndarray]:
-        """What transformers had under way before each step: the new tokens, [rows, beams, steps so far]."""
-        return [ids[:, self._start:].reshape(len(ids) // self._beams, self._beams, -1) for ids in self._found.ids]
-
-    def next(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        step = min(self._step, len(self._found.ids) - 1)
-        self._step += 1
-        known = {(flat // self._beams, row.tobytes()): flat for flat, row in enumerate(self._found.ids[step])}
-        return self._found.logits[step][[known.get((flat // self._beams, row.tobytes()), flat)
-                                         for flat, row in enumerate(ids)]]
-
-    def select(self, rows: np.ndarray) -> None: ...
+    step.told["mistakes"][name] = mistakes_of(found, start, strategy)
 
 
 def _margins(found: Any, strategy: Strategy, measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(margin, noise) of each step of each row, [rows, tokens]; inf and 0 behind the end of a text."""
-    from .search import stops, without_early_end
     margins = np.full(found.tokens.shape, np.inf)
     noise = np.zeros(found.tokens.shape)
     ended = np.zeros(len(found.tokens), bool)
@@ -262,14 +239,6 @@ def _padded(state: np.ndarray, strategy: Strategy) -> np.ndarray:
 
 def _first(differs: np.ndarray) -> int | None:
     return int(differs.argmax()) if differs.any() else None
-
-
-def _first_of_beams(theirs: np.ndarray, ours: np.ndarray, our_tokens: np.ndarray, their_tokens: np.ndarray) -> int | None:
-    """The step behind which other texts are under way, ``tokens`` where only what was chosen at the end differs."""
-    for step, (left, right) in enumerate(zip(theirs, ours, strict=False)):
-        if as_set(left) != as_set(right):
-            return step - 1
-    return None if np.array_equal(our_tokens, their_tokens) else len(their_tokens)
 
 
 def _measured(side: Reference, feed: Feed, tokens: np.ndarray) -> np.ndarray:
@@ -325,7 +294,7 @@ def _answered(session: Session, step: Step) -> Step:
             answer.told["left_out"].append(name)
             continue
         session.advance(f"{side.framework}, {name}")
-        side.sweep([partial(_continue, answer, name, (Cached if cached else Whole)(side, feed), start, strategy)])
+        side.sweep([partial(go_on, answer, name, (Cached if cached else Whole)(side, feed), start, strategy)])
     if answer.told["left_out"] and not suffix:
         answer.told["notes"].append(f"With cache nothing was run: this {type(side.model).__name__} does not take "
                                     "past_key_values and use_cache as transformers' classes do.")
@@ -335,7 +304,8 @@ def _answered(session: Session, step: Step) -> Step:
     return answer
 
 
-def _continue(answer: Step, name: str, net: Any, start: Start, strategy: Strategy) -> None:
+def go_on(answer: Step, name: str, net: Any, start: Start, strategy: Strategy) -> None:
+    """Continue one start by one strategy, and put it into ``answer``."""
     written = write(net, start.ids, start.mask, strategy)
     answer.recorded[name] = written.tokens
     if written.states:
@@ -363,7 +333,7 @@ def _case(step: Step, answer: Step, name: str) -> Case:
 # Strategies -----------------------------------------------------------------------------------------------------------
 
 def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> dict[str, Strategy]:
-    """By name, those that were asked for. What ends early is worked out of what was ``greedy``; without it that alone."""
+    """By name, those that were asked for; what ends early is worked out of what was ``greedy``. Without it, that one."""
     options, pad = session.options, starts.padding(session.run)
     plain = Strategy(GREEDY, _tokens(session), pad, ends)
     if greedy is None:
@@ -373,7 +343,7 @@ def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> 
                     length_penalty=1.0 if options.length_penalty is None else options.length_penalty)
     early = replace(beams, length_penalty=ENDED_PENALTY if options.length_penalty is None else options.length_penalty)
     known = {
-        GREEDY: plain, GREEDY + ENDED: replace(plain, ends=_frequent(greedy, plain), least=1), BEAM: beams,
+        GREEDY: plain, GREEDY + ENDED: _early(greedy, plain), BEAM: beams,
         BEAM + ENDED: replace(early, ends=_second_best(greedy, beams), least=1),
         TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_P: replace(drawing, top_p=options.top_p or 0.9),
         TEMPERATURE: replace(drawing, temperature=options.temperature or 0.7)}
@@ -382,12 +352,20 @@ def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> 
             if name.removesuffix(ENDED) in asked and (plain.tokens > 2 or not name.endswith(ENDED))}
 
 
-def _frequent(greedy: Any, strategy: Strategy) -> tuple[int, ...]:
-    """A token that ends greedy texts early: of those in the second sixth of a row, the one that most rows have."""
-    place = slice(max(1, strategy.tokens // 6), max(2, strategy.tokens // 3))
-    tokens = [token for token in greedy.tokens[:, place].reshape(-1).tolist() if token != strategy.pad]
-    rows = {token: int((greedy.tokens == token).any(1).sum()) for token in tokens}
-    return (max(rows, key=lambda token: (rows[token], -tokens.index(token))),) if rows else strategy.ends
+def _early(greedy: Any, plain: Strategy) -> Strategy:
+    """Greedy texts that end early: by a token that one comes to for the first time at about a quarter of its length,
+    and which most others have too; none ends before that place.
+    """
+    found = []
+    for row in greedy.tokens:
+        for place in range(plain.tokens // 2):
+            if row[place] != plain.pad and row[place] not in row[:place]:
+                rows = int((greedy.tokens == row[place]).any(1).sum())
+                found.append((-rows, abs(place - plain.tokens // 4), place, int(row[place])))
+    if not found:
+        return plain
+    _, _, place, token = min(found)
+    return replace(plain, ends=(token,), least=place)
 
 
 def _second_best(greedy: Any, strategy: Strategy) -> tuple[int, ...]:
@@ -420,11 +398,12 @@ def _start(session: Session, texts: Sequence[str] | None) -> tuple[Start, list[s
 def _told(session: Session) -> list[str]:
     run = session.run
     given = "" if run.family.remote_code or run.head.reference else " of its own class"
-    return [f"Reference: transformers' generate{given}, at most {_tokens(session)} new tokens; what is drawn is drawn by "
-            "the same seeded noise (Gumbel) on both sides. Names with -ended take a token that the texts come to for "
-            "their end.",
-            f"Noise of a step: 2 x {FORWARD:.0e} of its largest score, or {2 * LIMITS['propagated']['peak']:g} x torch's own "
-            "largest error against float64 on that row, whichever is more; over the steps of a beam it adds up."]
+    return [f"Reference: transformers' generate{given}, at most {_tokens(session)} new tokens; what is drawn is drawn "
+            "by the same seeded noise (Gumbel) on both sides. Names with -ended take a token that the texts come to "
+            "for their end.",
+            f"Noise of a step: 2 x {FORWARD:.0e} of its largest score, or {2 * LIMITS['propagated']['peak']:g} x "
+            "torch's own largest error against float64 on that row, whichever is more; over the steps of a beam it "
+            "adds up."]
 
 
 def _asked() -> Iterator[str]:
@@ -448,20 +427,20 @@ def _refuse_idle(session: Session) -> None:
         raise BadInput("--rows counts the texts that ship with the project; of prompts there are as many as are given. "
                        "Leave it out.")
     asked = options.strategy or STRATEGIES
-    idle = [flag for flag, owner in (("beams", BEAM), ("length_penalty", BEAM), ("early_stopping", BEAM), ("top_k", TOP_K),
-                                     ("top_p", TOP_P), ("temperature", TEMPERATURE))
-            if getattr(options, flag) is not None and owner not in asked]
+    owners = {"beams": BEAM, "length_penalty": BEAM, "early_stopping": BEAM, "top_k": TOP_K, "top_p": TOP_P,
+              "temperature": TEMPERATURE}
+    idle = [flag for flag, owner in owners.items() if getattr(options, flag) is not None and owner not in asked]
     if idle:
         raise BadInput(f"--{idle[0].replace('_', '-')} is for a strategy that was not asked for: --strategy "
                        f"{' '.join(asked)}.")
 
 
 def _refuse_other(session: Session) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in (*CHOOSING, "interactive")
+    given = [f"--{name.replace('_', '-')}" for name in CHOOSING
              if getattr(session.options, name) not in (None, False)]
     if given:
-        raise BadInput(f"{' and '.join(given)}: what is continued is chosen where the reference is recorded, and that is "
-                       "done. Give it with --only reference.")
+        raise BadInput(f"{' and '.join(given)}: what is continued is chosen where the reference is recorded, and that "
+                       "is done. Give it with --only reference.")
 
 
 def _several(text: str) -> int:

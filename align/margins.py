@@ -7,8 +7,10 @@ token might leave them, and one that is not among them might enter and win.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,30 @@ from .tolerance import PROBABILITY, step_noise
 
 EPS = 2.0**-23
 BISECTIONS = 40
+
+
+class Replay:
+    """What torch gave for each text that it continued, given to our loop. A text that torch never continued gets what
+    its first one got, for the loop has parted from transformers' then.
+    """
+
+    def __init__(self, found: Any, strategy: Strategy) -> None:
+        self._beams, self._found, self._step = strategy.beams, found, 0
+        self._start = found.ids[0].shape[1]
+
+    @property
+    def states(self) -> list[np.ndarray]:
+        """What transformers had under way before each step: the new tokens, [rows, beams, steps so far]."""
+        return [ids[:, self._start:].reshape(len(ids) // self._beams, self._beams, -1) for ids in self._found.ids]
+
+    def next(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        step = min(self._step, len(self._found.ids) - 1)
+        self._step += 1
+        known = {(flat // self._beams, row.tobytes()): flat for flat, row in enumerate(self._found.ids[step])}
+        return self._found.logits[step][[known.get((flat // self._beams, row.tobytes()), flat)
+                                         for flat, row in enumerate(ids)]]
+
+    def select(self, rows: np.ndarray) -> None: ...
 
 
 def margin(logits: np.ndarray, taken: int, strategy: Strategy, row: int, step: int) -> tuple[float, float]:
@@ -38,8 +64,7 @@ def margin(logits: np.ndarray, taken: int, strategy: Strategy, row: int, step: i
 
 
 def _crossings(logits: np.ndarray, taken: int, strategy: Strategy, gaps: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the noise at which ``taken`` leaves the tokens that are drawn from, the noise at which each of the others enters)
-    """
+    """The noise at which ``taken`` leaves the tokens that are drawn from, and that at which each other one enters."""
     if strategy.temperature is None or (strategy.top_k is None and strategy.top_p is None):
         return np.inf, np.zeros(len(logits))
     if strategy.top_k is not None and strategy.top_k >= len(logits):
@@ -86,7 +111,7 @@ def _log_odds(share: np.ndarray) -> np.ndarray:
         return np.log(share) - np.log1p(-share)
 
 
-def _smallest(holds: object, low: np.ndarray, reach: float) -> np.ndarray:
+def _smallest(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, reach: float) -> np.ndarray:
     """The smallest noise in [0, reach] at which ``holds(noise)`` is true, element by element; inf where it never is."""
     high = np.full(low.shape, reach)
     never = ~holds(high)

@@ -29,7 +29,6 @@ from .paging import Pages, divide, threads
 from .runs import Run
 from .side import Modules, entering, fed, hooked, in_shape
 
-
 PAST = "past_key_values"
 KEPT = {PAST: PAST, "encoder_last_hidden_state": "encoder_outputs"}
 """By the name of an output of a net in ``models/`` as which argument it is given to the next call."""

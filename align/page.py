@@ -104,9 +104,9 @@ class StageView:
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """(title, columns, rows) of what the stage shows beside its tensors; a row has a cell for each column."""
         found = [_dict(item) for item in _list(self.content.get("tables"))]
-        named = [(str(item.get("title", "–")), [str(one) for one in _list(item.get("columns"))], item) for item in found]
-        return [(title, columns, [[str(cell) for cell in _list(row)] for row in _list(item.get("rows"))
-                                  if len(_list(row)) == len(columns)]) for title, columns, item in named]
+        named = [(str(item.get("title", "–")), [str(one) for one in _list(item.get("columns"))],
+                  [[str(cell) for cell in _list(row)] for row in _list(item.get("rows"))]) for item in found]
+        return [(title, columns, [row for row in rows if len(row) == len(columns)]) for title, columns, rows in named]
 
     @property
     def judged(self) -> bool:

@@ -22,11 +22,11 @@ NEVER = -1e9
 
 @dataclass(frozen=True)
 class Strategy:
-    """``tokens`` new ones at most; a text ends with one of ``ends``, not before ``least`` tokens, and then with ``pad``.
+    """``tokens`` new ones at most; a text ends with one of ``ends``, not before ``least`` tokens, then comes ``pad``.
 
-    ``temperature`` None takes the best token; a number draws one, from the ``top_k`` best, or from the fewest that have
-    ``top_p`` of the probability together (Holtzman et al. 2020), by the noise of ``seed``. ``beams`` above 1 searches:
-    a hypothesis of n tokens scores sum log p / n^length_penalty (Wu et al. 2016, without its 5 and 6).
+    ``temperature`` None takes the best token; a number draws one, from the ``top_k`` best, or from the fewest that
+    have ``top_p`` of the probability together (Holtzman et al. 2020), by the noise of ``seed``. ``beams`` above 1
+    searches: a text of n new tokens scores sum log p / n^length_penalty (Wu et al. 2016, without its 5 and 6).
     """
 
     name: str
@@ -223,7 +223,7 @@ class Beams:
         """Texts [rows, kept, tokens] that have ``just`` ended take the place of worse ones that had."""
         full = self.has_ended.all(1) & (self.strategy.early_stopping is True)
         closed = (full[:, None] | ~self.improvable[:, None]) * NEVER + ~just * NEVER
-        found = normalised(scores, self.step + 1, self.strategy.length_penalty) + closed
+        found = self.normal(scores, self.step + 1) + closed
         merged = np.concatenate([self.ended_scores, found], 1)
         best = best_places(merged, self.strategy.beams)
         self.ended_scores = np.take_along_axis(merged, best, 1)
@@ -242,7 +242,11 @@ class Beams:
         """The score that the best text under way may come to, [rows]: that of now, or of the longest text."""
         strategy = self.strategy
         to_the_end = strategy.early_stopping == "never" and strategy.length_penalty > 0
-        return normalised(self.scores[:, 0], strategy.tokens if to_the_end else self.step, strategy.length_penalty)
+        return self.normal(self.scores[:, 0], strategy.tokens if to_the_end else self.step)
+
+    def normal(self, scores: np.ndarray, length: int) -> np.ndarray:
+        """Scores of texts of ``length`` new tokens, to be compared with those of other lengths."""
+        return normalised(scores, length, self.strategy.length_penalty)
 
     @property
     def to_beat(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What texts are continued from: the beginnings of those that ship with the project, what the user gives, or seeded ids.
+"""What texts are continued from: the beginnings of those that ship with the project, the user's own, or seeded ids.
 
 Rows are padded on the left, as generation wants it; those of nets that know no mask are of one length.
 """
@@ -53,14 +53,15 @@ def given(run: Run, texts: Sequence[str], tokens: int) -> Start:
     """The user's own; :class:`BadInput` where there is no tokenizer, or no room for so long a text."""
     tokenizer = tokenizer_of(run)
     if tokenizer is None:
-        raise BadInput(f"a prompt is a text, and the checkpoint of run {run.name} has no tokenizer. Put the tokenizer's "
-                       "files beside the checkpoint and convert again.")
+        raise BadInput(f"a prompt is a text, and the checkpoint of run {run.name} has no tokenizer. Put the "
+                       "tokenizer's files beside the checkpoint and convert again.")
     room = _room(run, tokens)
     ids = [_encoded(run, tokenizer, text, room + 1) for text in texts]
     for text, row in zip(texts, ids, strict=True):
         if len(row) > room:
-            raise BadInput(f"the prompt {text[:40]!r} has more than {room} tokens, and with {tokens} new ones the model "
-                           f"has no positions for it ({run.sizes['positions']}). Give a shorter one, or fewer --tokens.")
+            raise BadInput(f"the prompt {text[:40]!r} has more than {room} tokens, and the model's "
+                           f"{run.sizes['positions']} positions are to hold {tokens} new ones too. Give a shorter one, "
+                           "or fewer --tokens.")
         if not row:
             raise BadInput("a prompt is empty; there is nothing to continue.")
     if run.head.inputs == "whole rows" and len(set(map(len, ids))) > 1:
@@ -77,8 +78,14 @@ def spelling(run: Run) -> Spell:
     if tokenizer is None:
         return lambda ids: " ".join(map(str, ids))
     if isinstance(tokenizer, prompts.Tokenizer):
-        return tokenizer.decode
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return lambda ids: _in_one_line(tokenizer.decode(ids))
+    return lambda ids: _in_one_line(tokenizer.decode(
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _in_one_line(text: str) -> str:
+    """What is no letter is shown, not obeyed."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def padding(run: Run) -> int:

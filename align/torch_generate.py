@@ -1,14 +1,14 @@
 """transformers' own ``generate`` on the reference, which is what a continuation is held against.
 
 Where it draws, transformers' own warpers come first, Gumbel noise is added behind them, and the largest is taken: see
-search.py. A class that is no ``GenerationMixin`` (code that a checkpoint brings along, a net of the user's) is called by
-one of ours, so that it is continued by the same loop.
+search.py. A class that is no ``GenerationMixin`` (code that a checkpoint brings along, a net of the user's) is called
+by one of ours, so that it is continued by the same loop.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,10 @@ class _Called(PreTrainedModel, GenerationMixin):
         super().__init__(PretrainedConfig(vocab_size=side.run.sizes["vocab"]))
         self.side, self.feed = side, feed
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -145,3 +149,36 @@ class _Called(PreTrainedModel, GenerationMixin):
     def _reorder_cache(self, past_key_values: Any, rows: torch.Tensor) -> Any:
         axis = rows_axis(self.side.run)
         return tuple(tuple(part.index_select(axis, rows) for part in layer) for layer in past_key_values)
+
+
+class TorchKeeping:
+    """A reference that keeps keys and values itself: for what :mod:`.explanations.decoding` supposes."""
+
+    def __init__(self, side: Reference) -> None:
+        self.side = side
+
+    def continued(self, arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """As a candidate's: see feeding.Keeping."""
+        with torch.no_grad():
+            result = called(self.side.model, {**tensors_of(arrays), **kept, "use_cache": True})
+        encoded = result.get("encoder_last_hidden_state")
+        logits = self.side.run.batch_first("logits", result["logits"].numpy())
+        return logits, {"past_key_values": result["past_key_values"]} | (
+            {} if encoded is None else {"encoder_outputs": (encoded,)})
+
+    def selected(self, kept: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
+        places, axis = torch.from_numpy(rows), rows_axis(self.side.run)
+        return {**kept, "past_key_values": _of_layers(kept["past_key_values"], lambda layers: tuple(
+            tuple(part.index_select(axis, places) for part in layer) for layer in layers))}
+
+    def shifted(self, kept: Mapping[str, Any], by: int) -> dict[str, Any]:
+        """What is kept of each layer given to another one."""
+        return {**kept, "past_key_values": _of_layers(
+            kept["past_key_values"], lambda layers: (*layers[-by:], *layers[:-by]))} if kept else {}
+
+
+def _of_layers(kept: Any, change: Callable[[Any], Any]) -> Any:
+    """Keys and values by layer, changed, in the class in which they were."""
+    if isinstance(kept, tuple):
+        return change(kept)
+    return type(kept).from_legacy_cache(change(kept.to_legacy_cache()))
