@@ -15,6 +15,8 @@ from .trace import Step
 
 Spell = Callable[[Sequence[int]], str]
 SHOWN = 60
+ENDED, FEW = "-ended", "-few"
+"""How the names of strategies end that are there to be judged, not to be read."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def side_by_side(texts: Sequence[str], cases: Sequence[Case], spell: Spell, show
     for number, text in enumerate(texts):
         for case in cases:
             row = next((row for row in case.rows if row.number == number), None)
-            if row is not None and "-ended" not in case.name:
+            if row is not None and ENDED not in case.name and FEW not in case.name:
                 end = "equal" if row.place is None else "undecided" if row.undecided else "DIFFERS"
                 found.append([text, case.name, spell(row.reference), spell(row.candidate), end])
     return Table("Continuations side by side", ("prompt", "strategy", "torch", "paddle", ""), found, shown)

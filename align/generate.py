@@ -22,13 +22,14 @@ import numpy as np
 from convert.errors import BadInput
 
 from . import starts
-from .continuations import Case, case_of, judged, place_of_beams, sheet, side_by_side
+from .continuations import ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
 from .explanations.decoding import explained, mistakes_of
 from .feeding import Cached, Feed, Start, Whole
 from .inputs import Inputs, positive
 from .margins import Measured, Replay, margin
 from .reference import Reference
 from .runs import Run
+from .scores import log_softmax
 from .search import Strategy, without_early_end, write
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import GENERATING
@@ -36,7 +37,7 @@ from .tolerance import FORWARD, LIMITS, REORDERED_RUNS, step_noise
 from .trace import Step
 
 GREEDY, BEAM, TOP_K, TOP_P, TEMPERATURE = STRATEGIES = ("greedy", "beam", "top-k", "top-p", "temperature")
-ENDED, CACHED = "-ended", " (with cache)"
+CACHED = " (with cache)"
 TOKENS, PAGED_TOKENS, ENDED_PENALTY = 24, 4, 0.5
 MARGINS, NOISE, STATES, START = "margins", "noise", "states", "start"
 CHOOSING = ("strategy", "tokens", "rows", "prompt", "interactive", "beams", "length_penalty", "early_stopping",
@@ -333,7 +334,7 @@ def _case(step: Step, answer: Step, name: str) -> Case:
 # Strategies -----------------------------------------------------------------------------------------------------------
 
 def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> dict[str, Strategy]:
-    """By name, those that were asked for; what ends early is worked out of what was ``greedy``. Without it, that one."""
+    """By name, those that were asked for; what ends early is worked out of what was ``greedy``, without it that one."""
     options, pad = session.options, starts.padding(session.run)
     plain = Strategy(GREEDY, _tokens(session), pad, ends)
     if greedy is None:
@@ -346,10 +347,11 @@ def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> 
         GREEDY: plain, GREEDY + ENDED: _early(greedy, plain), BEAM: beams,
         BEAM + ENDED: replace(early, ends=_second_best(greedy, beams), least=1),
         TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_P: replace(drawing, top_p=options.top_p or 0.9),
+        TOP_P + FEW: replace(drawing, top_p=_share_of_few(greedy)),
         TEMPERATURE: replace(drawing, temperature=options.temperature or 0.7)}
     asked = options.strategy or STRATEGIES
     return {name: replace(strategy, name=name) for name, strategy in known.items()
-            if name.removesuffix(ENDED) in asked and (plain.tokens > 2 or not name.endswith(ENDED))}
+            if name.removesuffix(ENDED).removesuffix(FEW) in asked and (plain.tokens > 2 or not name.endswith(ENDED))}
 
 
 def _early(greedy: Any, plain: Strategy) -> Strategy:
@@ -377,6 +379,13 @@ def _second_best(greedy: Any, strategy: Strategy) -> tuple[int, ...]:
     return (int(counts.argmax()),)
 
 
+def _share_of_few(greedy: Any) -> float:
+    """What some four tokens have of the probability, the median over greedy steps: the last of so few is often drawn.
+    """
+    found = np.sort(np.exp(log_softmax(np.stack(greedy.logits))), axis=-1)[..., ::-1]
+    return float(np.clip(np.median(found[..., :3].sum(-1) + found[..., 3] / 2), 0.01, 0.99))
+
+
 def _ends(session: Session) -> tuple[int, ...]:
     """The tokens that end a text, as the checkpoint's configs say."""
     from .torch_generate import ends_of
@@ -400,7 +409,7 @@ def _told(session: Session) -> list[str]:
     given = "" if run.family.remote_code or run.head.reference else " of its own class"
     return [f"Reference: transformers' generate{given}, at most {_tokens(session)} new tokens; what is drawn is drawn "
             "by the same seeded noise (Gumbel) on both sides. Names with -ended take a token that the texts come to "
-            "for their end.",
+            "for their end, top-p-few draws from some four tokens.",
             f"Noise of a step: 2 x {FORWARD:.0e} of its largest score, or {2 * LIMITS['propagated']['peak']:g} x "
             "torch's own largest error against float64 on that row, whichever is more; over the steps of a beam it "
             "adds up."]

@@ -90,7 +90,7 @@ MISDECODINGS = (
                 "the padding mask is left out"),
     Misdecoding("the end does not stop a text", ((search, "stops", lambda taken, strategy: np.zeros(
         taken.shape, bool)),), "greedy-ended", "a text goes on behind its end"),
-    Misdecoding("top-p with a token too many", ((search, "most_probable", _with_one_more),), "top-p",
+    Misdecoding("top-p with a token too many", ((search, "most_probable", _with_one_more),), "top-p-few",
                 "one token too many is drawn from (top-p)"),
     Misdecoding("top-k with a token too few", ((search, "best_of", lambda scores, count, right=search.best_of: right(
         scores, count - 1)),), "top-k", "one token too few is drawn from (top-k)"),
