@@ -61,6 +61,8 @@ class Case:
     candidate: np.ndarray | None
     rows: tuple[Row, ...]
     strategy: Strategy | None = None
+    states: tuple[np.ndarray, np.ndarray] | None = None
+    """Of a search, what both sides had under way, [steps, rows, beams, tokens]."""
 
 
 def case_of(name: str, strategy: Strategy, step: Step, answer: Step) -> Case:
@@ -75,7 +77,7 @@ def case_of(name: str, strategy: Strategy, step: Step, answer: Step) -> Case:
         place = _place(one, other) if left is None or right is None else place_of_beams(
             left[:, number], right[:, number], one, other)
         rows.append(_row(name, number, padded[number], strategy, one, other, place, margins[number], noise[number]))
-    return Case(name, theirs, ours, tuple(rows), strategy)
+    return Case(name, theirs, ours, tuple(rows), strategy, None if left is None or right is None else (left, right))
 
 
 def _row(name: str, number: int, padded: bool, strategy: Strategy, theirs: np.ndarray, ours: np.ndarray,

@@ -30,7 +30,7 @@ from .margins import Measured, Replay, margin
 from .reference import Reference
 from .runs import Run
 from .scores import log_softmax
-from .search import Strategy, without_early_end, write
+from .search import Strategy, stacked, without_early_end, write
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import GENERATING
 from .tolerance import FORWARD, LIMITS, REORDERED_RUNS, step_noise
@@ -191,9 +191,8 @@ def _note(step: Step, name: str, found: Any, start: Start, strategy: Strategy, m
         loop = [_first(ours != theirs) for ours, theirs in zip(written.tokens, found.tokens, strict=True)]
     else:
         margins, noise = _margins_of_beams(search, len(start.ids))
-        states = np.stack([_padded(state, strategy) for state in replayed.states])
-        step.view(STATES)[name] = states
-        ours = np.stack([_padded(state, strategy) for state in written.states])
+        states = step.view(STATES)[name] = stacked(replayed.states, strategy)
+        ours = stacked(written.states, strategy)
         loop = [place_of_beams(states[:, row], ours[:, row], found.tokens[row], written.tokens[row])
                 for row in range(len(start.ids))]
     for row, place in enumerate(loop):
@@ -231,11 +230,6 @@ def _margins_of_beams(search: Measured, rows: int) -> tuple[np.ndarray, np.ndarr
         last = search.decided(row)
         margins[row, -1], noise[row, -1] = last.margin, last.noise
     return margins, noise
-
-
-def _padded(state: np.ndarray, strategy: Strategy) -> np.ndarray:
-    """[rows, beams, steps so far] as [rows, beams, tokens], -1 for what is not there yet."""
-    return np.pad(state, ((0, 0), (0, 0), (0, strategy.tokens - state.shape[2])), constant_values=-1)
 
 
 def _first(differs: np.ndarray) -> int | None:
@@ -310,7 +304,7 @@ def go_on(answer: Step, name: str, net: Any, start: Start, strategy: Strategy) -
     written = write(net, start.ids, start.mask, strategy)
     answer.recorded[name] = written.tokens
     if written.states:
-        answer.view(STATES)[name] = np.stack([_padded(state, strategy) for state in written.states])
+        answer.view(STATES)[name] = stacked(written.states, strategy)
 
 
 def _is_taken(model: Any, name: str) -> bool:
@@ -346,7 +340,8 @@ def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> 
     known = {
         GREEDY: plain, GREEDY + ENDED: _early(greedy, plain), BEAM: beams,
         BEAM + ENDED: replace(early, ends=_second_best(greedy, beams), least=1),
-        TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_P: replace(drawing, top_p=options.top_p or 0.9),
+        TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_K + FEW: replace(drawing, top_k=3),
+        TOP_P: replace(drawing, top_p=options.top_p or 0.9),
         TOP_P + FEW: replace(drawing, top_p=_share_of_few(greedy)),
         TEMPERATURE: replace(drawing, temperature=options.temperature or 0.7)}
     asked = options.strategy or STRATEGIES
@@ -409,7 +404,7 @@ def _told(session: Session) -> list[str]:
     given = "" if run.family.remote_code or run.head.reference else " of its own class"
     return [f"Reference: transformers' generate{given}, at most {_tokens(session)} new tokens; what is drawn is drawn "
             "by the same seeded noise (Gumbel) on both sides. Names with -ended take a token that the texts come to "
-            "for their end, top-p-few draws from some four tokens.",
+            "for their end, top-k-few draws from three tokens, top-p-few from some four.",
             f"Noise of a step: 2 x {FORWARD:.0e} of its largest score, or {2 * LIMITS['propagated']['peak']:g} x "
             "torch's own largest error against float64 on that row, whichever is more; over the steps of a beam it "
             "adds up."]

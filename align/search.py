@@ -268,6 +268,12 @@ def best_places(scores: np.ndarray, count: int) -> np.ndarray:
     return np.take_along_axis(found, order, 1)
 
 
+def stacked(states: Sequence[np.ndarray], strategy: Strategy) -> np.ndarray:
+    """States [rows, beams, steps so far] as one array [steps, rows, beams, tokens], -1 for what is not there yet."""
+    return np.stack([np.pad(state, ((0, 0), (0, 0), (0, strategy.tokens - state.shape[2])), constant_values=-1)
+                     for state in states])
+
+
 def as_set(texts: Sequence[Sequence[int]]) -> frozenset[tuple[int, ...]]:
     """Texts without their order."""
     return frozenset(tuple(int(token) for token in text) for text in texts)

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..continuations import Case, partings
+from ..continuations import Case, partings, place_of_beams
 from ..diagnose import Explanation
 from ..feeding import PLACES, Cached, Feed, Start, places
 from ..margins import Replay
 from ..search import (
     Beams,
     Strategy,
+    Written,
     best_of,
     drawn,
     gumbel,
     most_probable,
     normalised,
+    stacked,
     warmed,
     without_early_end,
     write,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 Parting = tuple[int, int | None]
 """A step, and the token that is taken there, None for any but torch's; of beams a digest of the text instead."""
+NOWHERE = (-1, None)
 Supposed = list[tuple[str, dict[str, list[Any]]]]
 CACHED = " (with cache)"
 
@@ -56,7 +59,7 @@ def explained(session: Session, step: Step, cases: Sequence[Case]) -> Explanatio
     for told, where in step.told["mistakes"].get(case.name, []):
         if _fits(case, {int(row): tuple(parting) for row, parting in where.items()}):
             return _said(case, f"{told}: done to torch's own logits, that gives the same first difference in all of "
-                         f"{case.name}'s rows that part ({len(partings(case))} of {len(case.rows)})")
+                         f"{case.name}'s rows that part ({len(_seen(case))} of {len(case.rows)})")
     if loop:
         return _said(case, "the loop itself goes another way than transformers' on torch's own logits, so the net is "
                      "not to blame; no known mistake of decoding does the same")
@@ -69,10 +72,10 @@ def _said(case: Case, told: str) -> Explanation:
 
 
 def _fits(case: Case, where: Mapping[int, Parting]) -> bool:
-    """Every row that parts is foretold, and every row that is foretold parts."""
-    parted = {row.number for row in case.rows if row.place is not None}
-    return set(where) <= parted and all(
-        row in where and _is_same(where[row], parting) for row, parting in _seen(case).items())
+    """Every row whose text parts is foretold, and every row that is foretold parts."""
+    parted, seen = {row.number for row in case.rows if row.place is not None}, _seen(case)
+    return bool(seen) and set(where) <= parted and all(
+        row in where and _is_same(where[row], parting) for row, parting in seen.items())
 
 
 def _is_same(supposed: Parting, seen: Parting) -> bool:
@@ -82,14 +85,26 @@ def _is_same(supposed: Parting, seen: Parting) -> bool:
 def _seen(case: Case) -> Mapping[int, Parting]:
     """The partings of a case as mistakes foretell them."""
     found = dict(partings(case))
-    if case.strategy is not None and case.strategy.beams > 1:
-        return {row: (place, _digest(case.candidate[row])) for row, (place, _) in found.items()}
-    return found
+    if case.states is None:
+        return found
+    left, right = case.states
+    return {row: _parting_of_beams(left[:, row], right[:, row], case.reference[row], case.candidate[row])
+            for row in found}
 
 
-def _digest(text: np.ndarray) -> int:
+def _parting_of_beams(theirs: np.ndarray, ours: np.ndarray, chosen: np.ndarray, taken: np.ndarray) -> Parting:
+    """Where a search parts from torch's, and a digest of what it has under way there, or chooses at the end; no step
+    where it does not.
+    """
+    place = place_of_beams(theirs, ours, chosen, taken)
+    if place is None:
+        return NOWHERE
+    return place, _digest(taken[None] if place == len(taken) else np.unique(ours[place + 1], axis=0))
+
+
+def _digest(texts: np.ndarray) -> int:
     import xxhash
-    return xxhash.xxh3_64(np.ascontiguousarray(text, np.int64).tobytes()).intdigest() >> 12
+    return xxhash.xxh3_64(np.ascontiguousarray(texts, np.int64).tobytes()).intdigest() >> 12
 
 
 # Of decoding ----------------------------------------------------------------------------------------------------------
@@ -195,8 +210,16 @@ def _of_beams(found: Any, start: Start, strategy: Strategy) -> Iterator[tuple[st
                   early_stopping=strategy.early_stopping is not True)))]
     for told, search in tried:
         written = write(Replay(found, strategy), start.ids, start.mask, search.strategy, beams=search)
-        rows = [row for row in range(len(found.tokens)) if not np.array_equal(written.tokens[row], found.tokens[row])]
-        yield told, {row: (strategy.tokens, _digest(written.tokens[row])) for row in rows}
+        theirs, ours = stacked(Replay(found, strategy).states, strategy), stacked(written.states, strategy)
+        yield told, _partings_of_beams(theirs, ours, found.tokens, written.tokens)
+
+
+def _partings_of_beams(theirs: np.ndarray, ours: np.ndarray, chosen: np.ndarray, taken: np.ndarray,
+                       ) -> dict[int, Parting]:
+    """By row, of states [steps, rows, beams, tokens] and texts [rows, tokens]."""
+    found = {row: _parting_of_beams(theirs[:, row], ours[:, row], chosen[row], taken[row])
+             for row in range(len(chosen))}
+    return {row: parting for row, parting in found.items() if parting != NOWHERE}
 
 
 # Of feeding -----------------------------------------------------------------------------------------------------------
@@ -240,20 +263,21 @@ def _of_feeding(session: Session, step: Step, failing: Sequence[Case]) -> Explan
         net = _Misfed(TorchKeeping(side), feed, cached=cached, **changes)
         kept: dict[str, Any] = {}
         side.sweep([lambda net=net, kept=kept: kept.update(found=write(net, start.ids, start.mask, case.strategy))])
-        tokens = kept["found"].tokens
-        rows = {row: _parting(case, row, tokens[row]) for row in range(len(tokens))
-                if not np.array_equal(tokens[row], case.reference[row])}
+        rows = _supposed(case, kept["found"])
         if rows and _fits(case, rows):
             return _said(case, f"{told}: torch, fed so, gives the same first difference in all of {case.name}'s rows "
-                         f"that part ({len(partings(case))} of {len(case.rows)})")
+                         f"that part ({len(_seen(case))} of {len(case.rows)})")
     return None
 
 
-def _parting(case: Case, row: int, tokens: np.ndarray) -> Parting:
-    if case.strategy.beams > 1:
-        return _seen(case).get(row, (-1, None))[0], _digest(tokens)
-    place = int((tokens != case.reference[row]).argmax())
-    return place, int(tokens[place])
+def _supposed(case: Case, written: Written) -> dict[int, Parting]:
+    """Where what was ``written`` parts from torch's."""
+    if case.states is not None:
+        ours = stacked(written.states, case.strategy)
+        return _partings_of_beams(case.states[0], ours, case.reference, written.tokens)
+    differs = written.tokens != case.reference
+    return {int(row): (int(differs[row].argmax()), int(written.tokens[row, differs[row].argmax()]))
+            for row in np.flatnonzero(differs.any(1))}
 
 
 def _misfeedings(feed: Feed, cached: bool, strategy: Strategy) -> Iterator[tuple[str, dict[str, Any]]]:

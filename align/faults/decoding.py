@@ -93,7 +93,7 @@ MISDECODINGS = (
     Misdecoding("top-p with a token too many", ((search, "most_probable", _with_one_more),), "top-p-few",
                 "one token too many is drawn from (top-p)"),
     Misdecoding("top-k with a token too few", ((search, "best_of", lambda scores, count, right=search.best_of: right(
-        scores, count - 1)),), "top-k", "one token too few is drawn from (top-k)"),
+        scores, count - 1)),), "top-k-few", "one token too few is drawn from (top-k)"),
     Misdecoding("temperature multiplied", ((search, "warmed", lambda scores, temperature: scores * temperature),),
                 "temperature", "logits are multiplied by the temperature instead of divided by it"),
     Misdecoding("the cache of another layer", ((PaddleNet, "continued", _of_the_layer_before),), "greedy (with cache)",
