@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -38,7 +38,12 @@ from .trace import Step
 
 GREEDY, BEAM, TOP_K, TOP_P, TEMPERATURE = STRATEGIES = ("greedy", "beam", "top-k", "top-p", "temperature")
 CACHED = " (with cache)"
-TOKENS, PAGED_TOKENS, ENDED_PENALTY = 24, 4, 0.5
+TOKENS, PAGED_TOKENS = 24, 4
+PENALTIES, FLATTENING, SEEDS = (0.5, 2.0, -2.0, -4.0), (1.0, 2.0, 4.0, 8.0, 16.0), 4
+"""Powers of the length for texts that end early, temperatures for few tokens, and how many seeds are tried for them."""
+TO_BE_TOLD = {BEAM + ENDED: ("the power 0 ", "the power 1 "), TOP_K + FEW: ("too many", "too few"),
+              TOP_P + FEW: ("too many", "left out")}
+"""Of which mistakes a strategy is to lead to other texts."""
 MARGINS, NOISE, STATES, START = "margins", "noise", "states", "start"
 CHOOSING = ("strategy", "tokens", "rows", "prompt", "interactive", "beams", "length_penalty", "early_stopping",
             "top_k", "top_p", "temperature", "seed")
@@ -58,7 +63,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=positive, help=f"how many texts are continued together, as 8; default {starts.ROWS}")
     add("--beams", type=_several, help="how wide the search by beams is, at least 2; default 4")
     add("--length-penalty", type=float, metavar="POWER", help="of the length that a beam's score is divided by, as 2; "
-        f"default 1, and {ENDED_PENALTY} where texts end early")
+        "default 1; where texts end early, one that shows")
     add("--early-stopping", action="store_true", default=None, help="end a search as soon as there are as many ended "
         "texts as beams")
     add("--top-k", type=positive, metavar="K", help="draw from so many of the best tokens, as 50; default 8")
@@ -163,13 +168,15 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
     session.advance("torch's own noise")
     measured = _measured(side, feed, greedy.tokens)
     strategies = _strategies(session, ends, greedy)
+    strategies, known = _telling(strategies, session, carry_out, start)
+    known[GREEDY] = greedy
     step = Step(told={"notes": told, "prompts": list(texts), "takes": sorted(feed.takes), "suffix": suffix,
                       "measured": measured.tolist(), "mistakes": {}, "loop": {}, "strategies": {
                           name: asdict(strategy) for name, strategy in strategies.items()}})
     step.view(START).update(start.arrays)
     for name, strategy in strategies.items():
         for cached in modes:
-            found = greedy if (name, cached) == (GREEDY, False) else carry_out(strategy, cached)
+            found = known.pop(name) if name in known and not cached else carry_out(strategy, cached)
             _note(step, name + CACHED * cached + suffix, found, start, strategy, measured)
     step.told["inputs_digest"] = Inputs({**start.arrays, "asked": np.frombuffer(
         repr(list(strategies.values())).encode(), np.uint8)}).digest
@@ -178,6 +185,29 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
                                   "compared with a cache.")
     step.told["notes"] += _apart(step, suffix)
     return step
+
+
+def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Callable[[Strategy, bool], Any],
+             start: Start) -> tuple[dict[str, Strategy], dict[str, Any]]:
+    """Strategies that are there to be judged, with the first power of the length, or the first seed, at which the
+    mistakes that they are there for lead to other texts, and what was generated so; where none does, the last that was
+    tried. With paging, where a token takes long, none is tried.
+    """
+    found, made = dict(strategies), {}
+    if session.paged:
+        return found, made
+    tries: dict[str, list[dict[str, Any]]] = {name: [{"seed": strategy.seed + more} for more in range(SEEDS)]
+                                              for name, strategy in strategies.items() if name.endswith(FEW)}
+    if BEAM + ENDED in strategies and session.options.length_penalty is None:
+        tries[BEAM + ENDED] = [{"length_penalty": power} for power in PENALTIES]
+    for name, several in tries.items():
+        for changes in several:
+            found[name] = replace(strategies[name], **changes)
+            made[name] = carry_out(found[name], False)
+            told = [words for words, _ in mistakes_of(made[name], start, found[name])]
+            if all(any(words in one for one in told) for words in TO_BE_TOLD[name]):
+                break
+    return found, made
 
 
 def _note(step: Step, name: str, found: Any, start: Start, strategy: Strategy, measured: np.ndarray) -> None:
@@ -334,15 +364,16 @@ def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> 
     if greedy is None:
         return {GREEDY: plain}
     drawing = replace(plain, temperature=1.0, seed=options.seed or 0)
+    few = replace(drawing, temperature=_flattening(greedy))
     beams = replace(plain, beams=options.beams or 4, early_stopping=bool(options.early_stopping),
                     length_penalty=1.0 if options.length_penalty is None else options.length_penalty)
-    early = replace(beams, length_penalty=ENDED_PENALTY if options.length_penalty is None else options.length_penalty)
+    early = replace(beams, length_penalty=PENALTIES[0] if options.length_penalty is None else options.length_penalty)
     known = {
         GREEDY: plain, GREEDY + ENDED: _early(greedy, plain), BEAM: beams,
         BEAM + ENDED: replace(early, ends=_second_best(greedy, beams), least=1),
-        TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_K + FEW: replace(drawing, top_k=3),
+        TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_K + FEW: replace(few, top_k=3),
         TOP_P: replace(drawing, top_p=options.top_p or 0.9),
-        TOP_P + FEW: replace(drawing, top_p=_share_of_few(greedy)),
+        TOP_P + FEW: replace(few, top_p=_share_of_few(greedy, few.temperature)),
         TEMPERATURE: replace(drawing, temperature=options.temperature or 0.7)}
     asked = options.strategy or STRATEGIES
     return {name: replace(strategy, name=name) for name, strategy in known.items()
@@ -374,10 +405,20 @@ def _second_best(greedy: Any, strategy: Strategy) -> tuple[int, ...]:
     return (int(counts.argmax()),)
 
 
-def _share_of_few(greedy: Any) -> float:
+def _flattening(greedy: Any) -> float:
+    """The smallest of some temperatures at which the best token mostly has half of the probability at most, so that
+    which tokens are drawn from does show.
+    """
+    logits = np.stack(greedy.logits).astype(np.float64)
+    return next((temperature for temperature in FLATTENING
+                 if np.median(np.exp(log_softmax(logits / temperature)).max(-1)) <= 0.5), FLATTENING[-1])
+
+
+def _share_of_few(greedy: Any, temperature: float) -> float:
     """What some four tokens have of the probability, the median over greedy steps: the last of so few is often drawn.
     """
-    found = np.sort(np.exp(log_softmax(np.stack(greedy.logits))), axis=-1)[..., ::-1]
+    logits = np.stack(greedy.logits).astype(np.float64)
+    found = np.sort(np.exp(log_softmax(logits / temperature)), axis=-1)[..., ::-1]
     return float(np.clip(np.median(found[..., :3].sum(-1) + found[..., 3] / 2), 0.01, 0.99))
 
 
