@@ -190,8 +190,8 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
 def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Callable[[Strategy, bool], Any],
              start: Start) -> tuple[dict[str, Strategy], dict[str, Any]]:
     """Strategies that are there to be judged, with the first power of the length, or the first seed, at which the
-    mistakes that they are there for lead to other texts, and what was generated so; where none does, the last that was
-    tried. With paging, where a token takes long, none is tried.
+    mistakes that they are there for lead to other texts, and what was generated so; where none does, the one at which
+    most of them do. With paging, where a token takes long, none is tried.
     """
     found, made = dict(strategies), {}
     if session.paged:
@@ -201,11 +201,14 @@ def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Calla
     if BEAM + ENDED in strategies and session.options.length_penalty is None:
         tries[BEAM + ENDED] = [{"length_penalty": power} for power in PENALTIES]
     for name, several in tries.items():
-        for changes in several:
-            found[name] = replace(strategies[name], **changes)
-            made[name] = carry_out(found[name], False)
-            told = [words for words, _ in mistakes_of(made[name], start, found[name])]
-            if all(any(words in one for one in told) for words in TO_BE_TOLD[name]):
+        most = -1
+        for tried in (replace(strategies[name], **changes) for changes in several):
+            generated = carry_out(tried, False)
+            told = " ".join(words for words, _ in mistakes_of(generated, start, tried))
+            shown = sum(words in told for words in TO_BE_TOLD[name])
+            if shown > most:
+                most, found[name], made[name] = shown, tried, generated
+            if shown == len(TO_BE_TOLD[name]):
                 break
     return found, made
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convert.errors import BadInput
+
 from ..continuations import Case, partings, place_of_beams
 from ..diagnose import Explanation
 from ..feeding import PLACES, Cached, Feed, Start, places
@@ -159,7 +161,7 @@ def _wrong_scores(strategy: Strategy) -> Iterator[tuple[str, Scores]]:
         return
     yield "the noise is left out, and the best token taken", lambda logits, step: without_early_end(
         logits, strategy, step)
-    cut = partial(_cut, strategy=strategy)
+    cut, heat = partial(_cut, strategy=strategy), partial(warmed, temperature=strategy.temperature)
     if strategy.temperature != 1:
         yield "logits are multiplied by the temperature instead of divided by it", with_noise(
             lambda logits: cut(warmed(logits, 1 / strategy.temperature)))
@@ -168,13 +170,14 @@ def _wrong_scores(strategy: Strategy) -> Iterator[tuple[str, Scores]]:
         for told, count in (("many", strategy.top_k + 1), ("few", strategy.top_k - 1)):
             if count:
                 yield f"one token too {told} is drawn from (top-k)", with_noise(
-                    lambda logits, count=count: best_of(logits, count))
+                    lambda logits, count=count: best_of(heat(logits), count))
     if strategy.top_p is not None:
         for told, more in (("one token too many is drawn from (top-p)", 1),
                            ("the token that reaches top-p is left out", -1)):
-            yield told, with_noise(lambda logits, more=more: _probable_and(logits, strategy.top_p, more))
+            yield told, with_noise(lambda logits, more=more: _probable_and(
+                heat(logits), strategy.top_p, more))
     if strategy.top_k is not None or strategy.top_p is not None:
-        yield "all tokens are drawn from, not some of them", with_noise(lambda logits: logits)
+        yield "all tokens are drawn from, not some of them", with_noise(heat)
 
 
 def _cut(logits: np.ndarray, strategy: Strategy) -> np.ndarray:
@@ -262,7 +265,10 @@ def _of_feeding(session: Session, step: Step, failing: Sequence[Case]) -> Explan
     for told, changes in _misfeedings(feed, cached, case.strategy):
         net = _Misfed(TorchKeeping(side), feed, cached=cached, **changes)
         kept: dict[str, Any] = {}
-        side.sweep([lambda net=net, kept=kept: kept.update(found=write(net, start.ids, start.mask, case.strategy))])
+        try:
+            side.sweep([lambda net=net, kept=kept: kept.update(found=write(net, start.ids, start.mask, case.strategy))])
+        except BadInput:  # what torch itself cannot be given was not given to the candidate either
+            continue
         rows = _supposed(case, kept["found"])
         if rows and _fits(case, rows):
             return _said(case, f"{told}: torch, fed so, gives the same first difference in all of {case.name}'s rows "
@@ -292,6 +298,10 @@ def _misfeedings(feed: Feed, cached: bool, strategy: Strategy) -> Iterator[tuple
     def counted(given: dict[str, np.ndarray], later: bool) -> dict[str, np.ndarray]:
         width = given["attention_mask"].shape[1]
         return {PLACES: places(np.ones((len(given[PLACES]), width), np.int64))[:, -given[PLACES].shape[1]:]}
+    def further(found: np.ndarray, off: int) -> np.ndarray:
+        """Of all tokens of a text those behind its start; one alone is such a one."""
+        length = found.shape[1]
+        return found + off * ((np.arange(length) >= feed.start.ids.shape[1]) | (length == 1))
     padded = any((mask == 0).any() for mask in (feed.start.mask, *feed.start.source.values()))
     if padded:
         yield "the padding mask is left out", by(ones)
@@ -302,7 +312,7 @@ def _misfeedings(feed: Feed, cached: bool, strategy: Strategy) -> Iterator[tuple
                 lambda given, later: ones(given, later) | counted(given, later))
         for told, off in (("one too far", 1), ("one too low", -1)):
             yield f"the positions of new tokens are {told}", by(
-                lambda given, later, off=off: {PLACES: given[PLACES] + off} if later else {})
+                lambda given, later, off=off: {PLACES: further(given[PLACES], off)} if later else {})
     if cached:
         yield "each layer is given what the layer before it keeps", {"shift": 1}
         yield "each layer is given what the layer behind it keeps", {"shift": -1}
