@@ -101,6 +101,13 @@ class OwnPaddleNet(_OwnNet, PaddleNet):
         self.target, self.built = target, built
         super().__init__(run, device, paged)
 
+    @property
+    def keeps(self) -> bool:
+        """Where the net takes a past by name, or is one of ``models/``; of an encoder and a decoder only the latter."""
+        from models.pretrained import Pretrained
+        takes = {"past_key_values", "use_cache"} <= inspect.signature(self.model.forward).parameters.keys()
+        return isinstance(self.model, Pretrained) or (takes and self.run.head.inputs != "tokens to tokens")
+
     def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
         return self.target.call(self.model, tensors)
 

@@ -21,12 +21,17 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .candidate import Candidate, Look, blamed
+from .feeding import rows_axis
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here
 from .paging import Pages, divide, threads
 from .runs import Run
 from .side import Modules, entering, fed, hooked, in_shape
+
+PAST = "past_key_values"
+KEPT = {PAST: PAST, "encoder_last_hidden_state": "encoder_outputs"}
+"""By the name of an output of a net in ``models/`` as which argument it is given to the next call."""
 
 
 class PaddleNet(Candidate):
@@ -92,6 +97,31 @@ class PaddleNet(Candidate):
         return {name: self.run.batch_first(name, value.numpy()) for name, value in result.items()
                 if isinstance(value, paddle.Tensor) and value.is_floating_point()}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the net takes ``past_key_values`` and ``use_cache`` as transformers' classes do."""
+        return False
+
+    def continued(self, arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Logits [rows, tokens, vocabulary] behind what was ``kept``, nothing at first, and what is kept now."""
+        import paddle
+        with paddle.no_grad():
+            result = self.call({**{name: paddle.to_tensor(array) for name, array in arrays.items()}, **kept,
+                                "use_cache": True})
+        return self.run.batch_first("logits", result["logits"].numpy()), {
+            argument: result[name] for name, argument in KEPT.items() if name in result}
+
+    def selected(self, kept: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
+        """What is kept of these ``rows``, in their order; what an encoder gave is the same for all texts of a row."""
+        import paddle
+        places, axis = paddle.to_tensor(rows), rows_axis(self.run)
+
+        def of_rows(part: Any) -> Any:
+            if isinstance(part, paddle.Tensor):
+                return paddle.index_select(part, places, axis)
+            return tuple(of_rows(one) for one in part)
+        return {**kept, PAST: of_rows(kept[PAST])}
+
     def probing(self, pair: tuple[str, str]) -> AbstractContextManager[None]:
         return small_statistics(self._layers().get(pair[1], self.model))
 
@@ -127,6 +157,8 @@ class PaddleNet(Candidate):
 
 class OwnNet(PaddleNet):
     """The family's net in ``models/``."""
+
+    keeps = True
 
     def _build(self) -> Any:
         _refuse_foreign_models()

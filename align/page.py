@@ -112,6 +112,14 @@ class StageView:
         return str(found) if found else None
 
     @property
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(title, columns, rows) of what the stage shows beside its tensors; a row has a cell for each column."""
+        found = [_dict(item) for item in _list(self.content.get("tables"))]
+        named = [(str(item.get("title", "–")), [str(one) for one in _list(item.get("columns"))],
+                  [[str(cell) for cell in _list(row)] for row in _list(item.get("rows"))]) for item in found]
+        return [(title, columns, [row for row in rows if len(row) == len(columns)]) for title, columns, rows in named]
+
+    @property
     def judged(self) -> bool:
         """Whether torch's noise, or a second pass on the reference's input, was measured."""
         return any(tensor.floor is not None or tensor.isolated is not None for tensor in self.tensors)

@@ -65,6 +65,11 @@ def prompt(words: Sequence[int], marks: dict[str, int]) -> list[int]:
     return [*words[:half], marks["gmask_token_id"], marks["bos_token_id"], *words[half:], marks["eos_token_id"]]
 
 
+def opening(words: Sequence[int], marks: dict[str, int]) -> list[int]:
+    """A text as context, and the beginning of an answer to it."""
+    return [*words, marks["gmask_token_id"], marks["bos_token_id"]]
+
+
 def arranged(rows: Sequence[Sequence[int]], kind: Prompts, config: Config, sizes: Sizes) -> dict[str, np.ndarray]:
     """``input_ids``, ``attention_mask`` and ``position_ids`` of rows that hold their marks, padded on the left.
 
@@ -131,3 +136,8 @@ class Tokenizer:
             text = text.replace(character, word)
         template, longest = self.kind.blanks
         return re.sub(f" {{2,{longest}}}", lambda found: template.format(len(found[0])), text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these words, marks left out."""
+        pieces = [one - self.offset for one in ids if one not in self.marks.values()]
+        return self.model.decode([one for one in pieces if 0 <= one < self.model.get_piece_size()])

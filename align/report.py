@@ -22,6 +22,33 @@ ALIGNED, DIVERGED = "aligned", "diverged"
 
 
 @dataclass(frozen=True)
+class Table:
+    """What a stage shows beside the tensors, as texts; ``shown`` in the terminal too, not only in the reports."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    shown: bool = False
+
+    def markdown(self) -> list[str]:
+        """Lines, the first of them empty."""
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows]
+        return ["", f"{self.title}:", "", f"| {' | '.join(self.columns)} |", "| --- " * len(self.columns) + "|",
+                *(f"| {' | '.join(row)} |" for row in cells)]
+
+    def print(self, console: Any) -> None:
+        from rich import box
+        from rich.table import Table as Drawn
+        from rich.text import Text
+        table = Drawn(box=box.SIMPLE_HEAD, title=self.title, title_justify="left")
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+
+
+@dataclass(frozen=True)
 class StageResult:
     """What a stage found. ``reference`` and ``candidate`` hold framework, version, weights_digest."""
 
@@ -44,6 +71,7 @@ class StageResult:
     diagnosis: Explanation | None = None
     caveat: str | None = None
     curves: Curves | None = None
+    tables: Sequence[Table] = ()
 
     @property
     def verdict(self) -> str:
@@ -88,6 +116,8 @@ class StageResult:
             "sublayers": [_tensor_json(tensor) for tensor in self.sublayers],
             **({"curves": self.curves.as_json()} if self.curves else {}),
             "failures": self.failures, "notes": list(self.notes), "caveat": self.caveat,
+            "tables": [{"title": table.title, "columns": list(table.columns), "rows": [list(row) for row in table.rows]}
+                       for table in self.tables],
             "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
         }
 
@@ -102,6 +132,8 @@ class StageResult:
         if self.values:
             lines += ["", "| value | torch | paddle |", "| --- | --- | --- |"]
             lines += [f"| {name} | {left:.9g} | {right:.9g} |" for name, (left, right) in self.values.items()]
+        for table in self.tables:
+            lines += table.markdown()
         if any(not part.passed for part in self.sublayers):
             lines += ["", "Inside the blocks, each part fed what torch's was fed:", "", "| part | rel-L2 | allowed |",
                       "| --- | --- | --- |"]
@@ -158,6 +190,9 @@ class StageResult:
                 table.add_row(tensor.name, _number(tensor.measures, "rel_l2"), *more,
                               "[green]ok[/]" if tensor.passed else "[red]FAIL[/]")
             console.print(table)
+        for table in self.tables:
+            if table.shown:
+                table.print(console)
         for name, (left, right) in self.values.items():
             console.print(f"{name}: torch {left:.9g}, paddle {right:.9g}")
         for failure in self.failures[:10]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .diagnose import Explanation
     from .evidence import Inspection
     from .reference import Reference
-    from .report import StageResult
+    from .report import StageResult, Table
     from .runs import Run
     from .trace import Step
 
@@ -46,6 +46,7 @@ class Findings:
     caveat: str | None = None
     """What this verdict does not say, where it is no evidence of more."""
     curves: Curves | None = None
+    tables: Sequence[Table] = ()
 
 
 @dataclass
@@ -181,7 +182,7 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
         print(latest_told(options))
     if options.only:
         from .recording import record
-        with _progress(stage.name) as advance:
+        with _progress(stage.name, options) as advance:
             told = record(stage, _session(options, advance))
         print(told)
         return errors.ALIGNED
@@ -207,7 +208,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
     from .recording import findings_of
     from .report import StageResult
     started = time.perf_counter()
-    with _progress(stage.name) as advance:
+    with _progress(stage.name, options) as advance:
         session = _session(options, advance)
         findings, reference, candidate = findings_of(stage, session)
         return StageResult(
@@ -216,7 +217,7 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
             reference=reference.side, candidate=candidate.side, inputs_digest=reference.inputs_digest,
             notes=[*reference.notes, *candidate.notes, *findings.notes], values=findings.values,
             named=findings.named, sublayers=findings.sublayers, diagnosis=findings.diagnosis,
-            caveat=findings.caveat, curves=findings.curves,
+            caveat=findings.caveat, curves=findings.curves, tables=findings.tables,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -243,9 +244,9 @@ def latest_told(options: argparse.Namespace) -> str:
 
 
 @contextmanager
-def _progress(stage: str) -> Iterator[Callable[[str], None]]:
-    """What is being done right now, on stderr; quiet where stderr is not a terminal."""
-    if not sys.stderr.isatty():
+def _progress(stage: str, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """What is being done right now, on stderr; quiet where stderr is not a terminal, or the user is asked there."""
+    if not sys.stderr.isatty() or getattr(options, "interactive", False):
         yield lambda told: None
         return
     from rich.console import Console

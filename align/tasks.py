@@ -211,3 +211,5 @@ TASKS = {
 }
 BARE = {"encoder", "encoder-decoder", "image-encoder"}
 """Tasks of models without a head: they have no loss of their own, and are measured by their mean-pooled states."""
+GENERATING = {"causal-lm", "prefix-lm", "translation"}
+"""Tasks of models that continue a text."""

@@ -88,3 +88,17 @@ METRIC_AFTER = 0.0015
 MOVED_MARGINS = 6.0
 CHAOTIC = 1e-2
 BAND_STEPS = 2
+
+
+# Of a step of generation. A logit may be off by FORWARD of the largest, or by as many times torch's own error as a
+# whole pass may be at a single place (see align.generate): the larger of the two. PROBABILITY is what float32 itself
+# does to the log-odds of a share of probability: its softmax and its sum are off by some 4 units of 1.2e-7 each.
+PROBABILITY = 1e-6
+
+
+def step_noise(largest: float, measured: float) -> float:
+    """How far two logits of magnitude up to ``largest`` must lie apart for rounding not to swap them.
+
+    ``measured`` is torch's own largest error there, as a share of the largest.
+    """
+    return max(margin_noise(largest), 2 * LIMITS["propagated"]["peak"] * measured * largest)
