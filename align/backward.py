@@ -29,7 +29,7 @@ from .compare import TensorResult, compare, missing
 from .diagnose import Explanation
 from .explanations.gradients import explained
 from .floor import YARDSTICK, Quantities, Quantity, floors_of, look_again
-from .gradients import (
+from .gradients.batches import (
     NEAR,
     ROWS,
     Batch,
@@ -42,9 +42,9 @@ from .gradients import (
     digest_of,
     other_batches,
 )
+from .gradients.recompute import WHOLE
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
-from .recompute import WHOLE
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE
@@ -56,9 +56,8 @@ NORM, CLIPPED = "global norm", "clipped global norm"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 CLIPPED_APART = "clipped apart"
 PAGED_ROWS = 2
-TRAINED = ("Batch norms were trained, by each micro-batch's own statistics; their running statistics are compared as "
-           "torch defines them. Paddle's running variance is the sum of squares over n, torch's over n - 1; that "
-           "difference is allowed for.")
+TRAINED = ("Batch norms were trained, by each micro-batch's own statistics; their running statistics are compared, "
+           "too. torch divides what goes into the running variance by n - 1, Paddle's own batch norm by n.")
 COPIES = 15
 """How many times a side's weights this stage holds unless it pages, worked out rather than measured: weights, those to
 go back to and gradients; and each of three times, both sides' gradients and torch's noise in float64."""
@@ -245,7 +244,7 @@ def _diagnosis(taken: Sequence[tuple[Step, Step]], found: Mapping[str, TensorRes
 def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], reordered: int = REORDERED_RUNS,
               ) -> Iterator[Step]:
     """All that the reference has to say of these batches: modules by themselves, then the iterations."""
-    from .torch_gradients import TorchGradients
+    from .gradients.torch_side import TorchGradients
     side = TorchGradients(session.reference, session.run, trained=True)
     session.advance("torch")
     isolated = side.observe(batches[0][0])
@@ -278,7 +277,7 @@ def _clear_of_kinks(session: Session, batches: list[list[Batch]]) -> list[list[B
     """``batches``, of which the first, that of the isolated gradients, is drawn anew while an element is so near to the
     kink of a relu that rounding chooses its gradient; of all draws the one that stays farthest, where none is clear.
     """
-    from .torch_gradients import TorchGradients
+    from .gradients.torch_side import TorchGradients
     side = TorchGradients(session.reference, session.run, trained=True)
     farthest, found = -1.0, batches[0][0]
     for batch in chain(batches[0][:1], other_batches(session.run)):
@@ -348,9 +347,9 @@ def _batches_of(step: Step) -> list[list[Batch]]:
 def _gradients_of(side: Any) -> Any:
     """Of a Paddle net, or of a torch net that is compared with torch."""
     if side.framework == "torch":
-        from .torch_gradients import TorchGradients
+        from .gradients.torch_side import TorchGradients
         return TorchGradients(side, side.run, trained=False)
-    from .paddle_gradients import PaddleGradients
+    from .gradients.paddle_side import PaddleGradients
     return PaddleGradients(side)
 
 
@@ -363,7 +362,7 @@ def _settings(session: Session) -> Settings:
 
 def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
     """The batch first, then two steps for each gate, from the last to the first."""
-    from .torch_recompute import PagedTorchGradients
+    from .gradients.torch_recompute import PagedTorchGradients
     rows = ROWS if session.run.head.task in BARE else PAGED_ROWS  # of one pair the contrastive loss is 0
     batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), rows)[0][0]
     side = PagedTorchGradients(session.reference, session.run)
@@ -375,7 +374,7 @@ def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Itera
 
 
 def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> Iterator[Step]:
-    from .paddle_recompute import PagedPaddleGradients
+    from .gradients.paddle_recompute import PagedPaddleGradients
     if session.candidate.framework == "torch":
         raise BadInput("two torch models cannot be compared block by block. Use --paging off.")
     batch = Batch(Inputs(first.view("inputs")), first.view("labels"))

@@ -13,12 +13,13 @@ import numpy as np
 from convert.errors import BadInput
 from convert.traits import Prompts
 
-from . import corpus, picture_data, prompts
+from . import prompts
 from .compare import TensorResult, missing
-from .corpus import Text
 from .diagnose import Explanation
 from .inputs import Inputs, positive
-from .loading import (
+from .pipelines import corpus, picture_data
+from .pipelines.corpus import Text
+from .pipelines.loading import (
     LABELS,
     batched,
     features,
@@ -28,12 +29,9 @@ from .loading import (
     torch_batches,
     torch_collate,
 )
-from .mistakes import Batch, Recipe, explained, recipe_of, suppositions
-from .runs import Run
-from .sheets import Sheet, as_step, differing, digests, first_difference, of_step, result
-from .stage import Findings, RecordedStage, Session, main
-from .texts import SPLIT, TOKENIZER_FILES
-from .tokenizing import (
+from .pipelines.mistakes import Batch, Recipe, explained, recipe_of, suppositions
+from .pipelines.sheets import Sheet, as_step, differing, digests, first_difference, of_step, result
+from .pipelines.tokenizing import (
     IDS,
     MASK,
     SPECIAL,
@@ -53,6 +51,9 @@ from .tokenizing import (
     special_ids,
     torch_shift,
 )
+from .runs import Run
+from .stage import Findings, RecordedStage, Session, main
+from .texts import SPLIT, TOKENIZER_FILES
 from .trace import Step
 
 ROWS, TOKENS, BATCH = 64, 128, 8

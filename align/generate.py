@@ -21,16 +21,16 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from . import starts
-from .continuations import ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
+from .decoding import starts
+from .decoding.continuations import ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
+from .decoding.feeding import Cached, Feed, Start, Whole
+from .decoding.margins import Measured, Replay, margin
+from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
-from .feeding import Cached, Feed, Start, Whole
 from .inputs import Inputs, positive
-from .margins import Measured, Replay, margin
 from .reference import Reference
 from .runs import Run
 from .scores import log_softmax
-from .search import Strategy, stacked, without_early_end, write
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import GENERATING
 from .tolerance import FORWARD, LIMITS, REORDERED_RUNS, step_noise
@@ -154,7 +154,7 @@ def _shares(cases: Sequence[Case]) -> list[str]:
 
 def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[str], number: int) -> Step:
     """All that the reference has to say of one start."""
-    from .torch_generate import caches, generate, takes
+    from .decoding.torch_side import caches, generate, takes
     side, suffix = session.reference, "" if number == 1 else f" [prompt {number}]"
     feed = Feed(session.run, takes(side), start)
     made: dict[str, Any] = {}
@@ -183,6 +183,9 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
     if not caches(side):
         step.told["notes"].append(f"torch's {type(side.model).__name__} keeps nothing between tokens, so nothing is "
                                   "compared with a cache.")
+    if "attention_mask" not in feed.takes and (start.mask == 0).any():
+        step.told["notes"].append(f"transformers gives its {type(side.model).__name__} no mask while it generates, so "
+                                  "that both sides read padding.")
     step.told["notes"] += _apart(step, suffix)
     return step
 
@@ -427,7 +430,7 @@ def _share_of_few(greedy: Any, temperature: float) -> float:
 
 def _ends(session: Session) -> tuple[int, ...]:
     """The tokens that end a text, as the checkpoint's configs say."""
-    from .torch_generate import ends_of
+    from .decoding.torch_side import ends_of
     told = session.run.config.get("eos_token_id")
     found = [told] if isinstance(told, int) else told if isinstance(told, list) else ends_of(session.reference)
     return tuple(token for token in found if isinstance(token, int) and 0 <= token < session.run.sizes["vocab"])

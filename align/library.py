@@ -25,14 +25,14 @@ from .diagnose import Explanation, diagnose
 from .evidence import compare_bits
 from .explanations.weights import difference
 from .forward import judged, look_into
-from .given import Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled
 from .inputs import Inputs
 from .inside import PROBE
-from .pairing import Layout, Names, Pairing, Weight
+from .pairs.given import Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled
+from .pairs.pairing import Layout, Names, Pairing, Weight
+from .pairs.untouched import same_luck, untouched
 from .report import ALIGNED, StageResult
 from .stage import Findings
 from .trace import Step
-from .untouched import same_luck, untouched
 
 Given = Mapping[str, Any] | Sequence[Any]
 FAILURES = 5

@@ -14,7 +14,7 @@ from convert.errors import BadInput
 from . import pictures
 from .candidate import Candidate
 from .compare import TensorResult, compare, missing
-from .decode import TEXT, Limits, greedy
+from .decoding.greedy import TEXT, Limits, greedy
 from .inputs import Inputs, batches, decoder_start, positive
 from .pictures import PIXELS, drawn, examples_of
 from .reference import Reference

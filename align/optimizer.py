@@ -26,14 +26,14 @@ from .compare import TensorResult, compare, measure, missing
 from .diagnose import Explanation
 from .explanations.updates import Case, explained, explained_rates
 from .floor import YARDSTICK, Quantity, floors_of, look_again
-from .gradients import Batch, digest_of
+from .gradients.batches import Batch, digest_of
 from .inputs import Inputs, positive
-from .optimizing import KINDS, RATES, SCHEDULES, Recipe, decayed
-from .own_optimizer import OwnOptimizer
+from .optimizing.own import OwnOptimizer
+from .optimizing.recipe import KINDS, RATES, SCHEDULES, Recipe, decayed
+from .optimizing.updates import GIVEN, Course, Rounding, courses_of, own_batches, with_rounding
 from .stage import Findings, RecordedStage, Session, main
 from .tolerance import RATE, RATE_UNIT, REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
-from .updates import GIVEN, Course, Rounding, courses_of, own_batches, with_rounding
 
 OWN = "own gradients"
 RATES_OF = "learning-rate"
@@ -81,8 +81,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def reference(session: Session) -> Iterator[Step]:
     """Torch's rates, and its parameters behind each course with their noise floors."""
-    from .torch_optimizing import rates_of
-    from .torch_updates import TorchSample, TorchUpdates
+    from .optimizing.torch_side import rates_of
+    from .optimizing.torch_updates import TorchSample, TorchUpdates
     recipes, options = _recipes(session.options), session.options
     side = TorchSample(session.run) if session.paged else TorchUpdates(session.reference, session.run, trained=True)
     session.advance("torch")
@@ -225,7 +225,7 @@ def _look_again(session: Session, first: Step, step: Step, found: dict[str, Tens
     failing = [result for result in found.values() if not result.passed]
 
     def look() -> int:
-        from .torch_updates import TorchUpdates
+        from .optimizing.torch_updates import TorchUpdates
         course = Course.told(first.told["own"])
         side = TorchUpdates(session.reference, session.run, trained=True)
         again = _own_step(session, side, course, _batches_of(first, course), SECOND_LOOK)
@@ -264,9 +264,9 @@ def _updates_of(session: Session, first: Step) -> Any:
         raise BadInput(f"--candidate-optimizer {chosen} is given a Paddle net with its weights in memory, and this "
                        "candidate is none. Use --paging off, or --target models.")
     if _is_torch(session):
-        from .torch_updates import TorchUpdates
+        from .optimizing.torch_updates import TorchUpdates
         return TorchUpdates(session.candidate, session.run, trained=False)
-    from .paddle_updates import PaddleSample, PaddleUpdates
+    from .optimizing.paddle_updates import PaddleSample, PaddleUpdates
     if first.told["sampled"]:
         return PaddleSample(first.view(START), lambda name: decays.get(name, False))
     if session.paged:
@@ -280,7 +280,7 @@ def _is_torch(session: Session) -> bool:
 
 
 def _schedules_of_paddle(first: Step) -> dict[str, np.ndarray]:
-    from .paddle_optimizing import rates_of
+    from .optimizing.paddle_side import rates_of
     recipes = [Recipe(**told) for told in first.told["schedules"]]
     return {_by_itself(recipe): np.array(rates_of(recipe, LONG + BEYOND)) for recipe in recipes}
 

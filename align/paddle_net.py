@@ -21,7 +21,7 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .candidate import Candidate, Look, blamed
-from .feeding import rows_axis
+from .decoding.feeding import rows_axis
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here

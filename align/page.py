@@ -20,7 +20,7 @@ from convert.errors import ALIGNED as EXIT_OK
 from convert.errors import BadInput, guarded
 from convert.report import SCHEMA, latest_run
 
-from .curves import Curves
+from .training.curves import Curves
 
 Json = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from convert.report import SCHEMA
 from .compare import Measures, TensorResult
 
 if TYPE_CHECKING:
-    from .curves import Curves
     from .diagnose import Explanation
+    from .training.curves import Curves
 
 ALIGNED, DIVERGED = "aligned", "diverged"
 

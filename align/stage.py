@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from .candidate import Candidate
     from .compare import TensorResult
-    from .curves import Curves
     from .diagnose import Explanation
     from .evidence import Inspection
     from .reference import Reference
     from .report import StageResult, Table
     from .runs import Run
     from .trace import Step
+    from .training.curves import Curves
 
 
 @dataclass(frozen=True)

@@ -22,23 +22,23 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from . import dropping, held_out, lessons
-from .checkpoints import Checkpoint
 from .compare import TensorResult, compare, missing
-from .curves import Curves
 from .explanations.training import explained
 from .floor import look_again
-from .gradients import Batch, backwards, digest_of
+from .gradients.batches import Batch, backwards, digest_of
 from .inputs import SEED, Inputs, positive
-from .lessons import Lessons, lessons_of
 from .noise import Grown, NoiseFloor
-from .optimizing import KINDS, SCHEDULES, Recipe
+from .optimizing.recipe import KINDS, SCHEDULES, Recipe
 from .recording import SIDES
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE, base_of
 from .tolerance import BAND_STEPS, CHAOTIC, LIMITS, RATE, REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
-from .training import Course, Settings, carry_out, key_of, require_finite
+from .training import dropping, held_out, lessons
+from .training.checkpoints import Checkpoint
+from .training.course import Course, Settings, carry_out, key_of, require_finite
+from .training.curves import Curves
+from .training.lessons import Lessons, lessons_of
 
 LOSS, NORM, RATES = "loss", "gradient_norm", "learning_rate"
 MOVED, BAND, SCORED, PLACE = "moved", "band", "scored", "train"
@@ -263,7 +263,7 @@ class _Trained:
 
     def step(self, reordered: int) -> Step:
         """All that the reference has to say, with ``reordered`` runs in the band."""
-        from . import torch_training
+        from .training import torch_side as torch_training
         session, settings = self.session, self.settings
         start = self._start()
         ways = {"plain": (torch_training.plain,), "float64": (torch_training.in_float64,)} | {
@@ -295,7 +295,7 @@ class _Trained:
             kept.remove()
 
     def _train(self, name: str, *way: Any) -> tuple[Course, dict[str, np.ndarray]]:
-        from .torch_training import TorchTrainer
+        from .training.torch_side import TorchTrainer
         session, side = self.session, self.session.reference
         kept = Checkpoint((session.run.directory if session.options.only else session.reports) / PLACE, f"torch-{name}",
                           key_of(self.settings, batches=self._digest, source=session.run.conversion.source_digest,
@@ -311,8 +311,8 @@ class _Trained:
     def _start(self) -> dict[str, Any]:
         """What torch makes of the mistakes in stock; :class:`BadInput` where nothing can be dropped."""
         from .explanations.training import schedules, supposed
-        from .torch_optimizing import rates_of
-        from .torch_training import TorchTrainer
+        from .optimizing.torch_side import rates_of
+        from .training.torch_side import TorchTrainer
         side = self.session.reference
         with TorchTrainer(side, side.run, self.settings, trained=True).training() as trainer:
             found = supposed(trainer, self.session.run, self.given.batches, side.token_loss)
@@ -373,12 +373,12 @@ def _lessons_of(step: Step) -> Lessons:
 def _candidate_trainer(side: Any, settings: Settings, own: str | None) -> Any:
     """Of a Paddle net, or of a torch net that is compared with torch."""
     if side.framework != "torch":
-        from .own_optimizer import OwnOptimizer
-        from .paddle_training import PaddleTrainer
+        from .optimizing.own import OwnOptimizer
+        from .training.paddle_side import PaddleTrainer
         return PaddleTrainer(side, settings, OwnOptimizer(own) if own else None)
     if own:
         raise BadInput(f"--candidate-optimizer {own} is for a Paddle net, and the candidate is a torch net.")
-    from .torch_training import TorchTrainer
+    from .training.torch_side import TorchTrainer
     return TorchTrainer(side, side.run, settings, trained=False)
 
 

@@ -112,9 +112,7 @@ class Staging:
             self._lock = os.open(self._lock_path, os.O_CREAT | os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(self.path, ignore_errors=True)
-            if self._retired.exists() and not self.output.exists():
-                self._retired.rename(self.output)
-            shutil.rmtree(self._retired, ignore_errors=True)
+            self._settle()
             self.path.mkdir()
         except BlockingIOError as error:
             raise BadInput(f"another conversion is writing to {self.output} right now. Wait for it to end.") from error
@@ -125,6 +123,8 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._close()
         shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            self._settle()
         if self._lock is not None:
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
@@ -173,6 +173,11 @@ class Staging:
         if self.output.exists():
             self.output.rename(self._retired)
         self.path.rename(self.output)
+
+    def _settle(self) -> None:
+        """The result that was to be replaced goes if its successor is there, and comes back if not."""
+        if self._retired.exists() and not self.output.exists():
+            self._retired.rename(self.output)
         shutil.rmtree(self._retired, ignore_errors=True)
 
     def _close(self) -> None:

@@ -99,7 +99,7 @@ class BatchNorm2D(nn.BatchNorm2D):
         before, places = self._variance.clone(), x.size // x.shape[1]
         found = super().forward(x)
         added = self._variance - self._momentum * before
-        self._variance.set_value(self._variance + added / (places - 1))
+        self._variance.set_value(self._variance + added / max(1, places - 1))
         return found
 
 

@@ -18,20 +18,21 @@ import torch
 from align_fixtures import Workshop
 from resnet_fixtures import reference as resnet
 
-from align import recompute
 from align.faults.planting import in_net
-from align.gradients import Batch, Settings, batches_of
+from align.gradients import recompute
+from align.gradients.batches import Batch, Settings, batches_of
+from align.gradients.paddle_recompute import PagedPaddleGradients
+from align.gradients.paddle_side import PaddleGradients, _Norm
+from align.gradients.torch_recompute import PagedTorchGradients
+from align.gradients.torch_side import ReorderedGradients, TorchGradients
 from align.inputs import Inputs
 from align.noise import NoiseFloor
 from align.oracle import Float64
-from align.paddle_gradients import PaddleGradients, _Norm
 from align.paddle_net import OwnNet
-from align.paddle_recompute import PagedPaddleGradients
 from align.reference import Reference
 from align.runs import load_run
-from align.torch_gradients import ReorderedGradients, TorchGradients
-from align.torch_recompute import PagedTorchGradients
 from models.gptj import GPTJBlock
+from models.layer import BatchNorm2D
 
 X, Y = np.float32([0.5, -1.0, 2.0, 4.0]), np.float32([1.0, 3.0, -2.0, 0.25])
 SHORT = ("--iterations", "2")
@@ -161,9 +162,11 @@ def test_a_trained_batch_norm_that_is_reordered_is_torchs_in_exact_arithmetic(sh
         assert any((one != other).any() for one, other in zip(plain, others, strict=True))
 
 
-def test_running_statistics_are_told_as_torch_defines_them():
-    """A third of each batch, torch's momentum, is 1 - 2 / 3 of Paddle's."""
-    torchs, paddles = torch.nn.BatchNorm2d(3, momentum=1 / 3), paddle.nn.BatchNorm2D(3, momentum=2 / 3)
+def test_running_statistics_are_those_that_the_net_moves():
+    """A third of each batch, torch's momentum, is 1 - 2 / 3 of Paddle's; Paddle's own layer divides by n."""
+    torchs, paddles = torch.nn.BatchNorm2d(3, momentum=1 / 3), BatchNorm2D(3, momentum=2 / 3)
+    bare = paddle.nn.BatchNorm2D(3, momentum=2 / 3)
+    bare._variance.set_value(np.float32([0.5, 2.0, 30.0]))
     start = np.float32([0.5, 2.0, 30.0])
     torchs.running_var.copy_(torch.tensor(start))
     paddles._variance.set_value(start)
@@ -174,11 +177,11 @@ def test_running_statistics_are_told_as_torch_defines_them():
             batch = np.random.default_rng(number).normal(1.0, 2.0, (2, 3, 2, 2)).astype("float32")
             torchs(torch.tensor(batch))
             paddles(paddle.to_tensor(batch))
+            bare(paddle.to_tensor(batch))
         found = dict(norm.statistics())
-        biased = paddles._variance.numpy()
     np.testing.assert_allclose(found["bn._mean"], torchs.running_mean, rtol=1e-6)
     np.testing.assert_allclose(found["bn._variance"], torchs.running_var, rtol=1e-6)
-    assert (np.abs(biased / torchs.running_var.numpy() - 1) > 1e-3).all(), "Paddle's own is another"
+    assert (np.abs(bare._variance.numpy() / torchs.running_var.numpy() - 1) > 1e-3).all()
     assert (paddles._variance.numpy() == start).all() and not paddles.training
 
 
@@ -265,7 +268,7 @@ def test_a_model_larger_than_memory_is_aligned_gate_by_gate(run, shop):
 @pytest.mark.parametrize("head", ["BertForPreTraining", "BertModel"])
 def test_paged_heads_that_come_in_another_order_are_compared_and_not_as_zeros(head, shop):
     """torch and Paddle go back through two heads of one encoder in different orders; a bare encoder needs two pairs."""
-    outcome = shop.align("backward", shop.make(head), "--paging", "on")
+    outcome = shop.align("backward", shop.make(head, f"heads-{head}"), "--paging", "on")
     assert (outcome.code, outcome.failing) == (0, []), outcome.report.get("failures")
     alone = [tensor for tensor in outcome.report["tensors"] if tensor["name"].endswith("linear1.weight (isolated)")]
     assert len(alone) == 3 and all(0 < tensor["rel_l2"] < 1e-4 for tensor in alone)

@@ -21,8 +21,8 @@ from tokenizer_fixtures import (
 )
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
-from align import corpus
 from align.inputs import SEED
+from align.pipelines import corpus
 from align.trace import load_trace
 
 BERT, GPT2, OPT_LM, T5 = "BertForMaskedLM", "GPT2LMHeadModel", "OPTForCausalLM", "T5ForConditionalGeneration"

@@ -8,7 +8,7 @@ import pytest
 from align_fixtures import Workshop
 from PIL import Image
 
-from align import picture_data
+from align.pipelines import picture_data
 from align.texts import load_rows
 from convert.demo import build_demo
 from convert.resnet import FAMILY

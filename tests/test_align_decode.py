@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from align.decode import Limits, greedy
+from align.decoding.greedy import Limits, greedy
 from align.metric import compare_scores
 from align.scores import bleu, packed, texts_of
 from align.tolerance import margin_noise

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from align_fixtures import Workshop, torch_model
 
-from align import generate, search
-from align.continuations import case_of, judged, place_of_beams
+from align import generate
+from align.decoding import search
+from align.decoding.continuations import case_of, judged, place_of_beams
+from align.decoding.feeding import Feed, Start, Whole
+from align.decoding.margins import Measured, margin
+from align.decoding.search import Strategy, drawn, gumbel, write
+from align.decoding.torch_side import generate as torch_generate
+from align.decoding.torch_side import takes
 from align.faults.decoding import MISDECODINGS
 from align.faults.fault import NotPlanted
-from align.feeding import Feed, Start, Whole
-from align.margins import Measured, margin
 from align.reference import outputs_of
 from align.runs import load_run
-from align.search import Strategy, drawn, gumbel, write
 from align.submission import lay_out
 from align.tolerance import step_noise
-from align.torch_generate import generate as torch_generate
-from align.torch_generate import takes
 from align.trace import RECORDED, Step
 
 VOCABULARY, PAD = 257, 256

@@ -18,16 +18,16 @@ from transformers import get_cosine_schedule_with_warmup
 from align import optimizer as stage
 from align.explanations.updates import rate_of
 from align.faults.optimizer import MISTAKES
-from align.optimizing import KINDS, SCHEDULES, Recipe, decayed
-from align.paddle_optimizing import PaddleTraining
-from align.paddle_optimizing import rates_of as rates_of_paddle
+from align.optimizing.paddle_side import PaddleTraining
+from align.optimizing.paddle_side import rates_of as rates_of_paddle
+from align.optimizing.recipe import KINDS, SCHEDULES, Recipe, decayed
+from align.optimizing.torch_side import TorchTraining, rates_of
+from align.optimizing.torch_updates import given
+from align.optimizing.updates import Course, floor_of
 from align.runs import load_run
 from align.stage import Session, add_flags
 from align.tolerance import RATE
-from align.torch_optimizing import TorchTraining, rates_of
 from align.torch_side import is_rms_norm
-from align.torch_updates import given
-from align.updates import Course, floor_of
 from convert.errors import BadInput
 
 SHORT = ("--updates", "6", "--steps", "10", "--warmup", "3")

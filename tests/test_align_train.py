@@ -14,16 +14,16 @@ import torch
 from align_fixtures import Workshop
 from resnet_fixtures import TINY, reference
 
-from align.checkpoints import Checkpoint
-from align.curves import Curves
-from align.dropping import Call, Drops, differing
 from align.faults.train import DROPPING, MISTAKES
 from align.noise import EPS, Grown
-from align.paddle_training import PaddleTrainer
 from align.page import write_page
 from align.submission import lay_out
-from align.torch_training import Dropped, TorchTrainer
 from align.train import widths
+from align.training.checkpoints import Checkpoint
+from align.training.curves import Curves
+from align.training.dropping import Call, Drops, differing
+from align.training.paddle_side import PaddleTrainer
+from align.training.torch_side import Dropped, TorchTrainer
 from convert.errors import BadInput
 from models.layer import BatchNorm2D
 

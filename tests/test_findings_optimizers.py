@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from align.optimizing import Recipe
-from align.paddle_optimizing import PaddleTraining
-from align.torch_optimizing import TorchTraining
+from align.optimizing.paddle_side import PaddleTraining
+from align.optimizing.recipe import Recipe
+from align.optimizing.torch_side import TorchTraining
 
 
 def parameter(*values: float):

@@ -12,7 +12,7 @@ from convert.__main__ import families, family_named
 ROOT = Path(convert.__file__).parents[1]
 EXEMPT = {
     "align/example.py": "makes the three runs of reports/example, which are of GPT-J and of GPT-2",
-    "align/mistakes.py": "what the tokenizers library calls its normalizer of lower case and accents",
+    "align/pipelines/mistakes.py": "what the tokenizers library calls its normalizer of lower case and accents",
     "align/faults": "the faults that are planted, family by family",
     "convert/remote": "a torch net for the checkpoints of ChatGLM's demo to bring along; data, found by its name",
     "convert/custom.py": "home-made GPT-2s are GPT-2s: their Paddle side is its net",

@@ -145,9 +145,10 @@ class OpenAIGPTModel(Pretrained):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.LayerList([Block(config) for _ in range(config.n_layer)])
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
         length = input_ids.shape[1]
-        hidden = self.drop(self.tokens_embed(input_ids) + self.positions_embed(paddle.arange(length)))
+        places = paddle.arange(length) if position_ids is None else position_ids
+        hidden = self.drop(self.tokens_embed(input_ids) + self.positions_embed(places))
         mask = -1e4 * (1 - paddle.ones([1, 1, length, length]).tril())
         if attention_mask is not None:
             mask = mask + padding_mask(attention_mask, hidden.dtype)
@@ -164,8 +165,8 @@ class OpenAIGPTLMHeadModel(Pretrained):
         self.transformer = OpenAIGPTModel(config)
         self.lm_head = VocabularyLinear(self.transformer.tokens_embed.weight, bias=False)
 
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        logits = self.lm_head(self.transformer(input_ids, attention_mask)["last_hidden_state"])
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None):
+        logits = self.lm_head(self.transformer(input_ids, attention_mask, position_ids)["last_hidden_state"])
         return {"logits": logits, **({} if labels is None else {"loss": causal_lm_loss(logits, labels)})}
 '''
 RIGHT = "y = self.ln_1(x + self.attn(x, mask))\n        return self.ln_2(y + self.mlp(y))"

@@ -15,11 +15,10 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from ..continuations import Case, partings, place_of_beams
-from ..diagnose import Explanation
-from ..feeding import PLACES, Cached, Feed, Start, places
-from ..margins import Replay
-from ..search import (
+from ..decoding.continuations import Case, partings, place_of_beams
+from ..decoding.feeding import PLACES, Cached, Feed, Start, places
+from ..decoding.margins import Replay
+from ..decoding.search import (
     Beams,
     Strategy,
     Written,
@@ -33,6 +32,7 @@ from ..search import (
     without_early_end,
     write,
 )
+from ..diagnose import Explanation
 
 if TYPE_CHECKING:
     from ..stage import Session
@@ -257,7 +257,7 @@ def _of_feeding(session: Session, step: Step, failing: Sequence[Case]) -> Explan
     """The mistake of feeding that torch itself, made to make it, answers with the candidate's tokens."""
     if session.options.compare or (session.run.family.remote_code and not session.options.trust_remote_code):
         return None
-    from ..torch_generate import TorchKeeping
+    from ..decoding.torch_side import TorchKeeping
     case = failing[0]
     start, side = Start.of(step.view("start")), session.reference
     feed = Feed(session.run, frozenset(step.told["takes"]), start)

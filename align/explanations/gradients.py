@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..diagnose import Explanation
-from ..gradients import Settings
+from ..gradients.batches import Settings
 from ..tolerance import FORWARD
 
 Arrays = Mapping[str, np.ndarray]

@@ -17,14 +17,14 @@ from convert.checkpoint import open_checkpoint
 from convert.dtypes import to_float32
 
 from ..diagnose import Explanation
-from ..dropping import Call, differing, unpacked
-from ..gradients import Batch
-from ..optimizing import Recipe
+from ..gradients.batches import Batch
+from ..optimizing.recipe import Recipe
 from ..runs import Run
 from ..tasks import IGNORED, TASKS, numbers
 from ..tolerance import LOSS, RATE
 from ..trace import Step
-from ..training import Settings
+from ..training.course import Settings
+from ..training.dropping import Call, differing, unpacked
 from . import losses
 
 OTHERS = 16

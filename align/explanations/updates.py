@@ -16,10 +16,10 @@ import numpy as np
 
 from ..diagnose import Explanation
 from ..noise import NoiseFloor
-from ..optimizing import Recipe
+from ..optimizing.recipe import Recipe
+from ..optimizing.updates import GIVEN, Course
 from ..tolerance import RATE, RATE_UNIT
 from ..trace import Step
-from ..updates import GIVEN, Course
 
 Arrays = Mapping[str, np.ndarray]
 Schedule = Callable[[int], float]

@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from .. import generate, search
-from ..feeding import PLACES, Cached, Whole
+from .. import generate
+from ..decoding import search
+from ..decoding.feeding import PLACES, Cached, Whole
 from ..paddle_net import PAST, PaddleNet
 from .fault import NotPlanted
 

@@ -12,8 +12,8 @@ from typing import Any
 import paddle
 from paddle.optimizer import lr
 
-from ..optimizing import Recipe
-from ..paddle_optimizing import schedule_of
+from ..optimizing.paddle_side import schedule_of
+from ..optimizing.recipe import Recipe
 
 RECIPE = Recipe(accumulate=2)
 """What align.optimizer asks for where no flag says otherwise."""

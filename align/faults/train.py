@@ -18,8 +18,8 @@ import paddle
 from models.layer import BatchNorm2D
 
 from .. import train
-from ..paddle_optimizing import PaddleTraining
-from ..paddle_training import PaddleTrainer
+from ..optimizing.paddle_side import PaddleTraining
+from ..training.paddle_side import PaddleTrainer
 from .fault import NotPlanted, Plant
 from .planting import in_net
 
