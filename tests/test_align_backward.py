@@ -138,6 +138,40 @@ def test_reordered_gradients_are_the_same_in_exact_arithmetic_and_differ_in_roun
     assert all(len(kinds) > 1 for kinds in seen)
 
 
+def one_after_the_other(rows):
+    """The float32 sum of ``rows`` [n, k], as Paddle adds up the gradients of what n tokens share."""
+    total = np.zeros_like(rows[0])
+    for row in rows:
+        total = total + row
+    return total
+
+
+SHARED = {"bias": lambda x, parameter: torch.nn.functional.linear(x, torch.eye(parameter.numel()), parameter),
+          "norm's bias": lambda x, parameter: torch.nn.functional.layer_norm(x, parameter.shape, None, parameter),
+          "norm": lambda x, parameter: torch.nn.functional.layer_norm(x, parameter.shape, parameter, None, 0.0),
+          "scale": lambda x, parameter: parameter * x}
+
+
+@pytest.mark.parametrize("use", SHARED.values(), ids=SHARED)
+def test_the_noise_of_equal_gradients_is_that_of_a_sum_one_after_the_other(use):
+    """Behind a mean pool all tokens of a row have one gradient: such a sum drifts, a tree and a shuffled one do not."""
+    random = np.random.default_rng(0)
+    signs = random.permuted(np.tile(np.float32([-1, 1]), 16))  # their own layer norm
+    x = torch.tensor(np.tile(signs, (4, 64, 1)))
+    arriving = np.repeat(random.normal(size=(4, 1, 32)).astype("float32"), 64, axis=1)
+    terms = arriving.reshape(-1, 32)
+    exact = terms.astype(np.float64).sum(axis=0)
+
+    def error_of(seed):
+        parameter = torch.nn.Parameter(torch.ones(32))
+        with ReorderedGradients(seed):
+            use(x, parameter).backward(torch.tensor(arriving))
+        return np.abs(parameter.grad.numpy()) - np.abs(exact)  # scaled by a sign or not
+    drift = np.sqrt(np.mean(np.square(one_after_the_other(terms) - exact)))
+    pooled = np.sqrt(np.mean(np.square([error_of(seed) for seed in range(1, 9)])))
+    assert drift / 2 < pooled < 2 * drift
+
+
 def normed(x, mean, variance, scale, bias):
     return torch.nn.functional.batch_norm(x, mean, variance, scale, bias, True, 0.3, 1e-5)
 

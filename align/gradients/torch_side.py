@@ -281,8 +281,12 @@ class ReorderedGradients(Reordered):
 
     The gradient of a linear's weight is a sum over tokens, that of what enters it one over its outputs; a norm's and an
     embedding's are sums over tokens. So these are permuted on the way in and put back on the way out, which permutes
-    them in the backward pass. torch adds up a bias's gradient in a tree, and its matmuls, as Paddle's sums, one token
-    after the other: odd seeds add the bias by a matmul with ones.
+    them in the backward pass.
+
+    torch adds up the gradients of biases and norms in a tree, and its matmuls, as Paddle's sums, one token after the
+    other: odd seeds add biases and scale norms by a matmul with ones. A sum of n nearly equal terms one after the other
+    errs the same way at each, so by n and not by sqrt(n): of a bias behind a mean pool, 4 times as far as torch's tree.
+    Tokens in a random order would hide that, so odd seeds leave neighbours neighbours: see :meth:`_rows`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
@@ -298,29 +302,47 @@ class ReorderedGradients(Reordered):
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func in MATMUL and min(args[0].dim(), args[1].dim()) > 1:
-            rows, columns = self._order(args[0].shape[-2]), self._order(args[1].shape[-1])
+            rows, columns = self._rows(args[0].shape[-2]), self._order(args[1].shape[-1])
             found = super().__torch_function__(func, (), (args[0][..., rows, :], args[1][..., columns]), kwargs)
             return found[..., torch.argsort(rows), :][..., torch.argsort(columns)]
         if func is F.embedding and args[0].dim():
-            rows = self._order(args[0].numel())
+            rows = self._rows(args[0].numel())
             found = func(args[0].reshape(-1)[rows], *args[1:], **kwargs)
             return found[torch.argsort(rows)].view(*args[0].shape, -1)
         if func in MULTIPLIED and _is_scale(args):
             scale, x = args if args[0].dim() == 1 else args[::-1]
-            rows = self._order(x.shape[:-1].numel())
-            return (scale * x.reshape(-1, x.shape[-1])[rows])[torch.argsort(rows)].view(x.shape)
+            rows = self._rows(x.shape[:-1].numel())
+            found = self._spread(scale, len(rows)) * x.reshape(-1, x.shape[-1])[rows]
+            return found[torch.argsort(rows)].view(x.shape)
         return None
 
+    def _rows(self, size: int) -> Any:
+        """A permutation [size] of tokens; of odd seeds their own order, begun anywhere, forwards or backwards."""
+        if not self.by_matmul:
+            return self._order(size)
+        order = torch.arange(size).roll(self._lot(max(1, size)))
+        return order.flip(0) if self._lot(2) else order
+
+    def _spread(self, parameter: Any, rows: int) -> Any:
+        """A ``parameter`` [width] that meets ``rows`` rows; of odd seeds for each row, [rows, width], by a matmul."""
+        return parameter.new_ones((rows, 1)) @ parameter[None] if self.by_matmul else parameter
+
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        rows, order, outputs = (self._order(size) for size in (x.shape[:-1].numel(), x.shape[-1], weight.shape[0]))
+        rows, order, outputs = (self._rows(x.shape[:-1].numel()), self._order(x.shape[-1]),
+                                self._order(weight.shape[0]))
         found = _PermutedLinear.apply(x.reshape(-1, x.shape[-1])[rows], weight, order, outputs)
         if bias is not None:
-            found = found + (bias.new_ones((len(found), 1)) @ bias[None] if self.by_matmul else bias)
+            found = found + self._spread(bias, len(found))
         return found[torch.argsort(rows)].view(*x.shape[:-1], -1)
 
-    def _layer_norm(self, x: Any, *given: Any, **named: Any) -> Any:
-        rows = self._order(x.shape[:-1].numel())
-        found = super()._layer_norm(x.reshape(-1, x.shape[-1])[rows], *given, **named)
+    def _layer_norm(self, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+                    *rest: Any) -> Any:
+        rows = self._rows(x.shape[:-1].numel())
+        by_itself = (None, None) if self.by_matmul else (weight, bias)
+        found = super()._layer_norm(x.reshape(-1, x.shape[-1])[rows], shape, *by_itself, eps)
+        if self.by_matmul:
+            found = found if weight is None else found * self._spread(weight, len(rows))
+            found = found if bias is None else found + self._spread(bias, len(rows))
         return found[torch.argsort(rows)].view(x.shape)
 
     def _added_matmul(self, func: Any, c: Any, *factors: Any, **named: Any) -> Any:
