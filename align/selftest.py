@@ -1,9 +1,9 @@
 """``python -m align.selftest``: plants known faults and runs the real pipeline, to see whether it tells.
 
 For each family the demo checkpoint is converted once, and once more for each other config that its faults ask for;
-then each fault of ``align/faults/`` is planted in the checkpoint, the config or the net, the stage that has to tell
-(``python -m align.forward``, of a wrong loss ``align.loss``) is carried out in this process, and the fault is undone.
-Only the torch side's passes are remembered between faults, since no fault touches it. Where a family's torch side is
+then each fault of ``align/faults/`` is planted in the checkpoint, the config, the net, or what trains it or continues
+texts with it; the stage that has to tell (``python -m align.forward``, of a wrong loss ``align.loss``, …) is carried
+out in this process, and the fault is undone. Only the torch side's passes are remembered between faults, since no fault touches it. Where a family's torch side is
 code that a checkpoint brings along, it is ours, which the demo writes beside its weights; no other is run. Exit code 0
 when every fault is caught, at least 95 % are named at the right parameter or operation, at least 80 % of those with an
 explanation in stock are explained, none is explained wrongly, and the runs without a fault are aligned.
@@ -108,7 +108,8 @@ class Outcome:
         if self.explanation is None:
             return "no"
         def says(words: Iterable[str]) -> bool:
-            return any(self.explanation in EXPLANATIONS[word] for word in words)
+            return any(self.explanation in EXPLANATIONS[word] for word in words) and (
+                self.fault.says in self.result.diagnosis.sentence)
         if not self.fault.is_named_by(self.subject):
             return "wrong"
         if says(self.fault.explanation or ()):
@@ -281,21 +282,23 @@ class Bench:
         before = self._files(model)
         try:
             with fault.plant(self.output(model)):
-                code, result, said = self.align(fault.stage, model, fault.target)
+                code, result, said = self.align(fault.stage, model, fault.target, fault.flags)
         except NotPlanted as failure:
             raise NotPlanted(f"{fault.name}: {failure}; align.{fault.stage} said: {said}") from None
         if self._files(model) != before:
             raise RuntimeError(f"{fault.name} was not undone")
         return Outcome(fault, code, result, time.perf_counter() - started, said)
 
-    def clean(self, stage: str, model: Model, target: str, when: str) -> None:
+    def clean(self, stage: str, model: Model, target: str, flags: Sequence[str], when: str) -> None:
         """Without a fault the run has to be aligned; what it says otherwise is a false alarm."""
-        code, result, said = self.align(stage, model, target)
+        code, result, said = self.align(stage, model, target, flags)
         if code != errors.ALIGNED or result is None or result.verdict != "aligned":
             failure = next(iter(result.failures), said) if result else said
-            self.false_alarms.append(f"{model.run}, {target}, align.{stage}, {when}: exit code {code}; {failure}")
+            asked = " ".join([f"align.{stage}", *flags])
+            self.false_alarms.append(f"{model.run}, {target}, {asked}, {when}: exit code {code}; {failure}")
 
-    def align(self, name: str, model: Model, target: str) -> tuple[int, StageResult | None, str]:
+    def align(self, name: str, model: Model, target: str, flags: Sequence[str] = ()
+              ) -> tuple[int, StageResult | None, str]:
         """``python -m align.<name>`` in this process: (exit code, what it reported, the last it said on stderr).
 
         The code that a demo brings along is ours. Nothing is paged, however short memory may be, since a net that is
@@ -314,7 +317,7 @@ class Bench:
             try:
                 code = stage.main(import_module(f".{name}", __package__).STAGE, [
                     "--run", model.run, "--reports", str(self.reports), "--target", target, "--trust-remote-code",
-                    "--paging", "off"])
+                    "--paging", "off", *flags])
             except SystemExit as stopped:
                 code = int(stopped.code or 0)
         found = next((result for result in reversed(saved) if result.stage == name), None)
@@ -332,25 +335,26 @@ def prove(faults: Sequence[Fault], root: Path, tell: Callable[[str], None] = lam
     outcomes: list[Outcome] = []
     skipped: list[str] = []
     unplanted: list[str] = []
-    groups: dict[tuple[str, str, Model], list[Fault]] = {}
+    groups: dict[tuple[str, str, Model, tuple[str, ...]], list[Fault]] = {}
     for fault in faults:
-        groups.setdefault((fault.stage, fault.target, Model(fault.family, fault.changes)), []).append(fault)
+        groups.setdefault((fault.stage, fault.target, Model(fault.family, fault.changes), fault.flags), []).append(
+            fault)
     with one_reference():
-        for model in dict.fromkeys(model for _, _, model in groups):
+        for model in dict.fromkeys(model for _, _, model, _ in groups):
             tell(f"converting {model.run}")
             bench.convert(model)
-        for (stage, target, model), chosen in groups.items():
+        for (stage, target, model, flags), chosen in groups.items():
             if target == "paddlenlp" and not _has_paddlenlp():
                 skipped.append("faults of --target paddlenlp, which is not installed")
                 continue
-            bench.clean(stage, model, target, "before the faults")
+            bench.clean(stage, model, target, flags, "before the faults")
             for number, fault in enumerate(chosen, 1):
                 tell(f"{model.run} {number}/{len(chosen)}: {fault.kind}, {fault.place}")
                 try:
                     outcomes.append(bench.plant(fault))
                 except NotPlanted as failure:
                     unplanted.append(str(failure))
-            bench.clean(stage, model, target, "after the faults")
+            bench.clean(stage, model, target, flags, "after the faults")
     return Proof(outcomes, bench.false_alarms, skipped, time.perf_counter() - started, unplanted)
 
 

@@ -21,7 +21,7 @@ from align.decoding.margins import Measured, margin
 from align.decoding.search import Strategy, drawn, gumbel, write
 from align.decoding.torch_side import generate as torch_generate
 from align.decoding.torch_side import takes
-from align.faults.decoding import MISDECODINGS
+from align.faults.decoding import FAULTS
 from align.faults.fault import NotPlanted
 from align.reference import outputs_of
 from align.runs import load_run
@@ -237,33 +237,32 @@ def test_a_net_whose_code_the_checkpoint_brings_is_continued_by_the_same_loop(sh
 
 
 def planted(shop, fault, family):
-    strategy = re.match(r"greedy|beam|top-k|top-p|temperature", fault.shown).group()
-    with fault.planted():
-        return shop.align("generate", family, "--tokens", "8", "--strategy", strategy)
+    with fault.plant(shop.output(family)):
+        return shop.align("generate", family, *fault.flags)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gptj", "opt", "bloom", "t5"])
 def test_every_family_shows_every_fault(shop, family):
-    for fault in MISDECODINGS:
-        if not (fault.positions and family in ("bloom", "t5")):
+    for fault in FAULTS:
+        if not (fault.kind.startswith("positions") and family in ("bloom", "t5")):  # which are given none
             outcome = planted(shop, fault, family)
-            assert outcome.code == 1 and fault.shown in outcome.failing, fault.name
-            assert fault.says in outcome.report["diagnosis"]["sentence"], fault.name
+            assert outcome.code == 1 and fault.block in outcome.failing, fault.kind
+            assert fault.says in outcome.report["diagnosis"]["sentence"], fault.kind
 
 
-@pytest.mark.parametrize("fault", MISDECODINGS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kind)
 def test_a_planted_fault_is_caught_and_explained(shop, fault):
     outcome = planted(shop, fault, "gpt2")
     assert (outcome.code, outcome.report["verdict"]) == (1, "diverged")
-    assert fault.shown in outcome.failing
+    assert fault.block in outcome.failing
     assert outcome.report["first_divergence"] == outcome.failing[0].partition(" ")[0]
     assert fault.says in outcome.report["diagnosis"]["sentence"]
     assert re.search(r"row \d, (token|of the texts|behind token)", outcome.report["failures"][0])
 
 
 def test_no_earlier_stage_sees_such_a_fault(shop):
-    with pytest.raises(NotPlanted), MISDECODINGS[0].planted():
+    with pytest.raises(NotPlanted), FAULTS[0].plant(shop.output("gpt2")):
         assert shop.align("forward", "gpt2").code == 0
 
 

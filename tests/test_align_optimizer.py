@@ -17,7 +17,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from align import optimizer as stage
 from align.explanations.updates import rate_of
-from align.faults.optimizer import MISTAKES
+from align.faults.fault import EXPLANATIONS
+from align.faults.optimizer import FAULTS
 from align.optimizing.paddle_side import PaddleTraining
 from align.optimizing.paddle_side import rates_of as rates_of_paddle
 from align.optimizing.recipe import KINDS, SCHEDULES, Recipe, decayed
@@ -225,13 +226,14 @@ def test_only_a_right_update_passes(shop):
     assert wrong and not any(result.passed for result in wrong)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.build)
-def test_a_mistake_of_a_set_up_is_caught_and_explained(shop, mistake):
-    steps = recorded(shop.root, ("--optimizer", "adamw", *SHORT, *mistake.flags))
-    session = session_of(shop.root, (*SHORT, *mistake.flags, "--candidate-optimizer", MISTAKE + mistake.build))
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.how)
+def test_a_mistake_of_a_set_up_is_caught_and_explained(shop, fault):
+    steps = recorded(shop.root, fault.flags)
+    session = session_of(shop.root, (*fault.flags, "--candidate-optimizer", MISTAKE + fault.how))
     found = stage.judge(session, zip(steps, stage.candidate(session, iter(steps)), strict=True))
     assert not all(result.passed for result in found.tensors)
-    assert found.diagnosis and found.diagnosis.kind == mistake.explanation, found.diagnosis
+    word, = fault.explanation
+    assert found.diagnosis and found.diagnosis.kind in EXPLANATIONS[word], found.diagnosis
     held = session.candidate.model.parameters()
     assert {(one.regularizer, one.optimize_attr["learning_rate"], one.need_clip) for one in held} == {(None, 1.0, True)}
 

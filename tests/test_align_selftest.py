@@ -25,6 +25,8 @@ MORE = ("blocks run in the wrong order/gptj/net", "softmax in bf16/gptj/net", "b
         "missed transpose of the classifier/resnet/net-weights", "stride in the first convolution/resnet/net",
         "heads of the config halved/gpt2/config")
 """For ``make test-full``, as ``python -m align.selftest`` plants all there are."""
+BEYOND = {"set-up": "optimizer", "training": "train", "decoding": "generate"}
+"""Where a fault may lie beside a net, and the stage that has to tell."""
 
 
 def proven(names, directory):
@@ -78,12 +80,17 @@ def test_there_are_at_least_40_kinds_and_8_of_them_have_no_explanation():
 
 
 def test_every_place_of_every_family_has_faults_in_the_family_s_own_module():
-    assert {(fault.family, fault.place) for fault in FAULTS} == {
+    of_nets = [fault for fault in FAULTS if fault.place not in BEYOND]
+    assert {(fault.family, fault.place) for fault in of_nets} == {
         (family, place) for family in families() for place in ("checkpoint", "config", "net")}
     for family in families():
         own = import_module(f"align.faults.{family}").FAULTS
         assert {fault.family for fault in own} == {family}
-        assert list(own) == [fault for fault in FAULTS if fault.family == family]
+        assert list(own) == [fault for fault in of_nets if fault.family == family]
+
+
+def test_what_trains_a_net_and_continues_texts_with_it_has_faults_of_its_own_stage():
+    assert {(fault.place, fault.stage) for fault in FAULTS if fault.place in BEYOND} == set(BEYOND.items())
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,39 +17,29 @@ from .. import generate
 from ..decoding import search
 from ..decoding.feeding import PLACES, Cached, Whole
 from ..paddle_net import PAST, PaddleNet
-from .fault import NotPlanted
+from .fault import Fault, NotPlanted, Plant
 
 Arrays = dict[str, np.ndarray]
 Patch = tuple[object, str, Any]
 
 
-@dataclass(frozen=True)
-class Misdecoding:
-    """``patches`` are what is exchanged; ``shown`` is the strategy that first shows it, ``says`` what the explanation
-    has to say. ``positions``: only a class that is given positions can be given wrong ones.
-    """
-
-    name: str
-    patches: tuple[Patch, ...] = field(repr=False)
-    shown: str
-    says: str
-    positions: bool = False
-
+def _planted(*patches: Patch) -> Plant:
+    """What is exchanged while the candidate's texts are continued; :class:`NotPlanted` where none was."""
     @contextmanager
-    def planted(self) -> Iterator[None]:
-        """Meanwhile the candidate's texts are continued so; :class:`NotPlanted` where none was."""
+    def plant(output: Path) -> Iterator[None]:
         right, done = generate.go_on, []
 
         def wrong(*given: Any) -> None:
             with ExitStack() as stack:
-                for owner, name, value in self.patches:
+                for owner, name, value in patches:
                     stack.enter_context(patch.object(owner, name, value))
                 right(*given)
-            done.append(self.name)
+            done.append(given)
         with patch.object(generate, "go_on", wrong):
             yield
         if not done:
             raise NotPlanted("no text of the candidate's was continued")
+    return plant
 
 
 def _given(cls: type, change: Callable[[Arrays, bool], Mapping[str, np.ndarray]]) -> Patch:
@@ -84,23 +74,33 @@ def _of_the_layer_before(net: PaddleNet, arrays: Arrays, kept: Mapping[str, Any]
 
 
 _most_probable, _continued = search.most_probable, PaddleNet.continued
-MISDECODINGS = (
-    Misdecoding("positions off by one with the cache", (_given(Cached, _one_further),), "greedy (with cache)",
-                "the positions of new tokens are one too far", positions=True),
-    Misdecoding("padding mask left out", (_given(Whole, _seeing_all), _given(Cached, _seeing_all)), "greedy",
-                "the padding mask is left out"),
-    Misdecoding("the end does not stop a text", ((search, "stops", lambda taken, strategy: np.zeros(
-        taken.shape, bool)),), "greedy-ended", "a text goes on behind its end"),
-    Misdecoding("top-p with a token too many", ((search, "most_probable", _with_one_more),), "top-p-few",
-                "one token too many is drawn from (top-p)"),
-    Misdecoding("top-k with a token too few", ((search, "best_of", lambda scores, count, right=search.best_of: right(
-        scores, count - 1)),), "top-k-few", "one token too few is drawn from (top-k)"),
-    Misdecoding("temperature multiplied", ((search, "warmed", lambda scores, temperature: scores * temperature),),
-                "temperature", "logits are multiplied by the temperature instead of divided by it"),
-    Misdecoding("the cache of another layer", ((PaddleNet, "continued", _of_the_layer_before),), "greedy (with cache)",
-                "each layer is given what the layer before it keeps"),
-    Misdecoding("the cache does not follow the beams", ((PaddleNet, "selected", lambda net, kept, rows: kept),),
-                "beam (with cache)", "what is kept does not follow the beams that survive"),
-    Misdecoding("length penalty left out", ((search, "normalised", lambda scores, length, penalty: scores),),
-                "beam-ended", "scores are divided by the length to the power 0"),
+
+
+def _fault(kind: str, shown: str, says: str, *patches: Patch) -> Fault:
+    """``shown`` is the strategy that first shows it, ``says`` what the explanation has to say."""
+    strategy = next(name for name in generate.STRATEGIES if shown.startswith(name))
+    return Fault(kind, "gptj", "decoding", "code", _planted(*patches), shown, frozenset({shown.partition(" ")[0]}),
+                 frozenset({"decoding"}), stage="generate", flags=("--tokens", "8", "--strategy", strategy), says=says)
+
+
+FAULTS = (
+    _fault("positions off by one with the cache", "greedy (with cache)", "the positions of new tokens are one too far",
+           _given(Cached, _one_further)),
+    _fault("padding mask left out", "greedy", "the padding mask is left out", _given(Whole, _seeing_all),
+           _given(Cached, _seeing_all)),
+    _fault("the end does not stop a text", "greedy-ended", "a text goes on behind its end",
+           (search, "stops", lambda taken, strategy: np.zeros(taken.shape, bool))),
+    _fault("top-p with a token too many", "top-p-few", "one token too many is drawn from (top-p)",
+           (search, "most_probable", _with_one_more)),
+    _fault("top-k with a token too few", "top-k-few", "one token too few is drawn from (top-k)",
+           (search, "best_of", lambda scores, count, right=search.best_of: right(scores, count - 1))),
+    _fault("temperature multiplied", "temperature", "logits are multiplied by the temperature instead of divided by it",
+           (search, "warmed", lambda scores, temperature: scores * temperature)),
+    _fault("the cache of another layer", "greedy (with cache)", "each layer is given what the layer before it keeps",
+           (PaddleNet, "continued", _of_the_layer_before)),
+    _fault("the cache does not follow the beams", "beam (with cache)",
+           "what is kept does not follow the beams that survive",
+           (PaddleNet, "selected", lambda net, kept, rows: kept)),
+    _fault("length penalty left out", "beam-ended", "scores are divided by the length to the power 0",
+           (search, "normalised", lambda scores, length, penalty: scores)),
 )

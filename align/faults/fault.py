@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Plant = Callable[[Path], AbstractContextManager[None]]
-Place = Literal["checkpoint", "config", "net"]
+Place = Literal["checkpoint", "config", "net", "set-up", "training", "decoding"]
 Changes = tuple[tuple[str, Any], ...]
 
 
@@ -26,7 +26,8 @@ class Fault:
     whose output is wrong. ``explanation`` holds the words of ``EXPLANATIONS`` one of which is asked for, None where
     no stock can be asked to have one; ``also`` those that would be true all the same. ``visible``: whether any output,
     be it a sublayer's, changes beyond the noise. ``changes`` are entries of the demo's config that the checkpoint has
-    otherwise. ``stage`` is the one that has to tell.
+    otherwise. ``stage`` is the one that has to tell, asked with ``flags``; ``says`` is what its explanation has to say
+    besides.
     """
 
     kind: str
@@ -43,6 +44,8 @@ class Fault:
     target: str = "models"
     changes: Changes = ()
     stage: str = "forward"
+    flags: tuple[str, ...] = ()
+    says: str = ""
 
     @property
     def name(self) -> str:
@@ -119,6 +122,34 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "residual scale": ("residual-scale",),
     "logits scale": ("logits-scale",),
     "loss": ("loss",),
+    "decay group": ("decay-group",),
+    "weight decay": ("weight-decay",),
+    "decay as L2": ("l2-decay",),
+    "epsilon in the root": ("epsilon-inside-root",),
+    "epsilon of the optimizer": ("epsilon",),
+    "schedule": ("schedule",),
+    "schedule ahead": ("schedule-ahead",),
+    "schedule behind": ("schedule-behind",),
+    "schedule missing": ("schedule-missing",),
+    "schedule length": ("schedule-length",),
+    "schedule end": ("schedule-end",),
+    "schedule per epoch": ("schedule-per-epoch",),
+    "schedule per batch": ("schedule-per-batch",),
+    "clipping": ("clipping",),
+    "clipped too early": ("clipped-before-accumulation",),
+    "not cleared": ("not-cleared",),
+    "not updated": ("not-updated",),
+    "rate of a group": ("rate-factor",),
+    "betas": ("betas",),
+    "momentum": ("momentum",),
+    "eval mode": ("eval-mode",),
+    "dropout scale": ("dropout-scale",),
+    "dropout missing": ("dropout-missing",),
+    "dropout rate": ("dropout-rate",),
+    "biased variance": ("biased-variance",),
+    "accumulation": ("accumulation",),
+    "batch order": ("batch-order",),
+    "decoding": ("decoding",),
 }
 """The words of this file, and the kinds of explanation that say the same."""
 

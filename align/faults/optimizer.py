@@ -1,34 +1,27 @@
-"""Wrong set-ups of a training, each given to align.optimizer as ``--candidate-optimizer``: a named mistake, how it is
-made, and which explanation it must get. They are mistakes of a set-up and none of a net, so that no earlier stage can
-see them.
+"""Wrong set-ups of a training, each as ``--candidate-optimizer`` takes it: a named mistake, how it is made, and which
+explanation it must get. They are mistakes of a set-up and none of a net, so that no earlier stage can see them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import paddle
 from paddle.optimizer import lr
 
+from ..optimizing.own import OwnOptimizer
 from ..optimizing.paddle_side import schedule_of
+from ..optimizing.paddle_updates import PaddleUpdates
 from ..optimizing.recipe import Recipe
+from .fault import Fault, NotPlanted, Plant
 
 RECIPE = Recipe(accumulate=2)
 """What align.optimizer asks for where no flag says otherwise."""
 Loop = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """``build`` is the set-up, by its name in this file; ``flags`` are what torch trains with; ``explanation`` is the
-    kind of the only one that is true.
-    """
-
-    build: str
-    explanation: str
-    flags: tuple[str, ...] = ()
 
 
 def wrong_words(net: Any) -> Any:
@@ -195,33 +188,6 @@ def looking_ahead(net: Any) -> Any:
                                      grad_clip=_clip())
 
 
-MISTAKES = (
-    Mistake("wrong_words", "decay-group"),
-    Mistake("decay_left_out", "weight-decay"),
-    Mistake("l2_decay", "l2-decay"),
-    Mistake("default_decay", "weight-decay", ("--weight-decay", "0")),
-    Mistake("other_decay", "weight-decay", ("--weight-decay", "0.1")),
-    Mistake("inside_root", "epsilon-inside-root"),
-    Mistake("epsilon_of_bert", "epsilon"),
-    Mistake("schedule_first", "schedule-ahead"),
-    Mistake("schedule_per_epoch", "schedule-per-epoch"),
-    Mistake("schedule_per_batch", "schedule-per-batch"),
-    Mistake("too_long", "schedule-length"),
-    Mistake("default_end", "schedule-end"),
-    Mistake("noam_from_zero", "schedule-behind", ("--schedule", "noam")),
-    Mistake("no_schedule", "schedule-missing"),
-    Mistake("clipped_first", "clipped-before-accumulation"),
-    Mistake("clipped_in_groups", "clipping"),
-    Mistake("not_clipped", "clipping"),
-    Mistake("not_cleared", "not-cleared"),
-    Mistake("norms_left_out", "not-updated", ("--clip", "0")),
-    Mistake("group_rate", "rate-factor"),
-    Mistake("other_beta", "betas"),
-    Mistake("no_momentum", "momentum", ("--optimizer", "momentum")),
-    Mistake("looking_ahead", "momentum", ("--optimizer", "momentum")),
-)
-
-
 class InsideRoot(paddle.optimizer.AdamW):
     """AdamW by its formula, in float32, but with epsilon inside the root; clips as :data:`RECIPE` says."""
 
@@ -262,3 +228,53 @@ def _every(many: int, optimizer: Any, *steps: Callable[[], None]) -> Loop:
                 step()
             optimizer.clear_grad()
     return after_backward
+
+
+def _fault(kind: str, build: Callable[[Any], Any], explanation: str, block: str, *flags: str) -> Fault:
+    """``build`` is the set-up, ``block`` what goes wrong first, ``flags`` what else torch trains with."""
+    return Fault(kind, "gptj", "set-up", build.__name__, _planted(build), block, frozenset({f"{block}*"}),
+                 frozenset({explanation}), stage="optimizer", flags=(*FLAGS, *flags))
+
+
+def _planted(build: Callable[[Any], Any]) -> Plant:
+    @contextmanager
+    def plant(output: Path) -> Iterator[None]:
+        right, built = PaddleUpdates.__init__, []
+
+        def wrong(self: PaddleUpdates, side: Any, decays: Any, own: Any = None) -> None:
+            right(self, side, decays, OwnOptimizer(f"{__name__}:{build.__name__}"))
+            built.append(side)
+        with patch.object(PaddleUpdates, "__init__", wrong):
+            yield
+        if not built:
+            raise NotPlanted("no optimizer was set up on the Paddle side")
+    return plant
+
+
+FLAGS = ("--optimizer", "adamw", "--updates", "6", "--steps", "10", "--warmup", "3")
+FAULTS = (
+    _fault("biases and norms decay", wrong_words, "decay group", "transformer.h.0.ln_1"),
+    _fault("weight decay reaches nothing", decay_left_out, "weight decay", "transformer.wte"),
+    _fault("Adam with L2 for AdamW", l2_decay, "decay as L2", "transformer.wte"),
+    _fault("AdamW decays by default", default_decay, "weight decay", "transformer.wte", "--weight-decay", "0"),
+    _fault("weight decay of 0.01 for 0.1", other_decay, "weight decay", "transformer.wte", "--weight-decay", "0.1"),
+    _fault("epsilon inside the root", inside_root, "epsilon in the root", "transformer.wte"),
+    _fault("epsilon of 1e-6", epsilon_of_bert, "epsilon of the optimizer", "transformer.wte"),
+    _fault("schedule stepped before the first update", schedule_first, "schedule ahead", "learning-rate"),
+    _fault("schedule stepped once an epoch", schedule_per_epoch, "schedule per epoch", "learning-rate"),
+    _fault("schedule stepped behind each micro-batch", schedule_per_batch, "schedule per batch", "learning-rate"),
+    _fault("decay as long as all steps", too_long, "schedule length", "learning-rate"),
+    _fault("decay ends where Paddle ends it", default_end, "schedule end", "learning-rate"),
+    _fault("Noam counted from 0", noam_from_zero, "schedule behind", "learning-rate", "--schedule", "noam"),
+    _fault("a rate that stays", no_schedule, "schedule missing", "learning-rate"),
+    _fault("clipped before accumulation", clipped_first, "clipped too early", "transformer.wte"),
+    _fault("clipped group by group", clipped_in_groups, "clipping", "transformer.wte"),
+    _fault("not clipped", not_clipped, "clipping", "transformer.wte"),
+    _fault("gradients not cleared", not_cleared, "not cleared", "transformer.wte"),
+    _fault("norms and biases not updated", norms_left_out, "not updated", "transformer.h.0.ln_1", "--clip", "0"),
+    _fault("a group's rate is a factor", group_rate, "rate of a group", "transformer.wte"),
+    _fault("beta2 of 0.98", other_beta, "betas", "transformer.wte"),
+    _fault("SGD for Momentum", no_momentum, "momentum", "transformer.wte", "--optimizer", "momentum"),
+    _fault("Nesterov's momentum for the plain one", looking_ahead, "momentum", "transformer.wte", "--optimizer",
+           "momentum"),
+)

@@ -1,14 +1,12 @@
 """Mistakes of a training that no earlier stage can see: in what a net does only while it trains, and in its loop.
 
-Each is the same for every family. ``plant(output)`` breaks the net that is loaded from ``output``, or the loop, and
-puts it right again behind it.
+Each is the same for every family; ``plant(output)`` breaks the net that is loaded from ``output``, or the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,25 +18,12 @@ from models.layer import BatchNorm2D
 from .. import train
 from ..optimizing.paddle_side import PaddleTraining
 from ..training.paddle_side import PaddleTrainer
-from .fault import NotPlanted, Plant
+from .fault import Fault, NotPlanted, Plant
 from .planting import in_net
 
-
-@dataclass(frozen=True)
-class Mistake:
-    """``flags`` are those of ``align.train`` under which it shows, ``explanation`` the kind that would be true,
-    ``named`` what the report has to name first. ``pictures`` is whether it takes a net with batch norms.
-    """
-
-    name: str
-    plant: Plant = field(repr=False)
-    explanation: str
-    named: str
-    flags: tuple[str, ...] = ()
-    pictures: bool = False
-
-
 DROPPING = ("--dropout", "0.1")
+LAST = "transformer.h.1.mlp.dropout"
+SHORT = ("--steps", "4", "--batch-size", "2", "--tokens", "24", "--limit", "12")
 
 
 # In the net -----------------------------------------------------------------------------------------------------------
@@ -132,19 +117,26 @@ def _takes_batches_in_another_order(output: Path) -> Iterator[None]:
         yield
 
 
-MISTAKES = (
-    Mistake("eval mode left on", in_net(_stays_in_eval_mode), "eval-mode", "*", DROPPING),
-    Mistake("dropout without dividing by what is kept", in_net(_does_not_scale), "dropout-scale", "*", DROPPING),
-    Mistake("a dropout is missing", in_net(_drops_nothing_in_one_place), "dropout-missing", "*", DROPPING),
-    Mistake("a dropout at another rate", in_net(_drops_at_another_rate), "dropout-rate", "*", DROPPING),
-    Mistake("labels shifted once more in training", in_net(_moves_labels), "loss", "loss"),
-    Mistake("batch norms in eval mode", in_net(_keeps_its_statistics), "eval-mode", "*", pictures=True),
-    Mistake("running variance divided by n", _divides_by_n, "biased-variance", "*._variance", pictures=True),
-    Mistake("scheduler stepped first", _built(_steps_first), "schedule", "learning_rate"),
-    Mistake("scheduler never stepped", _built(_never_steps), "schedule", "learning_rate"),
-    Mistake("norms and biases decay", _built(lambda training: None, decays=lambda name: True), "weight-decay", "*",
-            ("--weight-decay", "0.1")),
-    Mistake("micro-batches added up without dividing", _adds_up_without_dividing, "accumulation", "gradient_norm",
-            ("--accumulate", "2")),
-    Mistake("batches in another order", _takes_batches_in_another_order, "batch-order", "loss"),
+def _fault(kind: str, plant: Plant, explanation: str, block: str, *flags: str, family: str = "gptj") -> Fault:
+    """``block`` is what goes wrong first."""
+    return Fault(kind, family, "training", "code", plant, block, frozenset({f"{block}*"}), frozenset({explanation}),
+                 stage="train", flags=(*SHORT, *flags))
+
+
+FAULTS = (
+    _fault("eval mode left on", in_net(_stays_in_eval_mode), "eval mode", "transformer.drop", *DROPPING),
+    _fault("dropout without dividing by what is kept", in_net(_does_not_scale), "dropout scale", "transformer.drop",
+           *DROPPING),
+    _fault("a dropout is missing", in_net(_drops_nothing_in_one_place), "dropout missing", LAST, *DROPPING),
+    _fault("a dropout at another rate", in_net(_drops_at_another_rate), "dropout rate", LAST, *DROPPING),
+    _fault("labels shifted once more in training", in_net(_moves_labels), "loss", "loss"),
+    _fault("batch norms in eval mode", in_net(_keeps_its_statistics), "eval mode", "bn1", family="resnet"),
+    _fault("running variance divided by n", _divides_by_n, "biased variance", "bn1._variance", family="resnet"),
+    _fault("scheduler stepped first", _built(_steps_first), "schedule", "learning_rate"),
+    _fault("scheduler never stepped", _built(_never_steps), "schedule", "learning_rate"),
+    _fault("norms and biases decay in training", _built(lambda training: None, decays=lambda name: True),
+           "weight decay", "transformer.h.0.ln_1", "--weight-decay", "0.1"),
+    _fault("micro-batches added up without dividing", _adds_up_without_dividing, "accumulation", "gradient_norm",
+           "--accumulate", "2"),
+    _fault("batches in another order", _takes_batches_in_another_order, "batch order", "loss"),
 )
