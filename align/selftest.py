@@ -3,10 +3,11 @@
 For each family the demo checkpoint is converted once, and once more for each other config that its faults ask for;
 then each fault of ``align/faults/`` is planted in the checkpoint, the config, the net, or what trains it or continues
 texts with it; the stage that has to tell (``python -m align.forward``, of a wrong loss ``align.loss``, …) is carried
-out in this process, and the fault is undone. Only the torch side's passes are remembered between faults, since no fault touches it. Where a family's torch side is
-code that a checkpoint brings along, it is ours, which the demo writes beside its weights; no other is run. Exit code 0
-when every fault is caught, at least 95 % are named at the right parameter or operation, at least 80 % of those with an
-explanation in stock are explained, none is explained wrongly, and the runs without a fault are aligned.
+out in this process, and the fault is undone. Only the torch side's passes are remembered between faults, since no fault
+touches it. Where a family's torch side is code that a checkpoint brings along, it is ours, which the demo writes beside
+its weights; no other is run. Exit code 0 when every fault is caught, at least 95 % are named at the right parameter or
+operation, at least 80 % of those with an explanation in stock are explained, none is explained wrongly, and the runs
+without a fault are aligned.
 """
 
 from __future__ import annotations

@@ -225,6 +225,8 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
 
 HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 """torch asks for them where it allocates; read once, when it allocates first."""
+SILENCE = 15.0
+"""Seconds after which a log is told what is going on."""
 EXACT_ON_GPU = {"NVIDIA_TF32_OVERRIDE": "0", "FLAGS_cudnn_deterministic": "1", "FLAGS_embedding_deterministic": "1"}
 
 
@@ -245,9 +247,14 @@ def latest_told(options: argparse.Namespace) -> str:
 
 @contextmanager
 def _progress(stage: str, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
-    """What is being done right now, on stderr; quiet where stderr is not a terminal, or the user is asked there."""
-    if not sys.stderr.isatty() or getattr(options, "interactive", False):
+    """What is being done right now, on stderr: in place on a terminal, a line now and then in a log; quiet where the
+    user is asked something.
+    """
+    if getattr(options, "interactive", False):
         yield lambda told: None
+        return
+    if not sys.stderr.isatty():
+        yield _line_by_line(stage)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -255,6 +262,19 @@ def _progress(stage: str, options: argparse.Namespace) -> Iterator[Callable[[str
                   console=Console(stderr=True)) as progress:
         task: Any = progress.add_task(stage, total=None)
         yield lambda told: progress.update(task, description=f"{stage}: {told}")
+
+
+def _line_by_line(stage: str) -> Callable[[str], None]:
+    """Tells on stderr what is being done, once ``SILENCE`` has passed since it last did."""
+    started = told_at = time.monotonic()
+
+    def tell(told: str) -> None:
+        nonlocal told_at
+        now = time.monotonic()
+        if now - told_at >= SILENCE:
+            print(f"{stage}: {told} ({now - started:.0f} s)", file=sys.stderr, flush=True)
+            told_at = now
+    return tell
 
 
 def _parser(stage: Stage | RecordedStage) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import json
 import logging
 import numbers
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from align_fixtures import STAGES, Workshop
 from reprod_log import ReprodDiffHelper
 
 import models
+from align import stage
 
 TYPES = {"schema": str, "run": str, "family": str, "stage": str, "verdict": str, "first_divergence": (str, type(None)),
          "tensors": list, "reference": dict, "candidate": dict, "inputs_digest": (str, type(None)),
@@ -45,6 +47,12 @@ def diverged(workshop):
         markdown = (workshop.reports / "gptj" / "forward.md").read_text("utf-8")
     workshop.align("forward", "gptj")
     return outcome, markdown
+
+
+def test_a_log_is_told_now_and_then_what_is_being_done(workshop, monkeypatch):
+    assert not re.search(r"^loss: ", workshop.align("loss", "gptj").stderr, re.M)
+    monkeypatch.setattr(stage, "SILENCE", 0.0)
+    assert re.search(r"^loss: .+ \(\d+ s\)$", workshop.align("loss", "gptj").stderr, re.M)
 
 
 @pytest.mark.parametrize("stage", STAGES)
