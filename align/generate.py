@@ -41,9 +41,11 @@ CACHED = " (with cache)"
 TOKENS, PAGED_TOKENS = 24, 4
 PENALTIES, FLATTENING, SEEDS = (0.5, 2.0, -2.0, -4.0), (1.0, 2.0, 4.0, 8.0, 16.0), 4
 """Powers of the length for texts that end early, temperatures for few tokens, and how many seeds are tried for them."""
-TO_BE_TOLD = {BEAM + ENDED: ("the power 0 ", "the power 1 "), TOP_K + FEW: ("too many", "too few"),
-              TOP_P + FEW: ("too many", "left out")}
-"""Of which mistakes a strategy is to lead to other texts."""
+TO_BE_TOLD = {
+    BEAM + ENDED: {"the power 0 ": "a length penalty of 0", "the power 1 ": "a length penalty of 1"},
+    TOP_K + FEW: {"too many": "one token too many to draw from", "too few": "one token too few to draw from"},
+    TOP_P + FEW: {"too many": "one token too many to draw from", "left out": "one token too few to draw from"}}
+"""Of which mistakes a strategy is to lead to other texts: words of what is told of each, and its name."""
 MARGINS, NOISE, STATES, START = "margins", "noise", "states", "start"
 CHOOSING = ("strategy", "tokens", "rows", "prompt", "interactive", "beams", "length_penalty", "early_stopping",
             "top_k", "top_p", "temperature", "seed")
@@ -186,7 +188,7 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
     if "attention_mask" not in feed.takes and (start.mask == 0).any():
         step.told["notes"].append(f"transformers gives its {type(side.model).__name__} no mask while it generates, so "
                                   "that both sides read padding.")
-    step.told["notes"] += _apart(step, suffix)
+    step.told["notes"] += [*_apart(step, suffix), *_not_shown(step, strategies)]
     return step
 
 
@@ -214,6 +216,19 @@ def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Calla
             if shown == len(TO_BE_TOLD[name]):
                 break
     return found, made
+
+
+def _not_shown(step: Step, strategies: Mapping[str, Strategy]) -> list[str]:
+    """A note where a mistake that a strategy is there to show would lead to no other text."""
+    told = []
+    for name in [name for name in TO_BE_TOLD if name in strategies]:
+        seen = " ".join(words for words, _ in step.told["mistakes"][name + step.told["suffix"]])
+        hidden = [called for words, called in TO_BE_TOLD[name].items()
+                  if words not in seen and words != f"the power {strategies[name].length_penalty:g} "]
+        if hidden:
+            told.append(f"{name} would come to the same texts with {' or '.join(hidden)}, so that mistake would not "
+                        "show here. More --tokens or --rows may show it.")
+    return told
 
 
 def _note(step: Step, name: str, found: Any, start: Start, strategy: Strategy, measured: np.ndarray) -> None:

@@ -241,13 +241,19 @@ def planted(shop, fault, family):
         return shop.align("generate", family, *fault.flags)
 
 
+def is_shown(fault, outcome):
+    """By the very case that is there to show it, in whatever texts a net writes."""
+    there = {"the end does not stop a text": "greedy-ended", "top-k with a token too few": "top-k-few"}
+    return there.get(fault.kind, fault.block) in outcome.failing
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["gptj", "opt", "bloom", "t5"])
 def test_every_family_shows_every_fault(shop, family):
     for fault in FAULTS:
         if not (fault.kind.startswith("positions") and family in ("bloom", "t5")):  # which are given none
             outcome = planted(shop, fault, family)
-            assert outcome.code == 1 and fault.block in outcome.failing, fault.kind
+            assert outcome.code == 1 and is_shown(fault, outcome), fault.kind
             assert fault.says in outcome.report["diagnosis"]["sentence"], fault.kind
 
 
@@ -255,7 +261,7 @@ def test_every_family_shows_every_fault(shop, family):
 def test_a_planted_fault_is_caught_and_explained(shop, fault):
     outcome = planted(shop, fault, "gpt2")
     assert (outcome.code, outcome.report["verdict"]) == (1, "diverged")
-    assert fault.block in outcome.failing
+    assert is_shown(fault, outcome)
     assert outcome.report["first_divergence"] == outcome.failing[0].partition(" ")[0]
     assert fault.says in outcome.report["diagnosis"]["sentence"]
     assert re.search(r"row \d, (token|of the texts|behind token)", outcome.report["failures"][0])

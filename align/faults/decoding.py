@@ -77,10 +77,10 @@ _most_probable, _continued = search.most_probable, PaddleNet.continued
 
 
 def _fault(kind: str, shown: str, says: str, *patches: Patch) -> Fault:
-    """``shown`` is the strategy that first shows it, ``says`` what the explanation has to say."""
+    """``shown`` is the case that first shows it in the demo, ``says`` what the explanation has to say."""
     strategy = next(name for name in generate.STRATEGIES if shown.startswith(name))
-    return Fault(kind, "gptj", "decoding", "code", _planted(*patches), shown, frozenset({shown.partition(" ")[0]}),
-                 frozenset({"decoding"}), stage="generate", flags=("--tokens", "8", "--strategy", strategy), says=says)
+    return Fault(kind, "gptj", "decoding", "code", _planted(*patches), shown, frozenset({f"{strategy}*"}),
+                 frozenset({"decoding"}), stage="generate", flags=("--tokens", "16", "--strategy", strategy), says=says)
 
 
 FAULTS = (
@@ -88,11 +88,11 @@ FAULTS = (
            _given(Cached, _one_further)),
     _fault("padding mask left out", "greedy", "the padding mask is left out", _given(Whole, _seeing_all),
            _given(Cached, _seeing_all)),
-    _fault("the end does not stop a text", "greedy-ended", "a text goes on behind its end",
+    _fault("the end does not stop a text", "greedy", "a text goes on behind its end",
            (search, "stops", lambda taken, strategy: np.zeros(taken.shape, bool))),
     _fault("top-p with a token too many", "top-p-few", "one token too many is drawn from (top-p)",
            (search, "most_probable", _with_one_more)),
-    _fault("top-k with a token too few", "top-k-few", "one token too few is drawn from (top-k)",
+    _fault("top-k with a token too few", "top-k", "one token too few is drawn from (top-k)",
            (search, "best_of", lambda scores, count, right=search.best_of: right(scores, count - 1))),
     _fault("temperature multiplied", "temperature", "logits are multiplied by the temperature instead of divided by it",
            (search, "warmed", lambda scores, temperature: scores * temperature)),

@@ -22,7 +22,7 @@ from .fault import Fault, NotPlanted, Plant
 from .planting import in_net
 
 DROPPING = ("--dropout", "0.1")
-LAST = "transformer.h.1.mlp.dropout"
+LAST = "transformer.h.2"
 SHORT = ("--steps", "4", "--batch-size", "2", "--tokens", "24", "--limit", "12")
 
 
@@ -117,10 +117,11 @@ def _takes_batches_in_another_order(output: Path) -> Iterator[None]:
         yield
 
 
-def _fault(kind: str, plant: Plant, explanation: str, block: str, *flags: str, family: str = "gptj") -> Fault:
-    """``block`` is what goes wrong first."""
-    return Fault(kind, family, "training", "code", plant, block, frozenset({f"{block}*"}), frozenset({explanation}),
-                 stage="train", flags=(*SHORT, *flags))
+def _fault(kind: str, plant: Plant, explanation: str, block: str, *flags: str, family: str = "gptj",
+           named: str | None = None) -> Fault:
+    """``block`` is what goes wrong first, and what is named unless that is another."""
+    return Fault(kind, family, "training", "code", plant, block, frozenset({named or f"{block}*"}),
+                 frozenset({explanation}), stage="train", flags=(*SHORT, *flags))
 
 
 FAULTS = (
@@ -130,7 +131,8 @@ FAULTS = (
     _fault("a dropout is missing", in_net(_drops_nothing_in_one_place), "dropout missing", LAST, *DROPPING),
     _fault("a dropout at another rate", in_net(_drops_at_another_rate), "dropout rate", LAST, *DROPPING),
     _fault("labels shifted once more in training", in_net(_moves_labels), "loss", "loss"),
-    _fault("batch norms in eval mode", in_net(_keeps_its_statistics), "eval mode", "bn1", family="resnet"),
+    _fault("batch norms in eval mode", in_net(_keeps_its_statistics), "eval mode", "loss", family="resnet",
+           named="*bn1._mean"),
     _fault("running variance divided by n", _divides_by_n, "biased variance", "bn1._variance", family="resnet"),
     _fault("scheduler stepped first", _built(_steps_first), "schedule", "learning_rate"),
     _fault("scheduler never stepped", _built(_never_steps), "schedule", "learning_rate"),
