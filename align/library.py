@@ -20,18 +20,19 @@ import numpy as np
 
 from convert.errors import BadInput, require
 
-from .compare import TensorResult, missing
+from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
 from .evidence import compare_bits
 from .explanations.weights import difference
 from .forward import judged, look_into
 from .inputs import Inputs
 from .inside import PROBE
-from .pairs.given import Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled
+from .pairs.given import Arrays, Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled, WholeRows
 from .pairs.pairing import Layout, Names, Pairing, Weight
 from .pairs.untouched import same_luck, untouched
 from .report import ALIGNED, StageResult
 from .stage import Findings
+from .tolerance import EXACT
 from .trace import Step
 
 Given = Mapping[str, Any] | Sequence[Any]
@@ -51,6 +52,9 @@ def align_models(torch_module: Any, paddle_layer: Any, inputs: Given, names: Nam
     what is then left is paired by :mod:`convert.matching`, which the result's notes say. ``layouts`` says of Paddle's
     names ``same`` or ``transposed`` where a matrix belongs to a layer of no known kind. ``name`` is what the result
     calls the pair.
+
+    All numbers that both return are compared: floating and complex ones by torch's own rounding error, whole numbers
+    and truth values for equality wherever torch gives the same in each of its runs with reordered sums.
 
     The result has ``verdict``, ``tensors``, ``sublayers``, ``first_divergence``, ``diagnosis``, ``notes``, ``print()``
     and ``save(directory)``, which writes ``forward.json`` and ``forward.md``. Raises :class:`convert.errors.BadInput`
@@ -206,6 +210,10 @@ def _bench(pairing: Pairing, module: Any, layer: Any, arrays: dict[str, np.ndarr
     reference = GivenModule(run, module, positional)
     bench = Bench(run, reference, GivenLayer(run, layer, positional, reference), inputs)
     called = reference.calls(inputs)
+    if not reference.told.arrays and not reference.told.whole:
+        told = f" ({', '.join(reference.told.others)})" if reference.told.others else ""
+        raise BadInput(f"what the torch module {type(module).__name__} returns holds no tensor and no number{told}, so "
+                       "there is nothing to compare. Return tensors: alone, or in a sequence, mapping or dataclass.")
     try:
         run.look_into(called, bench.candidate.calls(inputs))
     except Stumbled as error:
@@ -224,16 +232,33 @@ def _parted(pairing: Pairing, torch: Mapping[str, Call], paddle: Mapping[str, Ca
 
 def _behaviour(bench: Bench) -> Findings:
     """Every module and output, and what more there is to say."""
-    shapes = [known | {name: array.shape for name, array in side.told.arrays.items()}
-              for known, side in zip(bench.run.shapes, (bench.reference, bench.candidate), strict=True)]
-    others = bench.reference.told.others
+    returned = bench.reference.told, bench.candidate.told
+    shapes = [known | {name: array.shape for name, array in told.arrays.items()}
+              for known, told in zip(bench.run.shapes, returned, strict=True)]
+    others = dict.fromkeys([*returned[0].others, *returned[1].others])
     steps = list(bench.reference.steps(bench.inputs))
     answers = bench.candidate.answers(bench.inputs, steps)
     findings = judged(bench, _described(bench, zip_longest(steps, answers, fillvalue=Step())), _why,
                       _inside)
     tensors = [_of_one_shape(result, *shapes) for result in findings.tensors]
-    more = [f"Outputs that hold no floating-point numbers are not compared: {', '.join(others)}."] if others else []
-    return replace(findings, tensors=tensors, notes=[*findings.notes, *more])
+    whole = list(_whole_numbers(returned[0].whole, bench.reference.repeated, returned[1].whole, bench.inputs.rows))
+    more = [f"Outputs that hold no numbers are not compared: {', '.join(others)}."] if others else []
+    return replace(findings, tensors=[*tensors, *whole], notes=[*findings.notes, *more])
+
+
+def _whole_numbers(expected: Arrays, repeated: Sequence[Arrays], found: Arrays, rows: WholeRows,
+                   ) -> Iterator[TensorResult]:
+    """Whole numbers and truth values are equal wherever torch gives the same in each of its ``repeated`` runs."""
+    for name, array in expected.items():
+        if name not in found:
+            yield missing(name, "candidate")
+            continue
+        given, again = found[name], [one[name] for one in repeated if one.get(name, array).shape == array.shape]
+        if given.shape == array.shape and given.dtype == array.dtype:
+            given = np.where(np.all([one == array for one in again], axis=0), given, array)
+        if array.size or given.size:
+            yield compare(name, *(rows.of_whole(one) for one in (array, given)), EXACT)
+    yield from (missing(name, "reference") for name in found if name not in expected)
 
 
 def _described(bench: Bench, pairs: Iterator[tuple[Step, Step]]) -> Iterator[tuple[Step, Step]]:
