@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from dataclasses import replace
@@ -16,11 +17,17 @@ from align_fixtures import Workshop
 from reprod_log import ReprodDiffHelper
 
 from align import __main__ as program
+from align import done
 from align.done import FILE, Done
 from align.page import BESIDE, ORDER, stage_names
+from align.runs import load_run
 from align.submission import MARK, lay_out, require_free
+from convert import gptj
 from convert.errors import BadInput
 from convert.report import SCHEMA
+
+OPTIONS = SimpleNamespace(run="gptj", target="models", device="cpu", paging="auto", allow_same_framework=False,
+                          trust_remote_code=False, family=None)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +129,56 @@ def turned_over(file):
     lambda run: (run.directory / "forward.json").write_text("{}"),
 ])
 def test_what_has_changed_is_repeated(stubbed, change):
-    from align.runs import load_run
     assert stubbed.run() == 0
     stubbed.started.clear()
     change(load_run("gptj", stubbed.workshop.reports))
     assert stubbed.run() == 0 and "forward" in stubbed.started
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "modeling_own.py"])
+def test_what_lies_beside_a_checkpoint_that_is_one_file_counts_too(stubbed, name):
+    source = stubbed.workshop.source("GPTJForCausalLM", "file", tokenizer=True)
+    stubbed.workshop.convert("gptj", source / "model.safetensors", "gptj", "--overwrite")
+    assert stubbed.run() == 0 and stubbed.run() == 0 and stubbed.started == stage_names()
+    (source / name).write_text("# another", "utf-8") if name.endswith("py") else turned_over(source / name)
+    beside = Done.of(load_run("gptj", stubbed.workshop.reports), stubbed.workshop.reports / "gptj", OPTIONS)
+    assert beside.code("forward") is None
+
+
+def test_other_versions_and_other_code_are_repeated(stubbed, monkeypatch, tmp_path):
+    run, directory = load_run("gptj", stubbed.workshop.reports), stubbed.workshop.reports / "gptj"
+    (tmp_path / "code" / "models").mkdir(parents=True)
+    (tmp_path / "code" / "models" / "net.py").write_text("one")
+    monkeypatch.setattr(done, "CODE", tmp_path / "code")
+    key = Done.of(run, directory, OPTIONS).key
+    assert Done.of(run, directory, OPTIONS).key == key
+    (tmp_path / "code" / "models" / "net.py").write_text("two")
+    other = Done.of(run, directory, OPTIONS).key
+    monkeypatch.setattr(done, "versions", lambda *names: dict.fromkeys(names, "9"))
+    assert len({key, other, Done.of(run, directory, OPTIONS).key}) == 3
+
+
+def test_a_large_file_that_was_written_at_the_same_time_is_another(stubbed, monkeypatch):
+    monkeypatch.setattr(done, "READ_WHOLE", 0)
+    run, directory = load_run("gptj", stubbed.workshop.reports), stubbed.workshop.reports / "gptj"
+    key, file = Done.of(run, directory, OPTIONS).key, next(run.output.glob("*.safetensors"))
+    seen = file.stat()
+    turned_over(file)
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert Done.of(run, directory, OPTIONS).key != key
+
+
+def test_a_family_file_of_ones_own_is_judged_anew(stubbed):
+    """What it imports, the net that is the reference above all, is not known."""
+    for _ in range(2):
+        stubbed.started.clear()
+        assert stubbed.run("--family", str(Path(gptj.__file__))) == 0 and stubbed.started == stage_names()
+
+
+def test_what_was_compared_from_recordings_is_not_known_of_the_output(stubbed):
+    assert stubbed.run("--compare") == 0
+    stubbed.started.clear()
+    assert stubbed.run() == 0 and stubbed.started == stage_names()
 
 
 def test_other_flags_and_nets_of_ones_own_are_repeated(stubbed):
