@@ -280,3 +280,46 @@ def test_a_recording_of_other_inputs_is_not_handed_in(tmp_path):
     readme = lay_out(reports, tmp_path / "out").read_text("utf-8")
     assert not list((tmp_path / "out").rglob("*.npy"))
     assert "`pipeline/Step1/forward_*`: no recording of paddle belongs to this report." in readme
+
+
+@pytest.mark.parametrize("part", ["framework", "version", "weights_digest"])
+def test_a_recording_of_another_model_on_the_same_inputs_is_not_handed_in(tmp_path, part):
+    reports, told = tmp_path / "reports", {"framework": "paddle", "version": "3", "weights_digest": "mine"}
+    (reports / "traces").mkdir(parents=True)
+    (reports / "forward.json").write_text(json.dumps({
+        "schema": SCHEMA, "inputs_digest": "one", "verdict": "aligned", "reference": told, "candidate": told}))
+    for side, more in (("torch", {}), ("paddle", {part: "another"})):
+        (reports / "traces" / f"forward_{side}.npy").write_bytes(b"")
+        (reports / "traces" / f"forward_{side}.provenance").write_text(json.dumps(
+            {"inputs_digest": "one"} | told | more))
+    readme = lay_out(reports, tmp_path / "out").read_text("utf-8")
+    assert "`pipeline/Step1/forward_*`: no recording of paddle belongs to this report." in readme
+
+
+def test_what_somebody_put_into_a_submission_is_not_lost(workshop, tmp_path):
+    place, reports = tmp_path / "out", workshop.reports / "gptj"
+    lay_out(reports, place)
+    lay_out(reports, place)
+    for mine in ("notes.md", "pipeline/Step1/my_net.py", "pipeline/Step2/forward.json"):
+        (place / mine).write_text("mine")
+        with pytest.raises(BadInput, match=f"{mine} was not laid out by paddle-parity and would be lost"):
+            lay_out(reports, place)
+        assert (place / mine).read_text() == "mine"
+        (place / mine).unlink()
+    lay_out(reports, place)
+
+
+def test_a_place_where_nothing_can_be_laid_out_is_told_before_the_stages(stubbed, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for place, told in (("file/x/y", "is no directory that can be written to"), ("nowhere", "something else"),
+                        ("file", "something else")):
+        assert stubbed.run("--submission", str(tmp_path / place)) == 2
+        assert told in capsys.readouterr().err and stubbed.started == []
+
+
+def test_a_link_to_a_submission_of_ours_stays_a_link(tmp_path):
+    lay_out(tmp_path, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    lay_out(tmp_path, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "README.md").is_file()
