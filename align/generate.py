@@ -11,6 +11,7 @@ rounding. Where two texts part at a smaller margin, neither is wrong, and nothin
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ from .decoding.feeding import Cached, Feed, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
-from .inputs import Inputs, positive
+from .inputs import Inputs, not_negative, positive
 from .reference import Reference
 from .runs import Run
 from .scores import log_softmax
@@ -62,15 +63,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
         f"{PAGED_TOKENS}")
     add("--rows", type=positive, help=f"how many texts are continued together, as 8; default {starts.ROWS}")
     add("--beams", type=_several, help="how wide the search by beams is, at least 2; default 4")
-    add("--length-penalty", type=float, metavar="POWER", help="of the length that a beam's score is divided by, as 2; "
-        "default 1; where texts end early, one that shows")
+    add("--length-penalty", type=_finite, metavar="POWER", help="of the length that a beam's score is divided by, "
+        "as 2; default 1; where texts end early, one that shows")
     add("--early-stopping", action="store_true", default=None, help="end a search as soon as there are as many ended "
         "texts as beams")
     add("--top-k", type=positive, metavar="K", help="draw from so many of the best tokens, as 50; default 8")
     add("--top-p", type=_share, metavar="P", help="draw from the fewest tokens with so much of the probability, as "
         "0.95; default 0.9")
     add("--temperature", type=_above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
-    add("--seed", type=int, help="of the noise that both sides draw with; default 0")
+    add("--seed", type=not_negative, help="of the noise that both sides draw with; default 0")
 
 
 def lacking(run: Run) -> str | None:
@@ -89,14 +90,17 @@ def reference(session: Session) -> Iterator[Step]:
         start, told = _start(session, options.prompt)
         yield _recorded(session, start, [*told, *_told(session)], options.prompt or [], 1)
     if options.interactive:
-        first = 2 if options.prompt else 1
-        for number, text in enumerate(_asked(), first):
+        number = 1 if options.prompt else 0
+        for text in _asked():
             try:
                 start = starts.given(run, [text], _tokens(session))
             except BadInput as error:
                 print(f"{error}")
                 continue
+            number += 1
             yield _recorded(session, start, _told(session) if number == 1 else [], [text], number)
+        if not number:
+            raise BadInput("no prompt was given, so nothing was continued.")
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
@@ -498,6 +502,13 @@ def _several(text: str) -> int:
     number = positive(text)
     if number < 2:
         raise argparse.ArgumentTypeError("at least 2 beams; one is the greedy strategy")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number
 
 

@@ -26,7 +26,7 @@ from .compare import TensorResult, compare, missing
 from .explanations.training import explained
 from .floor import look_again
 from .gradients.batches import Batch, backwards, digest_of
-from .inputs import SEED, Inputs, positive
+from .inputs import SEED, Inputs, not_negative, positive
 from .noise import Grown, NoiseFloor
 from .optimizing.recipe import KINDS, SCHEDULES, Recipe
 from .recording import SIDES
@@ -86,7 +86,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=positive, default=20, metavar="N", help="steps after which both sides are kept, in "
         "reports/<run>/train; default 20")
     add("--resume", action="store_true", help="go on from the last checkpoint of a training that was broken off")
-    add("--seed", type=int, default=SEED, metavar="N", help=f"of the order of rows and of masks; default {SEED}")
+    add("--seed", type=not_negative, default=SEED, metavar="N", help="of the order of rows and of masks; default "
+        f"{SEED}")
 
 
 def reference(session: Session) -> Iterator[Step]:

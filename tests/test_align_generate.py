@@ -304,6 +304,14 @@ def test_prompts_are_shown_side_by_side(shop, monkeypatch):
     assert outcome.code == 0 and outcome.stdout.count("Continuations side by side") == 2
     names = [tensor["name"] for tensor in outcome.report["tensors"]]
     assert "greedy [prompt 2]" in names and "greedy [prompt 3]" not in names
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 99 + "\nand\n\n"))
+    outcome = shop.align("generate", "gpt2", "--tokens", "3", "--strategy", "greedy", "--interactive")
+    assert outcome.code == 0 and "positions are to hold" in outcome.stdout
+    assert "greedy" in [tensor["name"] for tensor in outcome.report["tensors"]]
+    assert any("Reference: transformers' generate" in note for note in outcome.report["notes"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    outcome = shop.align("generate", "gpt2", "--interactive")
+    assert outcome.code == 2 and "no prompt was given" in outcome.stderr and not outcome.report
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -313,7 +321,9 @@ def test_prompts_are_shown_side_by_side(shop, monkeypatch):
     (("--strategy", "greedy", "--top-k", "3"), "--top-k is for a strategy that was not asked for"),
     (("--rows", "2", "--prompt", "a"), "--rows counts the texts that ship"),
     (("--top-p", "1.5"), "is not a share above 0"), (("--beams", "1"), "at least 2 beams"),
-    (("--temperature", "0"), "is not a number above 0")])
+    (("--temperature", "0"), "is not a number above 0"), (("--seed", "-1"), "-1 is below 0"),
+    (("--length-penalty", "nan"), "nan is not a finite number"), (("--length-penalty", "inf"), "not a finite number"),
+    (("--prompt", "a\udcff"), "is no text in UTF-8")])
 def test_what_cannot_be_is_refused(shop, flags, says):
     refused = shop.align("generate", "gpt2", *flags)
     assert refused.code == 2 and says in refused.stderr and "Traceback" not in refused.stderr
