@@ -290,6 +290,42 @@ def endless(directory):
 
 def broken(directory):
     raise RuntimeError("no vocabulary")
+
+
+class Failing(Plain):
+    def __call__(self, *texts, **given):
+        raise RuntimeError("not this text")
+
+
+class Nested(Plain):
+    def __call__(self, *texts, **given):
+        return {name: [row] for name, row in self.tokenizer(*texts, **given).items()}
+
+
+class Listed(Plain):
+    def __call__(self, *texts, **given):
+        return self.tokenizer(*texts, **given)["input_ids"]
+
+
+class Unlabelled(Plain):
+    def collate(self, rows):
+        return self.tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="np")
+
+
+def failing(directory):
+    return Failing(BertTokenizer.from_pretrained(str(directory)))
+
+
+def nested(directory):
+    return Nested(BertTokenizer.from_pretrained(str(directory)))
+
+
+def listed(directory):
+    return Listed(BertTokenizer.from_pretrained(str(directory)))
+
+
+def unlabelled(directory):
+    return Unlabelled(BertTokenizer.from_pretrained(str(directory)))
 """
 
 
@@ -465,6 +501,12 @@ def test_what_cannot_be_followed(workshop, bert, texts, own, tmp_path):
     assert refused(workshop.align(*few, "--tokenizer", "nosuch"), "is not of the form package.module:build")
     assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be used")
     assert refused(workshop.align(*few, *own("broken")), "your own_data:broken failed", "no vocabulary")
+    for name, told in (("failing", "own_data.Failing failed at own_data.py"), ("listed", "own_data.Listed failed at"),
+                       ("nested", "own_data.Nested gives no flat row of input_ids for 'Hello world'"),
+                       ("unlabelled", "it needs input_ids, and labels")):
+        assert refused(workshop.align(*few, *own(name)), told)
+    (workshop.root / "unreadable.py").write_text("def build(directory:\n")
+    assert refused(workshop.align(*few, "--tokenizer", "unreadable:build"), "unreadable:build cannot be used")
     for side in (("reference", "--data", texts), ("candidate",)):
         assert workshop.align("data", bert, "--only", *side).code == 0
     for flags, told in ((("--limit", "3"), "--limit: this is of a set that --data names"),

@@ -102,6 +102,35 @@ def test_a_setting_of_the_converted_directory(workshop, changes, why):
     assert why in outcome.report["diagnosis"]["sentence"]
 
 
+def changed(directory, **changes):
+    """The settings in ``directory`` changed; returns what they were."""
+    file = directory / "preprocessor_config.json"
+    before = file.read_text("utf-8")
+    file.write_text(json.dumps({**json.loads(before), **changes}), "utf-8")
+    return before
+
+
+def test_another_factor_to_rescale_by_is_followed_and_seen(workshop, even):
+    """On both sides it is right; in the converted directory alone it is wrong."""
+    source = workshop.root / "source-other"
+    build_demo(FAMILY, source)
+    changed(source, rescale_factor=1 / 127.5)
+    workshop.convert("resnet", source, "other")
+    assert workshop.align("data", "other", "--data", even).code == 0
+    changed(workshop.output("other"), rescale_factor=1 / 255)
+    assert workshop.align("data", "other", "--data", even).failing == ["picture.0.pixel_values",
+                                                                      "picture.1.pixel_values"]
+
+
+def test_a_filter_that_pil_has_no_number_for_is_refused(workshop, even):
+    before = changed(workshop.output("net"), resample=9)
+    try:
+        outcome = workshop.align("data", "net", "--data", even)
+    finally:
+        (workshop.output("net") / "preprocessor_config.json").write_text(before, "utf-8")
+    assert outcome.code == 2 and "says resample is 9; PIL's numbers are 0, 1, 2, 3, 4, 5." in outcome.stderr
+
+
 @pytest.mark.parametrize("broken, why", [
     (lambda array: array[..., ::-1], "red and blue are exchanged"),
     ("bilinear", "bilinear interpolation of the nearest pixels alone (without antialiasing)"),

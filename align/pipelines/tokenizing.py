@@ -187,7 +187,7 @@ def _own(given: str, directory: Path) -> Any:
     try:
         build = getattr(importlib.import_module(module), function)
         inspect.signature(build).bind(directory)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module stumbles over when it is imported
         raise BadInput(f"--tokenizer {given} cannot be used ({error}); it is called with the output directory (a Path) "
                        "and returns a tokenizer.") from error
     finally:
@@ -206,12 +206,19 @@ def name_of(tokenizer: Any) -> str:
 
 # What both make of texts ----------------------------------------------------------------------------------------------
 
-def encode(tokenizer: Any, text: Text, limit: int | None, **given: Any) -> Row:
-    """Every flat row of numbers that ``tokenizer`` gives for ``text``, cut at ``limit`` tokens if there is one."""
+def encoded_by(tokenizer: Any, text: Text, limit: int | None) -> Row:
+    """Every flat row of numbers that the candidate gives for ``text``, cut at ``limit`` tokens if there is one;
+    :class:`BadInput` where it fails, or gives no ids.
+    """
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    found = tokenizer(text.text, text.pair, return_attention_mask=True, return_special_tokens_mask=True, **cut, **given)
-    rows = {name: np.asarray(found[name]) for name in found}
-    return {name: row.astype(np.int64) for name, row in rows.items() if row.ndim == 1}
+    with blamed(name_of(tokenizer)):
+        found = tokenizer(text.text, text.pair, return_attention_mask=True, return_special_tokens_mask=True, **cut)
+        rows = {name: np.asarray(found[name]) for name in found}
+        flat = {name: row.astype(np.int64) for name, row in rows.items() if row.ndim == 1}
+    if IDS not in flat:
+        raise BadInput(f"{name_of(tokenizer)} gives no flat row of {IDS} for {text.excerpt}, but {', '.join(rows)}. A "
+                       f"mapping with {IDS}, a list of whole numbers, is needed.")
+    return flat
 
 
 def pieces(tokenizer: Any, rows: Sequence[np.ndarray]) -> dict[str, str]:
