@@ -97,6 +97,37 @@ def test_two_runs_at_once(source, convert, workdir):
     assert convert(source).code == 0
 
 
+def test_a_lock_that_the_run_before_takes_away_is_none(source, convert, workdir, monkeypatch):
+    """Between our opening the file and our locking it the other run ends, and a third one comes."""
+    lock, plain, third = workdir / "out" / ".run.lock", fcntl.flock, []
+
+    def overtaken(handle, how):
+        if not third:
+            lock.unlink()
+            third.append(lock.open("w"))
+            plain(third[0], fcntl.LOCK_EX)
+        plain(handle, how)
+    monkeypatch.setattr(writing.fcntl, "flock", overtaken)
+    run = convert(source)
+    assert run.code == 2 and "another conversion is writing to out/run" in run.stderr
+    third[0].close()
+    assert convert(source).code == 0 and hidden_files(workdir) == []
+
+
+def test_an_output_that_is_a_link_stays_one(source, convert, workdir):
+    """Its result is made where the link leads, and replaced there as often as one likes."""
+    convert(source)
+    (workdir / "disk").mkdir()
+    (workdir / "out" / "run").rename(workdir / "disk" / "real")
+    (workdir / "out" / "run").symlink_to(workdir / "disk" / "real")
+    (workdir / "disk" / "real" / "old").write_text("")
+    for _ in range(2):
+        assert convert(source, "--overwrite").code == 0
+        assert (workdir / "out" / "run").is_symlink() and hidden_files(workdir) == []
+        assert "model.safetensors" in files_under(workdir / "disk" / "real")
+        assert "old" not in files_under(workdir / "disk" / "real")
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(source, convert, workdir, monkeypatch):
     enter = Staging.__enter__
 
