@@ -37,6 +37,8 @@ from .trace import Step
 
 Given = Mapping[str, Any] | Sequence[Any]
 FAILURES = 5
+DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+"""What goes in. Paddle takes uint16 for bfloat16, and has no wider ones without a sign."""
 
 
 def align_models(torch_module: Any, paddle_layer: Any, inputs: Given, names: Names | None = None, *,
@@ -103,7 +105,8 @@ def load_weights(torch_module: Any, paddle_layer: Any, names: Names | None = Non
 
     ``names`` and ``layouts`` are those of :func:`align_models`. Returns (torch, Paddle) name of each. Raises
     :class:`convert.errors.BadInput`, before anything is copied, where a parameter of either side has no counterpart,
-    a counterpart would have to be guessed, a shape does not fit, or a square matrix may lie either way.
+    a counterpart would have to be guessed, a shape or dtype does not fit, a square matrix may lie either way, or two
+    that differ would go to one.
     """
     _require_two_frameworks(torch_module, paddle_layer)
     pairing = Pairing(torch_module, paddle_layer, names, layouts, by_values=False)
@@ -126,6 +129,7 @@ def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
         if left:
             more = f" (+{len(left) - 1} more)" if left[1:] else ""
             raise BadInput(f"{left[0]}{more} has no counterpart in the {side}. Give names= (torch's path to Paddle's).")
+    filled: dict[str, tuple[str, np.ndarray]] = {}
     for weight in pairing.weights:
         if weight.layout is None:
             raise BadInput(f"{weight.paddle} is square and belongs to a layer of no known kind, so that nothing tells "
@@ -137,7 +141,15 @@ def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
         if array.shape != wanted and not array.size == np.prod(wanted) == 1:
             raise BadInput(f"{weight.torch} {list(pairing.torch.shape(weight.torch))} does not fit {weight.paddle} "
                            f"{list(wanted)}.")
-        yield weight, np.array(array.reshape(wanted), order="C")
+        array = np.array(array.reshape(wanted), order="C")
+        held = pairing.paddle.array(weight.paddle).dtype
+        if array.dtype != held:
+            raise BadInput(f"{weight.torch} is {array.dtype} and {weight.paddle} {held}; one of them has to be cast.")
+        other, before = filled.setdefault(pairing.paddle.aliases[weight.paddle][0], (weight.torch, array))
+        if not np.array_equal(before, array):
+            raise BadInput(f"{other} and {weight.torch} of torch differ, and Paddle holds one for both, "
+                           f"{weight.paddle}.")
+        yield weight, array
 
 
 def compare_weights(pairing: Pairing) -> tuple[list[TensorResult], list[str]]:
@@ -319,16 +331,26 @@ def _arrays(inputs: Given) -> tuple[dict[str, np.ndarray], list[str]]:
         raise BadInput(f"inputs is a {type(inputs).__name__}; a dictionary of arrays (keyword arguments) or a tuple of "
                        "arrays (positional arguments) is needed.")
     named = dict(inputs) if isinstance(inputs, Mapping) else {str(place): one for place, one in enumerate(inputs)}
-    arrays = {str(name): np.ascontiguousarray(np.asarray(array)).reshape(np.shape(array))
-              for name, array in named.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise BadInput(f"input {name} has dtype {array.dtype}; numbers are needed.")
+    arrays = {str(name): _array(str(name), given) for name, given in named.items()}
     if not arrays:
         raise BadInput("inputs is empty: a model that is fed nothing shows nothing.")
     wide = [name for name, array in arrays.items() if array.dtype == np.float64]
     arrays |= {name: arrays[name].astype(np.float32) for name in wide}
     return arrays, [f"Inputs in float64 were rounded to float32, for both sides: {', '.join(wide)}."] * bool(wide)
+
+
+def _array(name: str, given: Any) -> np.ndarray:
+    """One input as both frameworks take it."""
+    try:
+        array = np.asarray(given)
+    except Exception as error:  # of nested lists, of tensors that want to be detached or are elsewhere
+        raise BadInput(f"input {name} cannot be made an array ({error}); numbers are needed.") from error
+    if array.dtype.newbyteorder("=").name not in DTYPES:
+        raise BadInput(f"input {name} has dtype {array.dtype}; numbers are needed that both frameworks have: "
+                       f"{', '.join(DTYPES)}.")
+    if not array.size:
+        raise BadInput(f"input {name} is empty, {list(array.shape)}: a model that is fed nothing shows nothing.")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
 def _require_two_frameworks(torch_module: Any, paddle_layer: Any) -> None:

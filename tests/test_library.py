@@ -424,6 +424,76 @@ def test_a_sequence_is_paired_with_a_mapping_by_order():
     assert result.verdict == "aligned" and [tensor.name for tensor in result.tensors] == ["a", "b"]
 
 
+class TorchFused(tn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = tn.Linear(8, 24)
+
+    def forward(self, x):
+        first, second, third = self.qkv(x).chunk(3, -1)
+        return first * second + third
+
+
+class PaddleParts(pn.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (pn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("names", [
+    {"qkv": ["q", "k", "v"]}, {f"qkv.{leaf}": [f"{part}.{leaf}" for part in "qkv"] for leaf in ("weight", "bias")}])
+def test_a_fused_module_or_weight_is_said_to_be_several(names):
+    ours, theirs = TorchFused(), PaddleParts()
+    load_weights(ours, theirs, names)
+    np.testing.assert_array_equal(theirs.k.weight.numpy(), ours.qkv.weight.detach().numpy()[8:16].T)
+    assert align_models(ours, theirs, (drawn(4, 8),), names).verdict == "aligned"
+    theirs.v.weight.set_value(theirs.v.weight.numpy().T.copy())
+    assert align_models(ours, theirs, (drawn(4, 8),), names).first_divergence == "v.weight"
+
+
+def test_rows_that_nobody_speaks_for_are_not_passed_over():
+    ours, theirs = TorchFused(), PaddleParts()
+    names = {f"qkv.{leaf}": [f"q.{leaf}", f"k.{leaf}"] for leaf in ("weight", "bias")}
+    for look in (lambda: load_weights(ours, theirs, names), lambda: align_models(ours, theirs, (drawn(4, 8),), names)):
+        with pytest.raises(BadInput, match=r"qkv.weight is \[24, 8\] in torch.* together have 16 of its rows"):
+            look()
+
+
+class TorchMasked(tn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.end = tn.Linear(8, 8), tn.Linear(8, 8)
+        self.register_buffer("mask", torch.ones(8, dtype=torch.bool))
+
+
+class PaddleMasked(pn.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.end = pn.Linear(8, 8), pn.Linear(8, 8)
+        self.register_buffer("mask", paddle.zeros([8]))
+
+
+class PaddleTied(pn.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = self.end = pn.Linear(8, 8)
+        self.register_buffer("mask", paddle.zeros([8], "bool"))
+
+
+@pytest.mark.parametrize(("layer", "told"), [
+    (PaddleMasked, "mask is bool and mask float32"),
+    (PaddleTied, r"fc.weight and end.weight of torch differ, and Paddle holds one for both, end.weight")])
+def test_nothing_is_loaded_where_something_cannot_be(layer, told):
+    theirs = layer()
+    before = theirs.fc.weight.numpy()
+    with pytest.raises(BadInput, match=told):
+        load_weights(TorchMasked(), theirs)
+    np.testing.assert_array_equal(theirs.fc.weight.numpy(), before)
+
+
 def test_a_weight_on_one_side_only_fails():
     ours, theirs = TorchPlain(), PaddlePlain()
     load_weights(ours, theirs, NAMES)
@@ -445,6 +515,14 @@ def test_a_weight_on_one_side_only_fails():
     (lambda: (TorchPlain(), PaddlePlain(), (drawn(2, 16),), {"frist": "lower"}), "module frist. The nearest: first"),
     (lambda: (TorchPlain(), PaddlePlain(), (drawn(2, 16),), {"first": "lowr"}), "The nearest: lower"),
     (lambda: (TorchPlain(), PaddlePlain(), (drawn(2, 5),)), "the torch module TorchPlain failed"),
+    (lambda: (TorchPlain(), PaddlePlain(), (np.ones((2, 16), "u2"),)), "0 has dtype uint16; numbers are needed that"),
+    (lambda: (TorchPlain(), PaddlePlain(), (np.ones((2, 16), "g"),)), "numbers are needed that both frameworks have"),
+    (lambda: (TorchPlain(), PaddlePlain(), ([[1, 2], [3]],)), "input 0 cannot be made an array"),
+    (lambda: (TorchPlain(), PaddlePlain(), (torch.ones(2, requires_grad=True),)), "input 0 cannot be made an array"),
+    (lambda: (TorchPlain(), PaddlePlain(), (drawn(0, 16),)), "input 0 is empty, [0, 16]"),
+    (lambda: (TorchPlain(), PaddlePlain(), (drawn(2, 16),), {"first": None}), "first is said to be None; a name"),
+    (lambda: (TorchPlain(), PaddlePlain(), (drawn(2, 16),), lambda path: 3), "first.weight is said to be 3; a name"),
+    (lambda: (TorchPlain(), PaddlePlain(), (drawn(2, 16),), [("first", "lower")]), "names is a list; a mapping"),
 ])
 def test_what_cannot_be_compared_is_refused_in_a_sentence(given, told):
     with pytest.raises(BadInput) as refused:
@@ -481,6 +559,12 @@ def test_a_square_matrix_of_no_known_layer_is_never_guessed(layout):
     assert any("table is square" in note for note in told.notes)
     other = {"same": "transposed", "transposed": "same"}[layout]
     assert align_models(ours, theirs, (drawn(4, 6),), layouts={"table": other}).first_divergence == "table"
+
+
+def test_numbers_in_the_other_order_of_bytes_are_the_same_numbers():
+    x = drawn(2, 6).astype(">f4")
+    result = align_models(Torch(lambda x: x * 3), Paddle(lambda x: x * 3), (x,))
+    assert result.verdict == "aligned" and "float32" in result.tensors[0].dtype
 
 
 def test_both_are_left_as_they_were():
