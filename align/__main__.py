@@ -75,7 +75,9 @@ def _run_all(options: argparse.Namespace) -> int:
             break
     _tell(codes, passed_by, options)
     if options.submission:
-        print(f"submission: {lay_out(directory, Path(options.submission))}")
+        outdated = [name for name in stage_names() if codes.get(name) not in (errors.ALIGNED, errors.DIVERGED)
+                    and done.code(name) is None]
+        print(f"submission: {lay_out(directory, Path(options.submission), outdated)}")
     return max(codes.values(), default=errors.BAD_INPUT)
 
 

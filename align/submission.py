@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,15 @@ def _is_ours(file: Path) -> bool:
         ".md", ".json", ".npy", ".log", ".png")
 
 
-def lay_out(reports: Path, place: Path) -> Path:
-    """Copy what the stages left in ``reports`` to ``place``, which appears whole; returns its README."""
+def lay_out(reports: Path, place: Path, outdated: Collection[str] = ()) -> Path:
+    """Copy what the stages left in ``reports`` to ``place``, which appears whole; returns its README.
+
+    Of the stages that are ``outdated`` what is there tells of another state of the run, and is left out.
+    """
     require_free(place)
     place = place.resolve()
-    parts = [_part(stage, reports) for stage in sorted(STEPS, key=STEPS.__getitem__) if stage in ORDER]
+    parts = [_part(stage, reports, stage in outdated) for stage in sorted(STEPS, key=STEPS.__getitem__)
+             if stage in ORDER]
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as staging:
         staged = Path(staging) / "staged"
@@ -94,9 +98,12 @@ def lay_out(reports: Path, place: Path) -> Path:
     return place / README
 
 
-def _part(stage: str, reports: Path) -> Part:
+def _part(stage: str, reports: Path, is_outdated: bool) -> Part:
     folder, name = _folder(stage), ASKED.get(stage, stage)
     report = _report(reports / f"{stage}.json")
+    if report is not None and is_outdated:
+        return Part(stage, folder, {}, "not carried out; the report that there is may tell of another state of the run",
+                    {})
     if report is None:
         absent = "not carried out" if stage in stage_names() else "there is no such stage yet"
         return Part(stage, folder, {}, absent, {})

@@ -49,7 +49,8 @@ def stubbed(tmp_path, monkeypatch):
     def run(command: list[str], **_):
         stage = command[2].removeprefix("align.")
         started.append(stage)
-        (made.reports / "gptj" / f"{stage}.json").write_text(json.dumps({"stage": stage, "code": codes.get(stage, 0)}))
+        (made.reports / "gptj" / f"{stage}.json").write_text(json.dumps({
+            "schema": SCHEMA, "stage": stage, "verdict": "diverged" if codes.get(stage) else "aligned"}))
         return SimpleNamespace(returncode=codes.get(stage, 0))
     monkeypatch.setattr(program.subprocess, "run", run)
     return SimpleNamespace(workshop=made, started=started, codes=codes, run=lambda *flags: program.run_all(
@@ -323,3 +324,21 @@ def test_a_link_to_a_submission_of_ours_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     lay_out(tmp_path, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "README.md").is_file()
+
+
+def test_a_submission_holds_no_report_of_another_state(stubbed, tmp_path):
+    """Loss was carried out before something changed, and is not come to any more."""
+    place = tmp_path / "handed-in"
+
+    def handed_in():
+        readme = (place / "README.md").read_text("utf-8")
+        return dict(re.findall(r"\| Step\d \| (\w+) \| ([^|]+?) \|", readme))
+    stubbed.codes["forward"] = 1
+    assert stubbed.run("--keep-going") == 1
+    assert stubbed.run("--submission", str(place)) == 1
+    assert handed_in()["loss"] == "aligned" and handed_in()["forward"] == "diverged"
+    turned_over(next((stubbed.workshop.root / "out" / "gptj").glob("*.safetensors")))
+    assert stubbed.run("--submission", str(place)) == 1
+    assert handed_in() == {**dict.fromkeys(handed_in(), "–"), "weights": "aligned", "data": "aligned",
+                           "forward": "diverged"}
+    assert "may tell of another state of the run" in (place / "README.md").read_text("utf-8")
