@@ -16,7 +16,8 @@ from .runs import Run
 
 FILE = "carried_out.txt"
 READ_WHOLE = 64 << 20
-PACKAGES = ("torch", "transformers", "tokenizers", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "pillow", "datasets", "sacrebleu", "paddlepaddle",
+            "paddlepaddle-gpu", "paddlenlp", "numpy")
 CODE = Path(__file__).parents[1]
 BESIDE = ("config.json", *COMPANIONS, "*.py")
 
