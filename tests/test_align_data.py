@@ -499,14 +499,14 @@ def test_what_cannot_be_followed(workshop, bert, texts, own, tmp_path):
     assert refused(workshop.align("data", bert, "--data", texts, "--max-length", "4"), "4 tokens a row are too few")
     few = ("data", bert, "--data", texts)
     assert refused(workshop.align(*few, "--tokenizer", "nosuch"), "is not of the form package.module:build")
-    assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be used")
+    assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be imported")
     assert refused(workshop.align(*few, *own("broken")), "your own_data:broken failed", "no vocabulary")
     for name, told in (("failing", "own_data.Failing failed at own_data.py"), ("listed", "own_data.Listed failed at"),
                        ("nested", "own_data.Nested gives no flat row of input_ids for 'Hello world'"),
                        ("unlabelled", "it needs input_ids, and labels")):
         assert refused(workshop.align(*few, *own(name)), told)
     (workshop.root / "unreadable.py").write_text("def build(directory:\n")
-    assert refused(workshop.align(*few, "--tokenizer", "unreadable:build"), "unreadable:build cannot be used")
+    assert refused(workshop.align(*few, "--tokenizer", "unreadable:build"), "cannot be imported (SyntaxError")
     for side in (("reference", "--data", texts), ("candidate",)):
         assert workshop.align("data", bert, "--only", *side).code == 0
     for flags, told in ((("--limit", "3"), "--limit: this is of a set that --data names"),

@@ -7,10 +7,8 @@ the family, from the directory that the conversion wrote, or what a function of 
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from convert.errors import BadInput, require
 from convert.traits import Prompts
 
 from .. import prompts
-from ..candidate import blamed
+from ..candidate import blamed, function_named
 from ..runs import Run
 from ..texts import TOKENIZER_FILES, load_tokenizer
 from .corpus import Text
@@ -182,16 +180,7 @@ def paddlenlp_class(run: Run) -> Any:
 def _own(given: str, directory: Path) -> Any:
     if not OWN.fullmatch(given):
         raise BadInput(f"--tokenizer {given} is not of the form package.module:build.")
-    module, _, function = given.partition(":")
-    sys.path.insert(0, "")
-    try:
-        build = getattr(importlib.import_module(module), function)
-        inspect.signature(build).bind(directory)
-    except Exception as error:  # whatever the user's module stumbles over when it is imported
-        raise BadInput(f"--tokenizer {given} cannot be used ({error}); it is called with the output directory (a Path) "
-                       "and returns a tokenizer.") from error
-    finally:
-        sys.path.remove("")
+    build = function_named("--tokenizer", given, "the output directory (a Path)", directory)
     with blamed(f"your {given}"):
         return build(directory)
 
