@@ -23,7 +23,7 @@ import numpy as np
 from convert.errors import BadInput
 
 from .decoding import starts
-from .decoding.continuations import ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
+from .decoding.continuations import CACHED, ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
 from .decoding.feeding import Cached, Feed, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
@@ -38,7 +38,6 @@ from .tolerance import FORWARD, LIMITS, REORDERED_RUNS, step_noise
 from .trace import Step
 
 GREEDY, BEAM, TOP_K, TOP_P, TEMPERATURE = STRATEGIES = ("greedy", "beam", "top-k", "top-p", "temperature")
-CACHED = " (with cache)"
 TOKENS, PAGED_TOKENS = 24, 4
 PENALTIES, FLATTENING, SEEDS = (0.5, 2.0, -2.0, -4.0), (1.0, 2.0, 4.0, 8.0, 16.0), 4
 """Powers of the length for texts that end early, temperatures for few tokens, and how many seeds are tried for them."""

@@ -371,3 +371,17 @@ def test_a_net_of_ones_own_is_left_to_count_for_itself_and_said_so(shop, tmp_pat
     assert outcome.code == 1 and "takes no position_ids" in told and "With cache nothing was run" in told
     assert "positions count the padding" in told
     shutil.rmtree(report.parent)
+
+
+FORGETFUL = NET.replace("attention_mask=None):", "attention_mask=None, position_ids=None, past_key_values=None, "
+                        "use_cache=False):").replace("attention_mask=attention_mask)",
+                                                     "attention_mask=attention_mask, position_ids=position_ids)")
+
+
+def test_a_net_that_takes_a_past_and_keeps_none_is_not_called_right_with_cache(shop, tmp_path, monkeypatch):
+    """It reads the whole of a text at each step, whatever it is asked for."""
+    (tmp_path / "forgetful.py").write_text(FORGETFUL, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    outcome = shop.align("generate", "gpt2", "--target", "forgetful:build", "--tokens", "4", "--strategy", "greedy")
+    assert outcome.code == 2 and "gave no past_key_values" in outcome.stderr
+    assert not (shop.reports / "gpt2" / "forgetful.build" / "generate.json").exists()

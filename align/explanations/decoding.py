@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from ..decoding.continuations import Case, partings, place_of_beams
+from ..decoding.continuations import CACHED, Case, partings, place_of_beams
 from ..decoding.feeding import PLACES, Cached, Feed, Start, places
 from ..decoding.margins import Replay
 from ..decoding.search import (
@@ -42,7 +42,6 @@ Parting = tuple[int, int | None]
 """A step, and the token that is taken there, None for any but torch's; of beams a digest of the text instead."""
 NOWHERE = (-1, None)
 Supposed = list[tuple[str, dict[str, list[Any]]]]
-CACHED = " (with cache)"
 
 
 def mistakes_of(found: Any, start: Start, strategy: Strategy) -> Supposed:
