@@ -574,10 +574,13 @@ def test_both_are_left_as_they_were():
     ours.fc.weight.grad = torch.ones_like(ours.fc.weight)
     called = []
     ours.fc.register_forward_hook(lambda *_: called.append(1))
-    ours.cache = None
+    ours.cache, ours.seen = None, []
+    theirs.layer1[0].seen = [1]
+    theirs.layer1[0].register_forward_pre_hook(lambda layer, given: layer.seen.append(len(layer.seen)))
 
     def forward(x, plain=ours.forward):
         ours.cache = x.detach()
+        ours.seen.append(x.shape)
         return plain(x)
     ours.forward = forward
     modes = [module.training for module in ours.modules()], [layer.training for layer in theirs.sublayers()]
@@ -593,6 +596,7 @@ def test_both_are_left_as_they_were():
     assert modes[0].count(True) and modes[0].count(False)
     assert hooks == [len(layer._forward_pre_hooks) + len(layer._forward_post_hooks) for layer in theirs.sublayers()]
     assert [len(module._forward_hooks) for module in ours.modules()].count(1) == 1 and called
+    assert ours.seen == [] and theirs.layer1[0].seen == [1]
     assert ours.cache is None and ours.fc.weight.grad.eq(1).all()
     assert all(torch.equal(one, other) for one, other in zip(buffers, ours.buffers(), strict=True))
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in ours.parameters())
