@@ -28,7 +28,7 @@ from .decoding.feeding import Cached, Feed, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
-from .inputs import Inputs, not_negative, positive
+from .inputs import Inputs, above_zero, asked, not_negative, positive
 from .reference import Reference
 from .runs import Run
 from .scores import log_softmax
@@ -69,7 +69,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=positive, metavar="K", help="draw from so many of the best tokens, as 50; default 8")
     add("--top-p", type=_share, metavar="P", help="draw from the fewest tokens with so much of the probability, as "
         "0.95; default 0.9")
-    add("--temperature", type=_above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
+    add("--temperature", type=above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
     add("--seed", type=not_negative, help="of the noise that both sides draw with; default 0")
 
 
@@ -498,31 +498,15 @@ def _refuse_other(session: Session) -> None:
 
 
 def _several(text: str) -> int:
-    number = positive(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("at least 2 beams; one is the greedy strategy")
-    return number
+    return asked(text, int, lambda number: number > 1, "at least 2 beams; one is the greedy strategy")
 
 
 def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
+    return asked(text, float, math.isfinite, "a finite number")
 
 
 def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and at most 1")
-    return number
+    return asked(text, float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
 
 
 STAGE = RecordedStage("generate", "Continue texts on both sides, greedily, by beams and by drawing, with cache and "

@@ -321,9 +321,11 @@ def test_prompts_are_shown_side_by_side(shop, monkeypatch):
     (("--strategy", "greedy", "--top-k", "3"), "--top-k is for a strategy that was not asked for"),
     (("--rows", "2", "--prompt", "a"), "--rows counts the texts that ship"),
     (("--top-p", "1.5"), "is not a share above 0"), (("--beams", "1"), "at least 2 beams"),
-    (("--temperature", "0"), "is not a number above 0"), (("--seed", "-1"), "-1 is below 0"),
+    (("--temperature", "0"), "is not a number above 0"), (("--seed", "-1"), "-1 is not a whole number of 0 or more"),
     (("--length-penalty", "nan"), "nan is not a finite number"), (("--length-penalty", "inf"), "not a finite number"),
-    (("--prompt", "a\udcff"), "is no text in UTF-8")])
+    (("--prompt", "a\udcff"), "is no text in UTF-8"), (("--beams", "x"), "x is not at least 2 beams"),
+    (("--tokens", "few"), "few is not a whole number above 0"), (("--top-p", "x"), "x is not a share above 0"),
+    (("--temperature", "hot"), "hot is not a number above 0"), (("--seed", "1.5"), "1.5 is not a whole number")])
 def test_what_cannot_be_is_refused(shop, flags, says):
     refused = shop.align("generate", "gpt2", *flags)
     assert refused.code == 2 and says in refused.stderr and "Traceback" not in refused.stderr
