@@ -21,6 +21,7 @@ from align.decoding.margins import Measured, margin
 from align.decoding.search import Strategy, drawn, gumbel, write
 from align.decoding.torch_side import generate as torch_generate
 from align.decoding.torch_side import takes
+from align.explanations.decoding import explained
 from align.faults.decoding import MISDECODINGS
 from align.faults.fault import NotPlanted
 from align.reference import outputs_of
@@ -176,6 +177,27 @@ def test_where_texts_part_is_judged_by_the_margin():
     step, answer = made(strategy, texts, texts, [[1e-4] * 4])
     nothing = judged(case_of("greedy", strategy, step, answer), spell)
     assert not nothing.passed and "no token could be compared" in nothing.failure
+
+
+def parted(name, mistakes):
+    """What is said of a text that parts at its third token, beside one without cache that does not."""
+    strategy = Strategy("greedy", 4, 0)
+    step, right = made(strategy, [[5, 6, 7, 8]], [[5, 6, 7, 8]], [[1.0] * 4])
+    cases = [case_of("greedy", strategy, step, right)]
+    step, wrong = made(replace(strategy, name=name), [[5, 6, 7, 8]], [[5, 6, 9, 9]], [[1.0] * 4],
+                       mistakes={name: mistakes})
+    cases = [*cases[: "cache" in name], case_of(name, strategy, step, wrong)]
+    return explained(SimpleNamespace(options=SimpleNamespace(compare=True)), step, cases).sentence
+
+
+def test_mistakes_that_the_texts_do_not_tell_apart_are_all_told():
+    told = parted("greedy", [["one", {"0": [2, 9]}], ["two", {"0": [1, 9]}], ["three", {"0": [2, 9]}]])
+    assert told.startswith("one; or, which these texts do not tell apart: three: done to torch's own logits")
+
+
+def test_the_loop_is_not_to_blame_for_what_goes_wrong_with_the_cache_alone():
+    told = parted("greedy (with cache)", [["one", {"0": [2, 9]}]])
+    assert told.startswith("without the cache every row agrees")
 
 
 def test_texts_under_way_are_sets():
