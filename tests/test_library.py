@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -360,6 +361,12 @@ def test_what_is_no_evidence_is_diverged(ours, theirs, told):
     assert result.verdict == "diverged" and any(told in failure for failure in result.failures), result.failures
 
 
+@dataclass
+class Held:
+    mask: object
+    doubled: object
+
+
 @pytest.mark.parametrize(("ours", "theirs", "wrong"), [
     (lambda x: x.argmax(-1), lambda x: x.argmax(-1), lambda x: x.argmin(-1)),
     (lambda x: x > 0, lambda x: x > 0, lambda x: x >= 0.5),
@@ -367,6 +374,7 @@ def test_what_is_no_evidence_is_diverged(ours, theirs, told):
     (lambda x: torch.fft.rfft(x), lambda x: paddle.fft.rfft(x), lambda x: paddle.fft.rfft(x).conj()),
     (lambda x: torch.fft.rfft(x).conj(), lambda x: paddle.fft.rfft(x).conj(), lambda x: paddle.fft.rfft(x)),
     (lambda x: x.sum().item(), lambda x: x.sum().item(), lambda x: x.mean().item()),
+    (lambda x: (x, Held(x > 0, 2 * x)), lambda x: (x, Held(x > 0, 2 * x)), lambda x: (x, Held(x > 0, 3 * x))),
     (lambda x: {"a": x, "found": x.shape[0]}, lambda x: {"a": x, "found": 3}, lambda x: {"a": x, "found": 4}),
 ])
 def test_numbers_of_every_kind_are_compared(ours, theirs, wrong):

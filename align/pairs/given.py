@@ -226,6 +226,7 @@ def flattened(result: Any, is_tensor: Callable[[Any], bool], read: Callable[[Any
     others: list[str] = []
 
     def add(name: str, value: Any) -> None:
+        value = _opened(value)
         if is_tensor(value):
             found[name or OUTPUT] = read(value)
         elif hasattr(value, "items"):
@@ -238,13 +239,17 @@ def flattened(result: Any, is_tensor: Callable[[Any], bool], read: Callable[[Any
             found[name or OUTPUT] = np.asarray(value, np.float32 if isinstance(value, float) else None)
         elif value is not None:
             others.append(f"{name or OUTPUT} ({type(value).__name__})")
-    result = vars(result) if hasattr(result, "__dataclass_fields__") and not hasattr(result, "items") else result
     add("", result)
     parts = {name: np.stack([array.real, array.imag], -1) if array.dtype.kind == "c" else array
              for name, array in found.items()}
     return Outputs({name: array for name, array in parts.items() if array.dtype.kind == "f"},
                    {name: array for name, array in parts.items() if array.dtype.kind != "f"}, others,
-                   hasattr(result, "items"))
+                   hasattr(_opened(result), "items"))
+
+
+def _opened(value: Any) -> Any:
+    """A dataclass as what it holds, by name."""
+    return vars(value) if hasattr(value, "__dataclass_fields__") and not hasattr(value, "items") else value
 
 
 class GivenModule(Measured):
