@@ -248,6 +248,17 @@ class Bucketed(Plain):
         return batch
 
 
+class Talkative(Plain):
+    def collate(self, rows):
+        batch = self.tokenizer.pad([dict(row) for row in rows], return_tensors="np")
+        batch["labels"] = batch.pop("label")
+        return {**batch, "position_ids": batch["input_ids"] * 0}
+
+
+def talkative(directory):
+    return Talkative(BertTokenizer.from_pretrained(str(directory)))
+
+
 def narrow(directory):
     return Narrow(BertTokenizer.from_pretrained(str(directory)))
 
@@ -365,6 +376,11 @@ def test_a_loader_of_other_numbers_or_in_another_order(workshop, bert, texts, ow
     assert f"batches.order: text {place} is {sorted(order[:4])[place]}, the reference's {order[place]}" in (
         bucketed.report["failures"])
     assert narrow.report["diagnosis"] is bucketed.report["diagnosis"] is None
+
+
+def test_what_only_the_candidates_batches_hold_is_told(workshop, bert, texts, own):
+    outcome = workshop.align("data", bert, "--data", texts, *own("talkative"))
+    assert "batch.0.position_ids: the reference did not record it" in outcome.report["failures"]
 
 
 def test_two_causes_at_once_are_named_where_one_is_paddlenlps_own(workshop, bert):

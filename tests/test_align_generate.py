@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 import shutil
@@ -17,7 +18,7 @@ from align import generate
 from align.decoding import search
 from align.decoding.continuations import case_of, judged, place_of_beams
 from align.decoding.feeding import Feed, Start, Whole
-from align.decoding.margins import Measured, margin
+from align.decoding.margins import Closest, Measured, _Ended, _Kept, margin
 from align.decoding.search import Strategy, drawn, gumbel, write
 from align.decoding.torch_side import generate as torch_generate
 from align.decoding.torch_side import takes
@@ -212,6 +213,65 @@ def test_texts_under_way_are_sets():
 def test_noise_is_never_below_the_table_nor_below_torchs_own():
     assert step_noise(10.0, 0.0) == pytest.approx(2e-4)
     assert step_noise(10.0, 1e-5) == pytest.approx(2 * 6 * 1e-4)
+
+
+def test_torchs_own_error_is_measured_on_every_row(side):
+    """Against a copy of the model that is float64 in all but its scores."""
+    tokens = texts(side, Strategy("greedy", 4, PAD))
+    given = side.feed.whole(*(np.concatenate([start, new], 1)[:, :-1] for start, new in (
+        (side.feed.start.ids, tokens), (side.feed.start.mask, np.ones_like(tokens)))))
+    exact = outputs_of(copy.deepcopy(side.model).double(), given)["logits"][:, -4:]
+    errors = np.abs(side.outputs(given)["logits"][:, -4:] - exact).max(-1) / np.abs(exact).max(-1)
+    side.sweep = lambda passes: [one() for one in passes]
+    found = generate._measured(side, side.feed, tokens)
+    assert found.shape == (3,) and (found > 0.3 * errors.max(1)).all() and (found < 30 * errors.max(1)).all()
+
+
+def test_texts_with_other_beginnings_may_be_off_by_the_errors_of_both():
+    kept = _Kept(np.array([-1.0, -1.25, -1.5]), np.array([0, 0, 1]), np.arange(3), np.zeros(3, bool),
+                 np.array([0.1, 0.2, 0.4]), np.array([0.01, 0.02]))
+    alike, other = kept.pair(0, 1), kept.pair(0, 2)
+    assert (alike.margin, other.margin) == (0.25, 0.5)
+    assert alike.noise == pytest.approx(0.01, rel=1e-3) and other.noise == pytest.approx(0.1 + 0.4)
+
+
+def test_a_text_that_did_not_count_wins_only_if_it_comes_in_and_scores_better():
+    search = Measured(1, Strategy("beam", 4, 0, beams=2), np.zeros(1))
+    winner = _Ended((1,), -1.0, 0.1, True, Closest())
+    for entry, told in ((Closest(9.0, 1.0), Closest(9.0, 1.0)), (Closest(0.1, 1.0), Closest(0.5, 0.2))):
+        rival = _Ended((2,), -1.5, 0.1, False, entry)
+        found = search._rivalry(winner, rival)
+        assert (found.margin, found.noise) == pytest.approx((told.margin, told.noise))
+
+
+def test_the_end_is_the_configs_else_that_of_the_generation_config():
+    def ends(config, beside):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=beside))
+        return generate._ends(SimpleNamespace(run=SimpleNamespace(config=config, sizes={"vocab": 10}),
+                                              reference=SimpleNamespace(model=model)))
+    assert ends({"eos_token_id": 5}, 3) == (5,) and ends({"eos_token_id": [5, 6]}, 3) == (5, 6)
+    assert ends({}, 3) == (3,) and ends({"eos_token_id": None}, [3, 4, 99]) == (3, 4) and ends({}, None) == ()
+
+
+def test_torch_that_parts_from_itself_with_its_cache_is_told():
+    def told(margins):
+        cached = "greedy (with cache)"
+        step = Step({RECORDED: {"greedy": np.array([[5, 6, 7]]), cached: np.array([[5, 6, 8]])},
+                     "margins": {"greedy": np.array([margins])}, "noise": {"greedy": np.full((1, 3), 1e-3)}})
+        return generate._apart(step, "")
+    assert told([1.0, 1.0, 1.0])[0].startswith("torch itself writes other texts with its cache than without (greedy, 1")
+    assert told([1.0, 1.0, 1e-4]) == told([1.0, 1e-4, 1.0]) == []
+
+
+def test_the_seed_is_tried_for_that_tells_the_mistakes_apart(monkeypatch):
+    """Of four seeds the third; none where weights come in block by block."""
+    shown = {2: "one token too many is drawn, one token too few"}
+    monkeypatch.setattr(generate, "mistakes_of", lambda found, start, strategy: [(shown.get(strategy.seed, ""), {})])
+    few = {"top-k-few": Strategy("top-k-few", 4, PAD, temperature=1.0, top_k=3)}
+    for paged, seed in ((False, 2), (True, 0)):
+        session = SimpleNamespace(paged=paged, options=SimpleNamespace(length_penalty=None))
+        found, _ = generate._telling(few, session, lambda strategy, cached: strategy.seed, None)
+        assert found["top-k-few"].seed == seed
 
 
 # Families -------------------------------------------------------------------------------------------------------------

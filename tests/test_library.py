@@ -508,6 +508,10 @@ def test_a_weight_on_one_side_only_fails():
     theirs.extra = pn.Linear(2, 2)
     result = align_models(ours, theirs, (drawn(6, 16),), NAMES)
     assert result.verdict == "diverged" and result.first_divergence == "extra.weight"
+    del theirs.extra
+    ours.more = tn.Linear(2, 2)
+    result = align_models(ours, theirs, (drawn(6, 16),), NAMES)
+    assert result.verdict == "diverged" and result.first_divergence == "more.weight"
 
 
 # What is refused, and what is left alone ------------------------------------------------------------------------------
