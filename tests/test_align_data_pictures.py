@@ -13,6 +13,9 @@ from align.texts import load_rows
 from convert.demo import build_demo
 from convert.resnet import FAMILY
 
+SETTINGS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
@@ -120,6 +123,25 @@ def test_another_factor_to_rescale_by_is_followed_and_seen(workshop, even):
     changed(workshop.output("other"), rescale_factor=1 / 255)
     assert workshop.align("data", "other", "--data", even).failing == ["picture.0.pixel_values",
                                                                       "picture.1.pixel_values"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"image_processor_type": "ViTImageProcessor", "size": {"height": 48, "width": 64}},
+    {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 73}, "crop_size": 64},
+    {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 73}, "do_center_crop": False},
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}},
+], ids=lambda settings: settings["image_processor_type"])
+def test_every_kind_of_processor_that_is_known_does_as_transformers_does(workshop, settings):
+    square, _ = set_of(workshop, "two", (73, 91), (146, 182))  # of which 9 rows and 27 columns are cut away
+    even, _ = set_of(workshop, "even", (73, 90), (146, 180))
+    name = settings["image_processor_type"]
+    source = workshop.root / f"source-{name}"
+    build_demo(FAMILY, source)
+    told = {**SETTINGS, **settings}
+    (source / "preprocessor_config.json").write_text(json.dumps(told), "utf-8")
+    workshop.convert("resnet", source, name)
+    outcome = workshop.align("data", name, "--data", even if name == "CLIPImageProcessor" else square)
+    assert outcome.code == 0, outcome.report.get("failures", outcome.stderr)
 
 
 def test_a_filter_that_pil_has_no_number_for_is_refused(workshop, even):

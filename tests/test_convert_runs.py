@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -126,6 +127,27 @@ def test_an_output_that_is_a_link_stays_one(source, convert, workdir):
         assert (workdir / "out" / "run").is_symlink() and hidden_files(workdir) == []
         assert "model.safetensors" in files_under(workdir / "disk" / "real")
         assert "old" not in files_under(workdir / "disk" / "real")
+
+
+def test_a_source_within_the_output_is_not_lost(source, convert, workdir):
+    inner = convert(source).output / "inner"
+    shutil.copytree(source, inner)
+    before = files_under(inner)
+    run = convert(inner, "--overwrite")
+    assert run.code == 2 and "would replace the source" in run.stderr
+    assert files_under(inner) == before
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "pdparams"])
+def test_no_shard_holds_more_than_was_asked_for_unless_it_is_one_tensor(source, convert, file_format):
+    run = convert(source, "--shard-size", "3KB", "--format", file_format)
+    held, widths = {}, {"F32": 4, "float32": 4}
+    index = json.loads(next(run.output.glob("*.index.json")).read_text())["weight_map"]
+    for tensor in run.report["tensors"]:
+        size = widths[tensor["dtype"]] * math.prod(tensor["shape"])
+        held.setdefault(index[tensor["target"]], []).append(size)
+    assert len(held) > 3 and any(len(sizes) > 1 for sizes in held.values())
+    assert all(sum(sizes) <= 3_000 or len(sizes) == 1 for sizes in held.values())
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(source, convert, workdir, monkeypatch):

@@ -150,14 +150,15 @@ def candidate(session: Session, step: Step) -> Step:
                                 interpolation=INTERPOLATIONS[plan.interpolation])] if plan.resize else []
     places += [transforms.CenterCrop(plan.crop)] if plan.crop else []
     geometry = transforms.Compose(places) if places else lambda image: image
-    cropped = [np.asarray(geometry(_image(picture))).reshape(*_shape(plan, picture)) for picture in pictures]
+    cropped = [_with_channels(geometry(_image(picture)), picture.shape[2]) for picture in pictures]
     return _step(pictures, [np.moveaxis(array, -1, 0) for array in cropped],
                  [_paddle_values(plan, array) for array in cropped])
 
 
-def _shape(plan: Plan, picture: np.ndarray) -> tuple[int, int, int]:
-    size = plan.crop or (plan.resize if isinstance(plan.resize, tuple) else (-1, picture.shape[1]))
-    return (*size, picture.shape[2])
+def _with_channels(image: Any, channels: int) -> np.ndarray:
+    """[height, width, channels], one of grey pictures too."""
+    array = np.asarray(image)
+    return array.reshape(*array.shape[:2], channels)
 
 
 def _paddle_values(plan: Plan, array: np.ndarray) -> np.ndarray:
