@@ -75,7 +75,9 @@ def _run_all(options: argparse.Namespace) -> int:
             break
     _tell(codes, passed_by, options)
     if options.submission:
-        print(f"submission: {lay_out(directory, Path(options.submission))}")
+        outdated = [name for name in stage_names() if codes.get(name) not in (errors.ALIGNED, errors.DIVERGED)
+                    and done.code(name) is None]
+        print(f"submission: {lay_out(directory, Path(options.submission), outdated)}")
     return max(codes.values(), default=errors.BAD_INPUT)
 
 
@@ -94,7 +96,7 @@ def _carry_out(stage: str, options: argparse.Namespace, done: Done) -> int:
         print(f"error: align.{stage} was ended by the system ({ended}). If memory is short, try --paging on.",
               file=sys.stderr)
         return errors.OUR_FAULT
-    if not options.only:
+    if not (options.only or options.compare):
         done.put(stage, code)
     return code
 

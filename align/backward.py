@@ -43,7 +43,7 @@ from .gradients.batches import (
     other_batches,
 )
 from .gradients.recompute import WHOLE
-from .inputs import Inputs, positive
+from .inputs import Inputs, above_zero, positive
 from .noise import NoiseFloor
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
@@ -70,9 +70,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--iterations", type=_several, default=10, metavar="N", help="how many, at least 2; default 10")
     add("--accumulate", type=positive, default=2, metavar="N",
         help="micro-batches whose gradients are added up for a step; default 2")
-    add("--clip", type=_above_zero, default=1.0, metavar="NORM",
+    add("--clip", type=above_zero, default=1.0, metavar="NORM",
         help="to which global norm gradients are clipped; default 1.0")
-    add("--lr", type=_above_zero, default=1e-3, metavar="RATE", help="of the step of SGD; default 1e-3")
+    add("--lr", type=above_zero, default=1e-3, metavar="RATE", help="of the step of SGD; default 1e-3")
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -423,13 +423,6 @@ def _several(text: str) -> int:
     number = positive(text)
     if number < 2:
         raise argparse.ArgumentTypeError("one iteration shows no error that a step makes; give 2 or more")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number
 
 

@@ -5,7 +5,10 @@ Every target answers the same calls as the reference, so the stages need not kno
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+import sys
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from convert.errors import BadInput
+from convert.errors import BadInput, FrameworkMissing
 
 from .inputs import Inputs
 from .inside import Places, small_input
@@ -215,6 +218,27 @@ def blamed(net: str) -> Iterator[None]:
         said = " ".join(str(error).split()).partition(" [Hint")[0][:300]
         raise BadInput(f"{net} failed at {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: "
                        f"{said}") from error
+
+
+def function_named(flag: str, name: str, called_with: str, *arguments: Any) -> Callable[..., Any]:
+    """The user's ``package.module:function``, on their path or where they are; :class:`BadInput` where it cannot be
+    imported, or does not take ``arguments``, which are what it is ``called_with``.
+    """
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (BadInput, FrameworkMissing):
+        raise
+    except Exception as error:  # whatever their module stumbles over
+        raise BadInput(f"{flag} {name} cannot be imported ({type(error).__name__}: {error}).") from error
+    finally:
+        sys.path.remove("")
+    try:
+        inspect.signature(found).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{name} is called with {called_with}, which it does not take ({error}).") from error
+    return found
 
 
 # What the hooks of a pass tell ----------------------------------------------------------------------------------------

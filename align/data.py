@@ -38,7 +38,7 @@ from .pipelines.tokenizing import (
     SPECIAL_TOKENS,
     TYPES,
     Row,
-    encode,
+    encoded_by,
     fields_of,
     judged,
     name_of,
@@ -156,8 +156,8 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
         tokenizer, texts, fields = open_candidate(session.run, session.options.tokenizer), corpus.unpacked(
             told["texts"]), told["fields"]
         pad_with(tokenizer, told["lent"])
-        every = [encode(tokenizer, text, None) for text in texts]
-        cut = [judged(encode(tokenizer, text, told["limit"]), fields) for text in texts]
+        every = [encoded_by(tokenizer, text, None) for text in texts]
+        cut = [judged(encoded_by(tokenizer, text, told["limit"]), fields) for text in texts]
         shift = paddle_shift(session.run) if told["decodes"] else None
         sheet = _texts_sheet(texts, [judged(row, fields) for row in every], cut, told["longer"], shift)
         rows = features(cut, range(len(texts)), [name for name in fields if name != SPECIAL])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import xxhash
 
+from convert.cli import COMPANIONS
 from convert.errors import ALIGNED, DIVERGED
 from convert.report import versions
 
@@ -15,8 +16,10 @@ from .runs import Run
 
 FILE = "carried_out.txt"
 READ_WHOLE = 64 << 20
-PACKAGES = ("torch", "transformers", "tokenizers", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "pillow", "datasets", "sacrebleu", "paddlepaddle",
+            "paddlepaddle-gpu", "paddlenlp", "numpy")
 CODE = Path(__file__).parents[1]
+BESIDE = ("config.json", *COMPANIONS, "*.py")
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,19 @@ class Done:
 
     @classmethod
     def of(cls, run: Run, directory: Path, options: argparse.Namespace) -> Done:
-        """A net of the user's own is made by code that is not known here, so it is never known to be the same."""
-        if ":" in options.target:
+        """A net or a family file of the user's own is code, and imports code, that is not known here: what it makes is
+        never known to be the same.
+        """
+        if ":" in options.target or options.family:
             return cls(directory, None)
         hasher = xxhash.xxh3_128()
         for name in ("run", "target", "device", "paging", "allow_same_framework", "trust_remote_code"):
             hasher.update(f"{name} {getattr(options, name)}\n".encode())
         for package, version in versions(*PACKAGES).items():
             hasher.update(f"{package} {version}\n".encode())
-        files = [*([Path(options.family)] if options.family else []), run.directory / "convert.json"]
-        files += [file for package in ("align", "convert", "models") for file in (CODE / package).rglob("*")
-                  if file.is_file() and "__pycache__" not in file.parts]
-        for place in (run.source, run.output):
-            files += [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
-        for file in sorted(set(files)):
+        files = [file for package in ("align", "convert", "models") for file in (CODE / package).rglob("*")
+                 if file.is_file() and "__pycache__" not in file.parts]
+        for file in sorted({*files, run.directory / "convert.json", *_files_of(run.source), *_files_of(run.output)}):
             hasher.update(f"{file} {_state(file)}\n".encode())
         return cls(directory, hasher.hexdigest())
 
@@ -79,9 +81,16 @@ class Done:
             return None
 
 
+def _files_of(place: Path) -> list[Path]:
+    """All of a directory; of a checkpoint that is one file, also the config, the tokenizer and the code beside it."""
+    if place.is_dir():
+        return [file for file in place.rglob("*") if file.is_file()]
+    return [place, *(file for pattern in BESIDE for file in place.parent.glob(pattern) if file.is_file())]
+
+
 def _state(file: Path) -> str:
-    """A file's digest; of one that is too large to be read for this, its size and when it was written."""
+    """A file's digest; of one that is too large to be read for this, its size and when it was written and changed."""
     seen = file.stat()
     if seen.st_size > READ_WHOLE:
-        return f"{seen.st_size} {seen.st_mtime_ns}"
+        return f"{seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns}"
     return xxhash.xxh3_128(file.read_bytes()).hexdigest()

@@ -11,6 +11,7 @@ rounding. Where two texts part at a smaller margin, neither is wrong, and nothin
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,12 +23,12 @@ import numpy as np
 from convert.errors import BadInput
 
 from .decoding import starts
-from .decoding.continuations import ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
+from .decoding.continuations import CACHED, ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
 from .decoding.feeding import Cached, Feed, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
-from .inputs import Inputs, positive
+from .inputs import Inputs, above_zero, asked, not_negative, positive
 from .reference import Reference
 from .runs import Run
 from .scores import log_softmax
@@ -37,7 +38,6 @@ from .tolerance import FORWARD, LIMITS, REORDERED_RUNS, step_noise
 from .trace import Step
 
 GREEDY, BEAM, TOP_K, TOP_P, TEMPERATURE = STRATEGIES = ("greedy", "beam", "top-k", "top-p", "temperature")
-CACHED = " (with cache)"
 TOKENS, PAGED_TOKENS = 24, 4
 PENALTIES, FLATTENING, SEEDS = (0.5, 2.0, -2.0, -4.0), (1.0, 2.0, 4.0, 8.0, 16.0), 4
 """Powers of the length for texts that end early, temperatures for few tokens, and how many seeds are tried for them."""
@@ -64,15 +64,15 @@ def flags(parser: argparse.ArgumentParser) -> None:
         f"{PAGED_TOKENS}")
     add("--rows", type=positive, help=f"how many texts are continued together, as 8; default {starts.ROWS}")
     add("--beams", type=_several, help="how wide the search by beams is, at least 2; default 4")
-    add("--length-penalty", type=float, metavar="POWER", help="of the length that a beam's score is divided by, as 2; "
-        "default 1; where texts end early, one that shows")
+    add("--length-penalty", type=_finite, metavar="POWER", help="of the length that a beam's score is divided by, "
+        "as 2; default 1; where texts end early, one that shows")
     add("--early-stopping", action="store_true", default=None, help="end a search as soon as there are as many ended "
         "texts as beams")
     add("--top-k", type=positive, metavar="K", help="draw from so many of the best tokens, as 50; default 8")
     add("--top-p", type=_share, metavar="P", help="draw from the fewest tokens with so much of the probability, as "
         "0.95; default 0.9")
-    add("--temperature", type=_above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
-    add("--seed", type=int, help="of the noise that both sides draw with; default 0")
+    add("--temperature", type=above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
+    add("--seed", type=not_negative, help="of the noise that both sides draw with; default 0")
 
 
 def lacking(run: Run) -> str | None:
@@ -91,14 +91,17 @@ def reference(session: Session) -> Iterator[Step]:
         start, told = _start(session, options.prompt)
         yield _recorded(session, start, [*told, *_told(session)], options.prompt or [], 1)
     if options.interactive:
-        first = 2 if options.prompt else 1
-        for number, text in enumerate(_asked(), first):
+        number = 1 if options.prompt else 0
+        for text in _asked():
             try:
                 start = starts.given(run, [text], _tokens(session))
             except BadInput as error:
                 print(f"{error}")
                 continue
+            number += 1
             yield _recorded(session, start, _told(session) if number == 1 else [], [text], number)
+        if not number:
+            raise BadInput("no prompt was given, so nothing was continued.")
 
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
@@ -510,24 +513,15 @@ def _refuse_other(session: Session) -> None:
 
 
 def _several(text: str) -> int:
-    number = positive(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("at least 2 beams; one is the greedy strategy")
-    return number
+    return asked(text, int, lambda number: number > 1, "at least 2 beams; one is the greedy strategy")
 
 
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
+def _finite(text: str) -> float:
+    return asked(text, float, math.isfinite, "a finite number")
 
 
 def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and at most 1")
-    return number
+    return asked(text, float, lambda number: 0 < number <= 1, "a share above 0 and at most 1")
 
 
 STAGE = RecordedStage("generate", "Continue texts on both sides, greedily, by beams and by drawing, with cache and "

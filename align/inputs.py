@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -16,6 +18,7 @@ from convert.traits import Prompts
 
 from . import prompts
 
+Number = TypeVar("Number", int, float)
 SEED = 20260602
 ROWS = 4
 LENGTH = 96
@@ -287,7 +290,30 @@ def sides(text: str) -> tuple[int, int]:
 
 def positive(text: str) -> int:
     """A whole number above 0 on the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return asked(text, int, lambda number: number > 0, "a whole number above 0")
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0 on."""
+    return asked(text, int, lambda number: number >= 0, "a whole number of 0 or more")
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    return asked(text, float, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def not_below_zero(text: str) -> float:
+    """A finite number from 0 on."""
+    return asked(text, float, lambda number: 0 <= number < math.inf, "a number of 0 or more")
+
+
+def asked(text: str, kind: Callable[[str], Number], holds: Callable[[Number], bool], told: str) -> Number:
+    """A number on the command line that ``holds``; what is none, or another one, is not what is ``told``."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not holds(number):
+        raise argparse.ArgumentTypeError(f"{text} is not {told}")
     return number

@@ -20,22 +20,25 @@ import numpy as np
 
 from convert.errors import BadInput, require
 
-from .compare import TensorResult, missing
+from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose
 from .evidence import compare_bits
 from .explanations.weights import difference
 from .forward import judged, look_into
 from .inputs import Inputs
 from .inside import PROBE
-from .pairs.given import Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled
+from .pairs.given import Arrays, Call, GivenInputs, GivenLayer, GivenModule, Outline, Stumbled, WholeRows
 from .pairs.pairing import Layout, Names, Pairing, Weight
 from .pairs.untouched import same_luck, untouched
 from .report import ALIGNED, StageResult
 from .stage import Findings
+from .tolerance import EXACT
 from .trace import Step
 
 Given = Mapping[str, Any] | Sequence[Any]
 FAILURES = 5
+DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+"""What goes in. Paddle takes uint16 for bfloat16, and has no wider ones without a sign."""
 
 
 def align_models(torch_module: Any, paddle_layer: Any, inputs: Given, names: Names | None = None, *,
@@ -51,6 +54,9 @@ def align_models(torch_module: Any, paddle_layer: Any, inputs: Given, names: Nam
     what is then left is paired by :mod:`convert.matching`, which the result's notes say. ``layouts`` says of Paddle's
     names ``same`` or ``transposed`` where a matrix belongs to a layer of no known kind. ``name`` is what the result
     calls the pair.
+
+    All numbers that both return are compared: floating and complex ones by torch's own rounding error, whole numbers
+    and truth values for equality wherever torch gives the same in each of its runs with reordered sums.
 
     The result has ``verdict``, ``tensors``, ``sublayers``, ``first_divergence``, ``diagnosis``, ``notes``, ``print()``
     and ``save(directory)``, which writes ``forward.json`` and ``forward.md``. Raises :class:`convert.errors.BadInput`
@@ -99,7 +105,8 @@ def load_weights(torch_module: Any, paddle_layer: Any, names: Names | None = Non
 
     ``names`` and ``layouts`` are those of :func:`align_models`. Returns (torch, Paddle) name of each. Raises
     :class:`convert.errors.BadInput`, before anything is copied, where a parameter of either side has no counterpart,
-    a counterpart would have to be guessed, a shape does not fit, or a square matrix may lie either way.
+    a counterpart would have to be guessed, a shape or dtype does not fit, a square matrix may lie either way, or two
+    that differ would go to one.
     """
     _require_two_frameworks(torch_module, paddle_layer)
     pairing = Pairing(torch_module, paddle_layer, names, layouts, by_values=False)
@@ -122,6 +129,7 @@ def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
         if left:
             more = f" (+{len(left) - 1} more)" if left[1:] else ""
             raise BadInput(f"{left[0]}{more} has no counterpart in the {side}. Give names= (torch's path to Paddle's).")
+    filled: dict[str, tuple[str, np.ndarray]] = {}
     for weight in pairing.weights:
         if weight.layout is None:
             raise BadInput(f"{weight.paddle} is square and belongs to a layer of no known kind, so that nothing tells "
@@ -133,7 +141,15 @@ def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
         if array.shape != wanted and not array.size == np.prod(wanted) == 1:
             raise BadInput(f"{weight.torch} {list(pairing.torch.shape(weight.torch))} does not fit {weight.paddle} "
                            f"{list(wanted)}.")
-        yield weight, np.array(array.reshape(wanted), order="C")
+        array = np.array(array.reshape(wanted), order="C")
+        held = pairing.paddle.array(weight.paddle).dtype
+        if array.dtype != held:
+            raise BadInput(f"{weight.torch} is {array.dtype} and {weight.paddle} {held}; one of them has to be cast.")
+        other, before = filled.setdefault(pairing.paddle.aliases[weight.paddle][0], (weight.torch, array))
+        if not np.array_equal(before, array):
+            raise BadInput(f"{other} and {weight.torch} of torch differ, and Paddle holds one for both, "
+                           f"{weight.paddle}.")
+        yield weight, array
 
 
 def compare_weights(pairing: Pairing) -> tuple[list[TensorResult], list[str]]:
@@ -206,6 +222,10 @@ def _bench(pairing: Pairing, module: Any, layer: Any, arrays: dict[str, np.ndarr
     reference = GivenModule(run, module, positional)
     bench = Bench(run, reference, GivenLayer(run, layer, positional, reference), inputs)
     called = reference.calls(inputs)
+    if not reference.told.arrays and not reference.told.whole:
+        told = f" ({', '.join(reference.told.others)})" if reference.told.others else ""
+        raise BadInput(f"what the torch module {type(module).__name__} returns holds no tensor and no number{told}, so "
+                       "there is nothing to compare. Return tensors: alone, or in a sequence, mapping or dataclass.")
     try:
         run.look_into(called, bench.candidate.calls(inputs))
     except Stumbled as error:
@@ -224,16 +244,33 @@ def _parted(pairing: Pairing, torch: Mapping[str, Call], paddle: Mapping[str, Ca
 
 def _behaviour(bench: Bench) -> Findings:
     """Every module and output, and what more there is to say."""
-    shapes = [known | {name: array.shape for name, array in side.told.arrays.items()}
-              for known, side in zip(bench.run.shapes, (bench.reference, bench.candidate), strict=True)]
-    others = bench.reference.told.others
+    returned = bench.reference.told, bench.candidate.told
+    shapes = [known | {name: array.shape for name, array in told.arrays.items()}
+              for known, told in zip(bench.run.shapes, returned, strict=True)]
+    others = dict.fromkeys([*returned[0].others, *returned[1].others])
     steps = list(bench.reference.steps(bench.inputs))
     answers = bench.candidate.answers(bench.inputs, steps)
     findings = judged(bench, _described(bench, zip_longest(steps, answers, fillvalue=Step())), _why,
                       _inside)
     tensors = [_of_one_shape(result, *shapes) for result in findings.tensors]
-    more = [f"Outputs that hold no floating-point numbers are not compared: {', '.join(others)}."] if others else []
-    return replace(findings, tensors=tensors, notes=[*findings.notes, *more])
+    whole = list(_whole_numbers(returned[0].whole, bench.reference.repeated, returned[1].whole, bench.inputs.rows))
+    more = [f"Outputs that hold no numbers are not compared: {', '.join(others)}."] if others else []
+    return replace(findings, tensors=[*tensors, *whole], notes=[*findings.notes, *more])
+
+
+def _whole_numbers(expected: Arrays, repeated: Sequence[Arrays], found: Arrays, rows: WholeRows,
+                   ) -> Iterator[TensorResult]:
+    """Whole numbers and truth values are equal wherever torch gives the same in each of its ``repeated`` runs."""
+    for name, array in expected.items():
+        if name not in found:
+            yield missing(name, "candidate")
+            continue
+        given, again = found[name], [one[name] for one in repeated if one.get(name, array).shape == array.shape]
+        if given.shape == array.shape and given.dtype == array.dtype:
+            given = np.where(np.all([one == array for one in again], axis=0), given, array)
+        if array.size or given.size:
+            yield compare(name, *(rows.of_whole(one) for one in (array, given)), EXACT)
+    yield from (missing(name, "reference") for name in found if name not in expected)
 
 
 def _described(bench: Bench, pairs: Iterator[tuple[Step, Step]]) -> Iterator[tuple[Step, Step]]:
@@ -294,16 +331,26 @@ def _arrays(inputs: Given) -> tuple[dict[str, np.ndarray], list[str]]:
         raise BadInput(f"inputs is a {type(inputs).__name__}; a dictionary of arrays (keyword arguments) or a tuple of "
                        "arrays (positional arguments) is needed.")
     named = dict(inputs) if isinstance(inputs, Mapping) else {str(place): one for place, one in enumerate(inputs)}
-    arrays = {str(name): np.ascontiguousarray(np.asarray(array)).reshape(np.shape(array))
-              for name, array in named.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise BadInput(f"input {name} has dtype {array.dtype}; numbers are needed.")
+    arrays = {str(name): _array(str(name), given) for name, given in named.items()}
     if not arrays:
         raise BadInput("inputs is empty: a model that is fed nothing shows nothing.")
     wide = [name for name, array in arrays.items() if array.dtype == np.float64]
     arrays |= {name: arrays[name].astype(np.float32) for name in wide}
     return arrays, [f"Inputs in float64 were rounded to float32, for both sides: {', '.join(wide)}."] * bool(wide)
+
+
+def _array(name: str, given: Any) -> np.ndarray:
+    """One input as both frameworks take it."""
+    try:
+        array = np.asarray(given)
+    except Exception as error:  # of nested lists, of tensors that want to be detached or are elsewhere
+        raise BadInput(f"input {name} cannot be made an array ({error}); numbers are needed.") from error
+    if array.dtype.newbyteorder("=").name not in DTYPES:
+        raise BadInput(f"input {name} has dtype {array.dtype}; numbers are needed that both frameworks have: "
+                       f"{', '.join(DTYPES)}.")
+    if not array.size:
+        raise BadInput(f"input {name} is empty, {list(array.shape)}: a model that is fed nothing shows nothing.")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
 def _require_two_frameworks(torch_module: Any, paddle_layer: Any) -> None:

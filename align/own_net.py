@@ -7,7 +7,6 @@ modules of a ``paddle.nn.Layer`` have the family's Paddle names, those of a ``to
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .candidate import Candidate, Look, blamed
+from .candidate import Candidate, Look, blamed, function_named
 from .lint import Description
 from .paddle_net import PaddleNet, PaddleNLPNet, use_device
 from .paging import Pages
@@ -40,19 +39,8 @@ class Target:
 
     def build(self, run: Run) -> Any:
         """The net; :class:`BadInput` where ``build`` cannot be imported, takes other arguments, or fails."""
-        module, _, function = self.name.partition(":")
-        sys.path.insert(0, "")
-        try:
-            build = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise BadInput(f"--target {self.name} cannot be imported ({error}).") from error
-        finally:
-            sys.path.remove("")
-        try:
-            inspect.signature(build).bind({}, run.output)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"{self.name} is called with the config (a dict) and the output directory (a Path), which "
-                           f"it does not take ({error}).") from error
+        build = function_named("--target", self.name, "the config (a dict) and the output directory (a Path)", {},
+                               run.output)
         with blamed(f"your net {self.name}"):
             net = build(dict(run.target_config), run.output)
         self.reference.require(self.name)

@@ -108,6 +108,9 @@ class PaddleNet(Candidate):
         with paddle.no_grad():
             result = self.call({**{name: paddle.to_tensor(array) for name, array in arrays.items()}, **kept,
                                 "use_cache": True})
+        if PAST not in result or result[PAST] is None:
+            raise BadInput(f"{type(self.model).__name__} takes {PAST} and use_cache, and gave no {PAST}, behind which "
+                           "a text could be continued. Return them, or take no such arguments.")
         return self.run.batch_first("logits", result["logits"].numpy()), {
             argument: result[name] for name, argument in KEPT.items() if name in result}
 

@@ -8,9 +8,10 @@ The names are the guide's (``docs/lwfx/ArticleReproduction_NLP.md`` and ``_CV.md
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ ASKED = {"forward": "forward", "metric": "metric", "loss": "loss", "backward": "
 """What the guide asks for, and calls so."""
 MARK = "<!-- laid out by python -m align --submission -->"
 README = "README.md"
+CONVERSION, PAGE = ("convert.json", "convert.md"), "index.html"
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,42 @@ class Part:
 
 
 def require_free(place: Path) -> None:
-    """:class:`BadInput` where ``place`` holds something that was not laid out by :func:`lay_out`."""
+    """:class:`BadInput` where nothing can be laid out at ``place``, or something lies there that is not ours."""
+    above = next((folder for folder in place.absolute().parents if folder.exists()), place)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"--submission {place}: {above} is no directory that can be written to. Give another place.")
     if place.is_dir() and not any(place.iterdir()):
         return
     ours = (place / README).is_file() and MARK in (place / README).read_text("utf-8", "replace")
-    if place.exists() and not ours:
+    if not ours and (place.exists() or place.is_symlink()):
         raise BadInput(f"--submission {place}: there is something else at that place, which is left as it is. Give a "
                        "directory that does not exist yet.")
+    added = sorted(file for file in place.rglob("*") if not file.is_dir() and not _is_ours(file.relative_to(place)))
+    if added:
+        more = f" (+{len(added) - 1} more)" if added[1:] else ""
+        raise BadInput(f"--submission {place}: {added[0]}{more} was not laid out by paddle-parity and would be lost. "
+                       "Move it elsewhere, or give a directory that does not exist yet.")
 
 
-def lay_out(reports: Path, place: Path) -> Path:
-    """Copy what the stages left in ``reports`` to ``place``, which appears whole; returns its README."""
+def _is_ours(file: Path) -> bool:
+    """Whether :func:`lay_out` gives such a name to a file."""
+    if file.parent == Path():
+        return file.name in (README, *CONVERSION, PAGE)
+    stage = next((stage for stage in STEPS if file.stem in (stage, *(
+        f"{ASKED.get(stage, stage)}{side}" for side in ("", "_torch", "_paddle", "_diff")))), None)
+    return stage is not None and file.parent == Path(_folder(stage)) and file.suffix in (
+        ".md", ".json", ".npy", ".log", ".png")
+
+
+def lay_out(reports: Path, place: Path, outdated: Collection[str] = ()) -> Path:
+    """Copy what the stages left in ``reports`` to ``place``, which appears whole; returns its README.
+
+    Of the stages that are ``outdated`` what is there tells of another state of the run, and is left out.
+    """
     require_free(place)
-    parts = [_part(stage, reports) for stage in sorted(STEPS, key=STEPS.__getitem__) if stage in ORDER]
+    place = place.resolve()
+    parts = [_part(stage, reports, stage in outdated) for stage in sorted(STEPS, key=STEPS.__getitem__)
+             if stage in ORDER]
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as staging:
         staged = Path(staging) / "staged"
@@ -60,12 +85,12 @@ def lay_out(reports: Path, place: Path) -> Path:
             (staged / part.folder).mkdir(parents=True, exist_ok=True)
             for name, source in part.files.items():
                 shutil.copyfile(source, staged / part.folder / name)
-        for name in ("convert.json", "convert.md"):
+        for name in CONVERSION:
             source = next((one for one in (reports / name, reports.parent / name) if one.is_file()), None)
             if source:
                 shutil.copyfile(source, staged / name)
-        if (reports / "index.html").is_file():
-            shutil.copyfile(reports / "index.html", staged / "index.html")
+        if (reports / PAGE).is_file():
+            shutil.copyfile(reports / PAGE, staged / PAGE)
         (staged / README).write_text(_readme(reports, parts), "utf-8")
         if place.exists():
             shutil.rmtree(place)
@@ -73,16 +98,19 @@ def lay_out(reports: Path, place: Path) -> Path:
     return place / README
 
 
-def _part(stage: str, reports: Path) -> Part:
-    folder, name = f"pipeline/Step{STEPS[stage]}", ASKED.get(stage, stage)
+def _part(stage: str, reports: Path, is_outdated: bool) -> Part:
+    folder, name = _folder(stage), ASKED.get(stage, stage)
     report = _report(reports / f"{stage}.json")
+    if report is not None and is_outdated:
+        return Part(stage, folder, {}, "not carried out; the report that there is may tell of another state of the run",
+                    {})
     if report is None:
         absent = "not carried out" if stage in stage_names() else "there is no such stage yet"
         return Part(stage, folder, {}, absent, {})
     files = {f"{stage}.{kind}": reports / f"{stage}.{kind}" for kind in ("md", "json")}
     traces = {f"{name}_{side}.npy": reports / "traces" / f"{stage}_{side}.npy" for side in ("torch", "paddle")}
-    stale = [side for side in ("torch", "paddle")
-             if not _is_of(reports / "traces" / f"{stage}_{side}.provenance", report)]
+    stale = [side for side, role in (("torch", "reference"), ("paddle", "candidate"))
+             if not _is_of(reports / "traces" / f"{stage}_{side}.provenance", report, role)]
     absent = None
     if stage == "weights":
         return Part(stage, folder, _there(files), absent, report)
@@ -97,6 +125,10 @@ def _part(stage: str, reports: Path) -> Part:
     return Part(stage, folder, _there(files), absent, report)
 
 
+def _folder(stage: str) -> str:
+    return f"pipeline/Step{STEPS[stage]}"
+
+
 def _there(files: Mapping[str, Path]) -> dict[str, Path]:
     return {name: source for name, source in files.items() if source.is_file()}
 
@@ -109,13 +141,14 @@ def _report(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("schema") == SCHEMA else None
 
 
-def _is_of(provenance: Path, report: Mapping[str, Any]) -> bool:
-    """Whether a recording was made on the inputs that the report tells of."""
+def _is_of(provenance: Path, report: Mapping[str, Any], role: str) -> bool:
+    """Whether a recording was made on the inputs, and of the weights and framework, that the report tells of."""
     try:
         told = json.loads(provenance.read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(told, dict) and told.get("inputs_digest") == report.get("inputs_digest")
+    return isinstance(told, dict) and told.get("inputs_digest") == report.get("inputs_digest") and all(
+        told.get(name) == value for name, value in (report.get(role) or {}).items())
 
 
 def _readme(reports: Path, parts: list[Part]) -> str:

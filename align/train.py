@@ -26,7 +26,7 @@ from .compare import TensorResult, compare, missing
 from .explanations.training import explained
 from .floor import look_again
 from .gradients.batches import Batch, backwards, digest_of
-from .inputs import SEED, Inputs, positive
+from .inputs import SEED, Inputs, above_zero, asked, not_below_zero, not_negative, positive
 from .noise import Grown, NoiseFloor
 from .optimizing.recipe import KINDS, SCHEDULES, Recipe
 from .recording import SIDES
@@ -64,16 +64,16 @@ def flags(parser: argparse.ArgumentParser) -> None:
         help="micro-batches whose gradients are added up for a step; default 1")
     add("--optimizer", choices=KINDS, help="what moves the weights; default adamw, of nets that look at pictures "
         "momentum")
-    add("--lr", type=_above_zero, metavar="RATE", help="the highest learning rate; default "
+    add("--lr", type=above_zero, metavar="RATE", help="the highest learning rate; default "
         + ", ".join(f"{rate:g} of {name}" for name, rate in USUAL.items()))
-    add("--weight-decay", type=_not_below_zero, default=0.01, metavar="SHARE",
+    add("--weight-decay", type=not_below_zero, default=0.01, metavar="SHARE",
         help="of matrices and tables, not of biases and norms; default 0.01")
     add("--schedule", choices=SCHEDULES, default="linear", help="how the rate goes down; default linear")
-    add("--warmup", type=_whole, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
+    add("--warmup", type=not_negative, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
     add("--candidate-optimizer", metavar="MODULE:FUNCTION", help="a set-up of yours for the Paddle side, as "
         "my_training:build, as align.optimizer takes it: an optimizer, or that and what your loop does after each "
         "backward pass; the other flags say what torch does")
-    add("--clip", type=_above_zero, default=1.0, metavar="NORM",
+    add("--clip", type=above_zero, default=1.0, metavar="NORM",
         help="to which global norm gradients are clipped; default 1.0")
     add("--dropout", type=_rate, nargs="?", const=0.0, metavar="RATE",
         help="drop by the same seeded masks on both sides: at each net's own rates, or everywhere at this one, as 0.1; "
@@ -86,7 +86,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=positive, default=20, metavar="N", help="steps after which both sides are kept, in "
         "reports/<run>/train; default 20")
     add("--resume", action="store_true", help="go on from the last checkpoint of a training that was broken off")
-    add("--seed", type=int, default=SEED, metavar="N", help=f"of the order of rows and of masks; default {SEED}")
+    add("--seed", type=not_negative, default=SEED, metavar="N", help="of the order of rows and of masks; default "
+        f"{SEED}")
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -401,32 +402,8 @@ def _refuse_paging(session: Session) -> None:
                        "of such a model.")
 
 
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def _not_below_zero(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
-    return number
-
-
 def _rate(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a rate between 0 and 1, as 0.1")
-    return number
+    return asked(text, float, lambda number: 0 < number < 1, "a rate between 0 and 1, as 0.1")
 
 
 STAGE = RecordedStage("train", "Fine-tune both sides on the same batches and compare their curves with torch's band.",

@@ -89,7 +89,7 @@ def parse_size(text: str) -> int:
 
 
 class Staging:
-    """The directory beside the output in which a result grows until it is whole.
+    """The directory beside the output, or beside what that is a link to, in which a result grows until it is whole.
 
     Entering removes what an interrupted run left, :meth:`publish` renames the directory into place; leaving
     without it removes everything. A lock keeps two runs from writing to the same output.
@@ -97,9 +97,10 @@ class Staging:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.parent / f".{output.name}.staging"
-        self._retired = output.parent / f".{output.name}.replaced"
-        self._lock_path = output.parent / f".{output.name}.lock"
+        self._place = place = output.resolve() if output.is_symlink() else output
+        self.path = place.parent / f".{place.name}.staging"
+        self._retired = place.parent / f".{place.name}.replaced"
+        self._lock_path = place.parent / f".{place.name}.lock"
         self._lock: int | None = None
         self._made: list[Path] = []
         self._handles: dict[str, int] = {}
@@ -107,10 +108,9 @@ class Staging:
 
     def __enter__(self) -> Staging:
         try:
-            self._made = [folder for folder in self.output.parents if not folder.exists()]
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._lock_path, os.O_CREAT | os.O_RDWR)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._made = [folder for folder in self._place.parents if not folder.exists()]
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
             shutil.rmtree(self.path, ignore_errors=True)
             self._settle()
             self.path.mkdir()
@@ -170,14 +170,29 @@ class Staging:
     def publish(self) -> None:
         """Make the result appear under its name, in the place of an older one that may be replaced."""
         self._close()
-        if self.output.exists():
-            self.output.rename(self._retired)
-        self.path.rename(self.output)
+        if self._place.exists():
+            self._place.rename(self._retired)
+        self.path.rename(self._place)
+
+    def _locked(self) -> int:
+        """The file that is locked is the one that others find: a run that ends takes the one that it held away."""
+        while True:
+            handle = os.open(self._lock_path, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(handle), os.stat(self._lock_path)):
+                    return handle
+            except FileNotFoundError:
+                pass
+            except OSError:
+                os.close(handle)
+                raise
+            os.close(handle)
 
     def _settle(self) -> None:
         """The result that was to be replaced goes if its successor is there, and comes back if not."""
-        if self._retired.exists() and not self.output.exists():
-            self._retired.rename(self.output)
+        if self._retired.exists() and not self._place.exists():
+            self._retired.rename(self._place)
         shutil.rmtree(self._retired, ignore_errors=True)
 
     def _close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from dataclasses import replace
@@ -16,11 +17,17 @@ from align_fixtures import Workshop
 from reprod_log import ReprodDiffHelper
 
 from align import __main__ as program
+from align import done
 from align.done import FILE, Done
 from align.page import BESIDE, ORDER, stage_names
+from align.runs import load_run
 from align.submission import MARK, lay_out, require_free
+from convert import gptj
 from convert.errors import BadInput
 from convert.report import SCHEMA
+
+OPTIONS = SimpleNamespace(run="gptj", target="models", device="cpu", paging="auto", allow_same_framework=False,
+                          trust_remote_code=False, family=None)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,8 @@ def stubbed(tmp_path, monkeypatch):
     def run(command: list[str], **_):
         stage = command[2].removeprefix("align.")
         started.append(stage)
-        (made.reports / "gptj" / f"{stage}.json").write_text(json.dumps({"stage": stage, "code": codes.get(stage, 0)}))
+        (made.reports / "gptj" / f"{stage}.json").write_text(json.dumps({
+            "schema": SCHEMA, "stage": stage, "verdict": "diverged" if codes.get(stage) else "aligned"}))
         return SimpleNamespace(returncode=codes.get(stage, 0))
     monkeypatch.setattr(program.subprocess, "run", run)
     return SimpleNamespace(workshop=made, started=started, codes=codes, run=lambda *flags: program.run_all(
@@ -122,11 +130,56 @@ def turned_over(file):
     lambda run: (run.directory / "forward.json").write_text("{}"),
 ])
 def test_what_has_changed_is_repeated(stubbed, change):
-    from align.runs import load_run
     assert stubbed.run() == 0
     stubbed.started.clear()
     change(load_run("gptj", stubbed.workshop.reports))
     assert stubbed.run() == 0 and "forward" in stubbed.started
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "modeling_own.py"])
+def test_what_lies_beside_a_checkpoint_that_is_one_file_counts_too(stubbed, name):
+    source = stubbed.workshop.source("GPTJForCausalLM", "file", tokenizer=True)
+    stubbed.workshop.convert("gptj", source / "model.safetensors", "gptj", "--overwrite")
+    assert stubbed.run() == 0 and stubbed.run() == 0 and stubbed.started == stage_names()
+    (source / name).write_text("# another", "utf-8") if name.endswith("py") else turned_over(source / name)
+    beside = Done.of(load_run("gptj", stubbed.workshop.reports), stubbed.workshop.reports / "gptj", OPTIONS)
+    assert beside.code("forward") is None
+
+
+def test_other_versions_and_other_code_are_repeated(stubbed, monkeypatch, tmp_path):
+    run, directory = load_run("gptj", stubbed.workshop.reports), stubbed.workshop.reports / "gptj"
+    (tmp_path / "code" / "models").mkdir(parents=True)
+    (tmp_path / "code" / "models" / "net.py").write_text("one")
+    monkeypatch.setattr(done, "CODE", tmp_path / "code")
+    key = Done.of(run, directory, OPTIONS).key
+    assert Done.of(run, directory, OPTIONS).key == key
+    (tmp_path / "code" / "models" / "net.py").write_text("two")
+    other = Done.of(run, directory, OPTIONS).key
+    monkeypatch.setattr(done, "versions", lambda *names: dict.fromkeys(names, "9"))
+    assert len({key, other, Done.of(run, directory, OPTIONS).key}) == 3
+
+
+def test_a_large_file_that_was_written_at_the_same_time_is_another(stubbed, monkeypatch):
+    monkeypatch.setattr(done, "READ_WHOLE", 0)
+    run, directory = load_run("gptj", stubbed.workshop.reports), stubbed.workshop.reports / "gptj"
+    key, file = Done.of(run, directory, OPTIONS).key, next(run.output.glob("*.safetensors"))
+    seen = file.stat()
+    turned_over(file)
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert Done.of(run, directory, OPTIONS).key != key
+
+
+def test_a_family_file_of_ones_own_is_judged_anew(stubbed):
+    """What it imports, the net that is the reference above all, is not known."""
+    for _ in range(2):
+        stubbed.started.clear()
+        assert stubbed.run("--family", str(Path(gptj.__file__))) == 0 and stubbed.started == stage_names()
+
+
+def test_what_was_compared_from_recordings_is_not_known_of_the_output(stubbed):
+    assert stubbed.run("--compare") == 0
+    stubbed.started.clear()
+    assert stubbed.run() == 0 and stubbed.started == stage_names()
 
 
 def test_other_flags_and_nets_of_ones_own_are_repeated(stubbed):
@@ -228,3 +281,64 @@ def test_a_recording_of_other_inputs_is_not_handed_in(tmp_path):
     readme = lay_out(reports, tmp_path / "out").read_text("utf-8")
     assert not list((tmp_path / "out").rglob("*.npy"))
     assert "`pipeline/Step1/forward_*`: no recording of paddle belongs to this report." in readme
+
+
+@pytest.mark.parametrize("part", ["framework", "version", "weights_digest"])
+def test_a_recording_of_another_model_on_the_same_inputs_is_not_handed_in(tmp_path, part):
+    reports, told = tmp_path / "reports", {"framework": "paddle", "version": "3", "weights_digest": "mine"}
+    (reports / "traces").mkdir(parents=True)
+    (reports / "forward.json").write_text(json.dumps({
+        "schema": SCHEMA, "inputs_digest": "one", "verdict": "aligned", "reference": told, "candidate": told}))
+    for side, more in (("torch", {}), ("paddle", {part: "another"})):
+        (reports / "traces" / f"forward_{side}.npy").write_bytes(b"")
+        (reports / "traces" / f"forward_{side}.provenance").write_text(json.dumps(
+            {"inputs_digest": "one"} | told | more))
+    readme = lay_out(reports, tmp_path / "out").read_text("utf-8")
+    assert "`pipeline/Step1/forward_*`: no recording of paddle belongs to this report." in readme
+
+
+def test_what_somebody_put_into_a_submission_is_not_lost(workshop, tmp_path):
+    place, reports = tmp_path / "out", workshop.reports / "gptj"
+    lay_out(reports, place)
+    lay_out(reports, place)
+    for mine in ("notes.md", "pipeline/Step1/my_net.py", "pipeline/Step2/forward.json"):
+        (place / mine).write_text("mine")
+        with pytest.raises(BadInput, match=f"{mine} was not laid out by paddle-parity and would be lost"):
+            lay_out(reports, place)
+        assert (place / mine).read_text() == "mine"
+        (place / mine).unlink()
+    lay_out(reports, place)
+
+
+def test_a_place_where_nothing_can_be_laid_out_is_told_before_the_stages(stubbed, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for place, told in (("file/x/y", "is no directory that can be written to"), ("nowhere", "something else"),
+                        ("file", "something else")):
+        assert stubbed.run("--submission", str(tmp_path / place)) == 2
+        assert told in capsys.readouterr().err and stubbed.started == []
+
+
+def test_a_link_to_a_submission_of_ours_stays_a_link(tmp_path):
+    lay_out(tmp_path, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    lay_out(tmp_path, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "README.md").is_file()
+
+
+def test_a_submission_holds_no_report_of_another_state(stubbed, tmp_path):
+    """Loss was carried out before something changed, and is not come to any more."""
+    place = tmp_path / "handed-in"
+
+    def handed_in():
+        readme = (place / "README.md").read_text("utf-8")
+        return dict(re.findall(r"\| Step\d \| (\w+) \| ([^|]+?) \|", readme))
+    stubbed.codes["forward"] = 1
+    assert stubbed.run("--keep-going") == 1
+    assert stubbed.run("--submission", str(place)) == 1
+    assert handed_in()["loss"] == "aligned" and handed_in()["forward"] == "diverged"
+    turned_over(next((stubbed.workshop.root / "out" / "gptj").glob("*.safetensors")))
+    assert stubbed.run("--submission", str(place)) == 1
+    assert handed_in() == {**dict.fromkeys(handed_in(), "–"), "weights": "aligned", "data": "aligned",
+                           "forward": "diverged"}
+    assert "may tell of another state of the run" in (place / "README.md").read_text("utf-8")

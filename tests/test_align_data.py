@@ -248,6 +248,17 @@ class Bucketed(Plain):
         return batch
 
 
+class Talkative(Plain):
+    def collate(self, rows):
+        batch = self.tokenizer.pad([dict(row) for row in rows], return_tensors="np")
+        batch["labels"] = batch.pop("label")
+        return {**batch, "position_ids": batch["input_ids"] * 0}
+
+
+def talkative(directory):
+    return Talkative(BertTokenizer.from_pretrained(str(directory)))
+
+
 def narrow(directory):
     return Narrow(BertTokenizer.from_pretrained(str(directory)))
 
@@ -290,6 +301,42 @@ def endless(directory):
 
 def broken(directory):
     raise RuntimeError("no vocabulary")
+
+
+class Failing(Plain):
+    def __call__(self, *texts, **given):
+        raise RuntimeError("not this text")
+
+
+class Nested(Plain):
+    def __call__(self, *texts, **given):
+        return {name: [row] for name, row in self.tokenizer(*texts, **given).items()}
+
+
+class Listed(Plain):
+    def __call__(self, *texts, **given):
+        return self.tokenizer(*texts, **given)["input_ids"]
+
+
+class Unlabelled(Plain):
+    def collate(self, rows):
+        return self.tokenizer.pad([{"input_ids": row["input_ids"]} for row in rows], return_tensors="np")
+
+
+def failing(directory):
+    return Failing(BertTokenizer.from_pretrained(str(directory)))
+
+
+def nested(directory):
+    return Nested(BertTokenizer.from_pretrained(str(directory)))
+
+
+def listed(directory):
+    return Listed(BertTokenizer.from_pretrained(str(directory)))
+
+
+def unlabelled(directory):
+    return Unlabelled(BertTokenizer.from_pretrained(str(directory)))
 """
 
 
@@ -329,6 +376,11 @@ def test_a_loader_of_other_numbers_or_in_another_order(workshop, bert, texts, ow
     assert f"batches.order: text {place} is {sorted(order[:4])[place]}, the reference's {order[place]}" in (
         bucketed.report["failures"])
     assert narrow.report["diagnosis"] is bucketed.report["diagnosis"] is None
+
+
+def test_what_only_the_candidates_batches_hold_is_told(workshop, bert, texts, own):
+    outcome = workshop.align("data", bert, "--data", texts, *own("talkative"))
+    assert "batch.0.position_ids: the reference did not record it" in outcome.report["failures"]
 
 
 def test_two_causes_at_once_are_named_where_one_is_paddlenlps_own(workshop, bert):
@@ -463,8 +515,14 @@ def test_what_cannot_be_followed(workshop, bert, texts, own, tmp_path):
     assert refused(workshop.align("data", bert, "--data", texts, "--max-length", "4"), "4 tokens a row are too few")
     few = ("data", bert, "--data", texts)
     assert refused(workshop.align(*few, "--tokenizer", "nosuch"), "is not of the form package.module:build")
-    assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be used")
+    assert refused(workshop.align(*few, "--tokenizer", "own_data:nosuch"), "cannot be imported")
     assert refused(workshop.align(*few, *own("broken")), "your own_data:broken failed", "no vocabulary")
+    for name, told in (("failing", "own_data.Failing failed at own_data.py"), ("listed", "own_data.Listed failed at"),
+                       ("nested", "own_data.Nested gives no flat row of input_ids for 'Hello world'"),
+                       ("unlabelled", "it needs input_ids, and labels")):
+        assert refused(workshop.align(*few, *own(name)), told)
+    (workshop.root / "unreadable.py").write_text("def build(directory:\n")
+    assert refused(workshop.align(*few, "--tokenizer", "unreadable:build"), "cannot be imported (SyntaxError")
     for side in (("reference", "--data", texts), ("candidate",)):
         assert workshop.align("data", bert, "--only", *side).code == 0
     for flags, told in ((("--limit", "3"), "--limit: this is of a set that --data names"),

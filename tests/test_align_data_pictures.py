@@ -13,6 +13,9 @@ from align.texts import load_rows
 from convert.demo import build_demo
 from convert.resnet import FAMILY
 
+SETTINGS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
@@ -100,6 +103,54 @@ def test_a_setting_of_the_converted_directory(workshop, changes, why):
         file.write_text(before, "utf-8")
     assert outcome.code == 1 and outcome.report["diagnosis"], outcome.report.get("failures")
     assert why in outcome.report["diagnosis"]["sentence"]
+
+
+def changed(directory, **changes):
+    """The settings in ``directory`` changed; returns what they were."""
+    file = directory / "preprocessor_config.json"
+    before = file.read_text("utf-8")
+    file.write_text(json.dumps({**json.loads(before), **changes}), "utf-8")
+    return before
+
+
+def test_another_factor_to_rescale_by_is_followed_and_seen(workshop, even):
+    """On both sides it is right; in the converted directory alone it is wrong."""
+    source = workshop.root / "source-other"
+    build_demo(FAMILY, source)
+    changed(source, rescale_factor=1 / 127.5)
+    workshop.convert("resnet", source, "other")
+    assert workshop.align("data", "other", "--data", even).code == 0
+    changed(workshop.output("other"), rescale_factor=1 / 255)
+    assert workshop.align("data", "other", "--data", even).failing == ["picture.0.pixel_values",
+                                                                      "picture.1.pixel_values"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"image_processor_type": "ViTImageProcessor", "size": {"height": 48, "width": 64}},
+    {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 73}, "crop_size": 64},
+    {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 73}, "do_center_crop": False},
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}},
+], ids=lambda settings: settings["image_processor_type"])
+def test_every_kind_of_processor_that_is_known_does_as_transformers_does(workshop, settings):
+    square, _ = set_of(workshop, "two", (73, 91), (146, 182))  # of which 9 rows and 27 columns are cut away
+    even, _ = set_of(workshop, "even", (73, 90), (146, 180))
+    name = settings["image_processor_type"]
+    source = workshop.root / f"source-{name}"
+    build_demo(FAMILY, source)
+    told = {**SETTINGS, **settings}
+    (source / "preprocessor_config.json").write_text(json.dumps(told), "utf-8")
+    workshop.convert("resnet", source, name)
+    outcome = workshop.align("data", name, "--data", even if name == "CLIPImageProcessor" else square)
+    assert outcome.code == 0, outcome.report.get("failures", outcome.stderr)
+
+
+def test_a_filter_that_pil_has_no_number_for_is_refused(workshop, even):
+    before = changed(workshop.output("net"), resample=9)
+    try:
+        outcome = workshop.align("data", "net", "--data", even)
+    finally:
+        (workshop.output("net") / "preprocessor_config.json").write_text(before, "utf-8")
+    assert outcome.code == 2 and "says resample is 9; PIL's numbers are 0, 1, 2, 3, 4, 5." in outcome.stderr
 
 
 @pytest.mark.parametrize("broken, why", [

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -95,6 +96,58 @@ def test_two_runs_at_once(source, convert, workdir):
         assert run.code == 2 and "another conversion is writing to out/run" in run.stderr
     assert files_under(workdir / "out") == {".run.lock": b""}
     assert convert(source).code == 0
+
+
+def test_a_lock_that_the_run_before_takes_away_is_none(source, convert, workdir, monkeypatch):
+    """Between our opening the file and our locking it the other run ends, and a third one comes."""
+    lock, plain, third = workdir / "out" / ".run.lock", fcntl.flock, []
+
+    def overtaken(handle, how):
+        if not third:
+            lock.unlink()
+            third.append(lock.open("w"))
+            plain(third[0], fcntl.LOCK_EX)
+        plain(handle, how)
+    monkeypatch.setattr(writing.fcntl, "flock", overtaken)
+    run = convert(source)
+    assert run.code == 2 and "another conversion is writing to out/run" in run.stderr
+    third[0].close()
+    assert convert(source).code == 0 and hidden_files(workdir) == []
+
+
+def test_an_output_that_is_a_link_stays_one(source, convert, workdir):
+    """Its result is made where the link leads, and replaced there as often as one likes."""
+    convert(source)
+    (workdir / "disk").mkdir()
+    (workdir / "out" / "run").rename(workdir / "disk" / "real")
+    (workdir / "out" / "run").symlink_to(workdir / "disk" / "real")
+    (workdir / "disk" / "real" / "old").write_text("")
+    for _ in range(2):
+        assert convert(source, "--overwrite").code == 0
+        assert (workdir / "out" / "run").is_symlink() and hidden_files(workdir) == []
+        assert "model.safetensors" in files_under(workdir / "disk" / "real")
+        assert "old" not in files_under(workdir / "disk" / "real")
+
+
+def test_a_source_within_the_output_is_not_lost(source, convert, workdir):
+    inner = convert(source).output / "inner"
+    shutil.copytree(source, inner)
+    before = files_under(inner)
+    run = convert(inner, "--overwrite")
+    assert run.code == 2 and "would replace the source" in run.stderr
+    assert files_under(inner) == before
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "pdparams"])
+def test_no_shard_holds_more_than_was_asked_for_unless_it_is_one_tensor(source, convert, file_format):
+    run = convert(source, "--shard-size", "3KB", "--format", file_format)
+    held, widths = {}, {"F32": 4, "float32": 4}
+    index = json.loads(next(run.output.glob("*.index.json")).read_text())["weight_map"]
+    for tensor in run.report["tensors"]:
+        size = widths[tensor["dtype"]] * math.prod(tensor["shape"])
+        held.setdefault(index[tensor["target"]], []).append(size)
+    assert len(held) > 3 and any(len(sizes) > 1 for sizes in held.values())
+    assert all(sum(sizes) <= 3_000 or len(sizes) == 1 for sizes in held.values())
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(source, convert, workdir, monkeypatch):

@@ -17,6 +17,8 @@ Spell = Callable[[Sequence[int]], str]
 SHOWN = 60
 ENDED, FEW = "-ended", "-few"
 """How the names of strategies end that are there to be judged, not to be read."""
+CACHED = " (with cache)"
+"""What stands behind the name of a strategy by which a side continues texts that keeps keys and values."""
 
 
 @dataclass(frozen=True)

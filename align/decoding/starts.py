@@ -55,6 +55,9 @@ def given(run: Run, texts: Sequence[str], tokens: int) -> Start:
     if tokenizer is None:
         raise BadInput(f"a prompt is a text, and the checkpoint of run {run.name} has no tokenizer. Put the "
                        "tokenizer's files beside the checkpoint and convert again.")
+    broken = next((text for text in texts if not _is_text(text)), None)
+    if broken is not None:
+        raise BadInput(f"the prompt {broken[:40]!r} is no text in UTF-8.")
     room = _room(run, tokens)
     ids = [_encoded(run, tokenizer, text, room + 1) for text in texts]
     for text, row in zip(texts, ids, strict=True):
@@ -91,6 +94,15 @@ def _in_one_line(text: str) -> str:
 def padding(run: Run) -> int:
     """The id that padding has, one of the vocabulary."""
     return min(pad_token(run.config), run.sizes["vocab"] - 1)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it holds no bytes that the terminal could not read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _room(run: Run, tokens: int) -> int:

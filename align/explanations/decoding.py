@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from ..decoding.continuations import Case, partings, place_of_beams
+from ..decoding.continuations import CACHED, Case, partings, place_of_beams
 from ..decoding.feeding import PLACES, Cached, Feed, Start, places
 from ..decoding.margins import Replay
 from ..decoding.search import (
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 Parting = tuple[int, int | None]
 """A step, and the token that is taken there, None for any but torch's; of beams a digest of the text instead."""
 NOWHERE = (-1, None)
+OR = "; or, which these texts do not tell apart: "
 Supposed = list[tuple[str, dict[str, list[Any]]]]
-CACHED = " (with cache)"
 
 
 def mistakes_of(found: Any, start: Start, strategy: Strategy) -> Supposed:
@@ -52,20 +52,27 @@ def mistakes_of(found: Any, start: Start, strategy: Strategy) -> Supposed:
 
 
 def explained(session: Session, step: Step, cases: Sequence[Case]) -> Explanation | None:
-    """The mistake that fits the first case that fails, else what the pattern of all cases says."""
+    """The mistakes that fit the first case that fails, else what the pattern of all cases says."""
     failing = [case for case in cases if partings(case)]
     if not failing:
         return None
     case = failing[0]
     loop = any(place is not None for place in step.told["loop"].get(case.name, []))
-    for told, where in step.told["mistakes"].get(case.name, []):
-        if _fits(case, {int(row): tuple(parting) for row, parting in where.items()}):
-            return _said(case, f"{told}: done to torch's own logits, that gives the same first difference in all of "
-                         f"{case.name}'s rows that part ({len(_seen(case))} of {len(case.rows)})")
+    fitting = [told for told, where in step.told["mistakes"].get(case.name, [])
+               if _fits(case, {int(row): tuple(parting) for row, parting in where.items()})]
+    if fitting and not _fails_with_cache_alone(case, cases):
+        return _said(case, f"{OR.join(fitting)}: done to torch's own logits, that gives the same first difference in "
+                     f"all of {case.name}'s rows that part ({len(_seen(case))} of {len(case.rows)})")
     if loop:
         return _said(case, "the loop itself goes another way than transformers' on torch's own logits, so the net is "
                      "not to blame; no known mistake of decoding does the same")
     return _of_feeding(session, step, failing) or _by_pattern(cases, failing)
+
+
+def _fails_with_cache_alone(case: Case, cases: Sequence[Case]) -> bool:
+    """Whether the same loop without the cache goes right, so that it is not to blame."""
+    return CACHED in case.name and any(
+        other.name == case.name.replace(CACHED, "") and not partings(other) for other in cases)
 
 
 def _said(case: Case, told: str) -> Explanation:
@@ -254,14 +261,14 @@ class _Misfed(Cached):
 
 
 def _of_feeding(session: Session, step: Step, failing: Sequence[Case]) -> Explanation | None:
-    """The mistake of feeding that torch itself, made to make it, answers with the candidate's tokens."""
+    """The mistakes of feeding that torch itself, made to make them, answers with the candidate's tokens."""
     if session.options.compare or (session.run.family.remote_code and not session.options.trust_remote_code):
         return None
     from ..decoding.torch_side import TorchKeeping
     case = failing[0]
     start, side = Start.of(step.view("start")), session.reference
     feed = Feed(session.run, frozenset(step.told["takes"]), start)
-    cached = CACHED in case.name
+    cached, fitting = CACHED in case.name, []
     for told, changes in _misfeedings(feed, cached, case.strategy):
         net = _Misfed(TorchKeeping(side), feed, cached=cached, **changes)
         kept: dict[str, Any] = {}
@@ -271,9 +278,9 @@ def _of_feeding(session: Session, step: Step, failing: Sequence[Case]) -> Explan
             continue
         rows = _supposed(case, kept["found"])
         if rows and _fits(case, rows):
-            return _said(case, f"{told}: torch, fed so, gives the same first difference in all of {case.name}'s rows "
-                         f"that part ({len(_seen(case))} of {len(case.rows)})")
-    return None
+            fitting.append(told)
+    return _said(case, f"{OR.join(fitting)}: torch, fed so, gives the same first difference in all of {case.name}'s "
+                 f"rows that part ({len(_seen(case))} of {len(case.rows)})") if fitting else None
 
 
 def _supposed(case: Case, written: Written) -> dict[int, Parting]:

@@ -8,17 +8,14 @@ the backward pass of each micro-batch, which are counted from 1: clipping, stepp
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from convert.errors import BadInput
 
-from ..candidate import blamed
+from ..candidate import blamed, function_named
 
 
 @dataclass
@@ -68,19 +65,7 @@ class OwnOptimizer:
     def _function(self) -> Callable[[Any], Any]:
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name):
             raise BadInput(f"--candidate-optimizer {self.name} is not package.module:function.")
-        module, _, name = self.name.partition(":")
-        sys.path.insert(0, "")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise BadInput(f"--candidate-optimizer {self.name} cannot be imported ({error}).") from error
-        finally:
-            sys.path.remove("")
-        try:
-            inspect.signature(function).bind(None)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"{self.name} is called with the Paddle net, which it does not take ({error}).") from error
-        return function
+        return function_named("--candidate-optimizer", self.name, "the Paddle net", None)
 
 
 def _told(made: Any) -> str:

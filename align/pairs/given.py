@@ -48,6 +48,11 @@ class WholeRows(Rows):
             found = np.moveaxis(found, 1, -1)
         return np.array(found.reshape(-1, found.shape[-1]) if found.ndim > 2 else found, order="C")
 
+    def of_whole(self, array: np.ndarray) -> np.ndarray:
+        """The real ones of an array of whole numbers; its first axes are the mask's, if any are."""
+        fitting = next((mask for mask in self.masks if mask.shape == array.shape[:2]), None)
+        return array if fitting is None else array[fitting]
+
     @property
     def first(self) -> Rows:
         """No axis is known to be one that could be cut."""
@@ -203,31 +208,48 @@ class _Nobody:
 
 @dataclass
 class Outputs:
-    """What a model returned: its floating tensors by name; the rest by name, too; whether the names are its own."""
+    """What a model returned, by name: ``arrays`` of floating numbers, of complex ones as (real, imaginary) on an axis
+    more; ``whole`` numbers and truth values; ``others``, in which there is nothing to compare. ``named``: by itself.
+    """
 
     arrays: Arrays
+    whole: Arrays
     others: list[str]
     named: bool
 
 
 def flattened(result: Any, is_tensor: Callable[[Any], bool], read: Callable[[Any], np.ndarray]) -> Outputs:
-    """A tensor is ``output``, members of a sequence ``output[0]``, …; a mapping's or a dataclass's have its keys."""
-    found: dict[str, Any] = {}
+    """A tensor or number is ``output``, members of a sequence ``output[0]``, …; a mapping's or a dataclass's have its
+    keys.
+    """
+    found: Arrays = {}
+    others: list[str] = []
 
     def add(name: str, value: Any) -> None:
+        value = _opened(value)
         if is_tensor(value):
-            found[name] = value
+            found[name or OUTPUT] = read(value)
         elif hasattr(value, "items"):
             for key, one in value.items():
                 add(f"{name}.{key}" if name else str(key), one)
         elif isinstance(value, (tuple, list)):
             for number, one in enumerate(value):
                 add(f"{name or OUTPUT}[{number}]", one)
-    result = vars(result) if hasattr(result, "__dataclass_fields__") and not hasattr(result, "items") else result
-    add(OUTPUT if is_tensor(result) else "", result)
-    floating = {name: value for name, value in found.items() if value.is_floating_point()}
-    return Outputs({name: read(value) for name, value in floating.items()}, sorted(found.keys() - floating.keys()),
-                   hasattr(result, "items"))
+        elif isinstance(value, (bool, int, float)):
+            found[name or OUTPUT] = np.asarray(value, np.float32 if isinstance(value, float) else None)
+        elif value is not None:
+            others.append(f"{name or OUTPUT} ({type(value).__name__})")
+    add("", result)
+    parts = {name: np.stack([array.real, array.imag], -1) if array.dtype.kind == "c" else array
+             for name, array in found.items()}
+    return Outputs({name: array for name, array in parts.items() if array.dtype.kind == "f"},
+                   {name: array for name, array in parts.items() if array.dtype.kind != "f"}, others,
+                   hasattr(_opened(result), "items"))
+
+
+def _opened(value: Any) -> Any:
+    """A dataclass as what it holds, by name."""
+    return vars(value) if hasattr(value, "__dataclass_fields__") and not hasattr(value, "items") else value
 
 
 class GivenModule(Measured):
@@ -237,14 +259,16 @@ class GivenModule(Measured):
         import torch
         self.run, self.model, self.version, self.positional = run, module, torch.__version__, positional
         self.told: Outputs | None = None
+        self.repeated: list[Arrays] = []
+        """The whole numbers that each pass of the noise floor gave."""
 
     def returned(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         import torch
         given = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         with torch.no_grad(), blamed(f"the torch module {type(self.model).__name__}"):
             result = self.model(*given.values()) if self.positional else self.model(**given)
-        self.told = flattened(result, lambda value: isinstance(value, torch.Tensor),
-                              lambda value: value.detach().numpy())
+            self.told = flattened(result, lambda value: isinstance(value, torch.Tensor),
+                                  lambda value: value.detach().resolve_conj().resolve_neg().numpy())
         return self.told.arrays
 
     def calls(self, inputs: Inputs) -> dict[str, Call]:
@@ -268,6 +292,7 @@ class GivenModule(Measured):
                     listener = kind(inputs, places, known)
                     with mode:
                         self._listen(listener, inputs.arrays)
+                    self.repeated += [self.told.whole] * (kind is _OwnHeads)
                     _add(pools, listener.take())
         step = plain.take()
         _forget_broken(step, pools)
@@ -337,10 +362,10 @@ class GivenLayer(PaddleNet):
         given = {name: paddle.to_tensor(array) for name, array in arrays.items()}
         with paddle.no_grad(), blamed(f"the Paddle layer {type(self.model).__name__}"):
             result = self.model(*given.values()) if self.positional else self.model(**given)
-        self.told = flattened(result, lambda value: isinstance(value, paddle.Tensor), lambda value: value.numpy())
+            self.told = flattened(result, lambda value: isinstance(value, paddle.Tensor), lambda value: value.numpy())
         told, torch = self.told, self.like.told
-        if torch is not None and not (told.named and torch.named) and len(told.arrays) == len(torch.arrays):
-            told.arrays = dict(zip(torch.arrays, told.arrays.values(), strict=True))
+        if torch is not None and not (told.named and torch.named):
+            told.arrays, told.whole = _called_as(told.arrays, torch.arrays), _called_as(told.whole, torch.whole)
         return told.arrays
 
     def calls(self, inputs: Inputs) -> dict[str, Call]:
@@ -358,6 +383,11 @@ class GivenLayer(PaddleNet):
 
     def _build_empty(self) -> Any:
         raise AssertionError("a layer that is given is in memory")
+
+
+def _called_as(arrays: Arrays, others: Arrays) -> Arrays:
+    """By the names of ``others``, in their order, where there are as many."""
+    return dict(zip(others, arrays.values(), strict=True)) if len(arrays) == len(others) else arrays
 
 
 def _is_floating(framework: str) -> Callable[[Any], bool]:

@@ -196,7 +196,11 @@ class Pairing:
             if tensor.device.type != "cpu":
                 raise BadInput(f"{name} of the torch module is on {tensor.device}; float64 and reordered sums are run "
                                "on the CPU. Call .cpu() on it before.")
+        if not callable(self._names) and not isinstance(self._names, Mapping):
+            raise BadInput(f"names is a {type(self._names).__name__}; a mapping from torch's paths to Paddle's, or a "
+                           "function, is needed.")
         for path, told in () if callable(self._names) else self._names.items():
+            _require_names(path, told)
             if path not in self.torch.tensors.keys() | self.torch.modules.keys():
                 raise BadInput(f"names: the torch module has no parameter, buffer or module {path}."
                                f"{_near(path, self.torch)}")
@@ -213,14 +217,14 @@ class Pairing:
         """What the map says of ``path``: itself, or the longest module that it lies in; else the same path."""
         if callable(self._names):
             told = self._names(path)
-            return path if told is None else told
-        if path in self._names:
-            return self._names[path]
+            return path if told is None else _require_names(path, told)
         words = path.split(".")
-        for count in range(len(words) - 1, -1, -1):
-            above = ".".join(words[:count])
-            if isinstance(self._names.get(above), str):
-                return ".".join([self._names[above], *words[count:]]).lstrip(".")
+        for count in range(len(words), -1, -1):
+            above, rest = ".".join(words[:count]), words[count:]
+            if above in self._names:
+                told = self._names[above]
+                found = [".".join([one, *rest]).lstrip(".") for one in ([told] if isinstance(told, str) else told)]
+                return found[0] if isinstance(told, str) else found
         return path
 
     def _by_name(self) -> None:
@@ -246,6 +250,9 @@ class Pairing:
             width = (shape[::-1] if layout == "transposed" else shape)[0]
             self.weights.append(Weight(name, paddle, layout, slice(start, start + width)))
             start += width
+        if len(found) > 1 and self.torch.shape(name)[:1] != (start,):
+            raise BadInput(f"{name} is {list(self.torch.shape(name))} in torch, and {', '.join(found)} together have "
+                           f"{start} of its rows. Say in names= where each of them is.")
 
     def _propose(self, by_values: bool) -> None:
         left = {name: self.torch.shape(name) for name in self.only_torch if name in self.torch.parameters
@@ -300,6 +307,13 @@ def _projections(torch: Net, name: str, paddle: Net, told: str) -> list[str]:
         return []
     found = [f"{owner}.{part}_proj.{leaf.rpartition('_')[2]}".lstrip(".") for part in "qkv"]
     return found if all(one in paddle.tensors for one in found) else []
+
+
+def _require_names(path: str, told: Any) -> Told:
+    """``told``, unless it is neither a name nor a sequence of names."""
+    if isinstance(told, str) or (isinstance(told, Sequence) and told and all(isinstance(one, str) for one in told)):
+        return told
+    raise BadInput(f"names: {path} is said to be {told!r}; a name of Paddle's, or a sequence of names, is needed.")
 
 
 def _near(name: str, net: Net) -> str:

@@ -12,13 +12,14 @@ import numpy as np
 
 @contextmanager
 def untouched(modules: Iterable[Any]) -> Iterator[None]:
-    """Attributes, tables of parameters, buffers and hooks, and the values of buffers are afterwards what they were.
+    """Attributes, what they list, parameters, buffers, hooks, and the values of buffers are afterwards what they were.
 
     ``modules`` are all modules of one net, torch's or Paddle's, which keep everything in their ``__dict__``. A table
     of angles that a module made in float64 and kept is undone so too.
     """
-    held = [(vars(module), dict(vars(module)), [(table, dict(table)) for table in vars(module).values()
-                                                if isinstance(table, dict)]) for module in modules]
+    held = [(vars(module), dict(vars(module)), [(table, kind(table)) for table in vars(module).values()
+                                                for kind in (dict, list, set) if isinstance(table, kind)])
+            for module in modules]
     buffers = [(buffer, buffer.detach().clone()) for attributes, _, _ in held
                for buffer in attributes.get("_buffers", {}).values() if buffer is not None and is_filled(buffer)]
     try:
@@ -29,7 +30,7 @@ def untouched(modules: Iterable[Any]) -> Iterator[None]:
             attributes.update(before)
             for table, content in tables:
                 table.clear()
-                table.update(content)
+                (table.extend if isinstance(table, list) else table.update)(content)
         for buffer, values in buffers:
             _fill(buffer, values)
 

@@ -80,8 +80,12 @@ def paddle_batches(rows: list[dict[str, Any]], order: Sequence[int], size: int, 
     sampler = BatchSampler(sampler=Given(rows), batch_size=size, drop_last=drop_last)
     with blamed("Paddle's side of the batches"):
         for batch in DataLoader(Rows(), batch_sampler=sampler, collate_fn=collate, return_list=True):
-            yield {name: np.asarray(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
-                   for name, tensor in batch.items()}
+            found = {name: np.asarray(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
+                     for name, tensor in batch.items()}
+            if not {IDS, LABELS} <= found.keys():
+                raise BadInput(f"Paddle's side of the batches has {', '.join(found)}; it needs {IDS}, and {LABELS}, "
+                               f"the {LABEL} of each row, by which its order is told.")
+            yield found
 
 
 def paddle_collate(tokenizer: Any) -> Collate:

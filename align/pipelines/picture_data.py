@@ -8,6 +8,7 @@ that falls into a smaller pixel; OpenCV, and torch's and Paddle's ``interpolate`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ def plan_of(directory: Path) -> Plan:
         if str(kind).removesuffix("Fast") not in KINDS:
             raise BadInput(f"{PROCESSOR} in {directory} is for a {kind}; what paddle.vision has for it is not known "
                            f"here, only for {', '.join(KINDS)}. So nothing can be compared.")
+        if told.get("do_resize", True) and told.get("resample", 2) not in INTERPOLATIONS:
+            raise BadInput(f"{PROCESSOR} in {directory} says resample is {told['resample']!r}; PIL's numbers are "
+                           f"{', '.join(map(str, INTERPOLATIONS))}.")
         resize, crop = KINDS[str(kind).removesuffix("Fast")](told, size)
         rescales, normalises = told.get("do_rescale", True), told.get("do_normalize", True)
         return Plan(resize if told.get("do_resize", True) else None, told.get("resample", 2), crop,
@@ -146,20 +150,23 @@ def candidate(session: Session, step: Step) -> Step:
                                 interpolation=INTERPOLATIONS[plan.interpolation])] if plan.resize else []
     places += [transforms.CenterCrop(plan.crop)] if plan.crop else []
     geometry = transforms.Compose(places) if places else lambda image: image
-    cropped = [np.asarray(geometry(_image(picture))).reshape(*_shape(plan, picture)) for picture in pictures]
+    cropped = [_with_channels(geometry(_image(picture)), picture.shape[2]) for picture in pictures]
     return _step(pictures, [np.moveaxis(array, -1, 0) for array in cropped],
                  [_paddle_values(plan, array) for array in cropped])
 
 
-def _shape(plan: Plan, picture: np.ndarray) -> tuple[int, int, int]:
-    size = plan.crop or (plan.resize if isinstance(plan.resize, tuple) else (-1, picture.shape[1]))
-    return (*size, picture.shape[2])
+def _with_channels(image: Any, channels: int) -> np.ndarray:
+    """[height, width, channels], one of grey pictures too."""
+    array = np.asarray(image)
+    return array.reshape(*array.shape[:2], channels)
 
 
 def _paddle_values(plan: Plan, array: np.ndarray) -> np.ndarray:
-    """float32 [channels, height, width]; what ``ToTensor`` divides by is 255."""
+    """float32 [channels, height, width]; ``ToTensor`` divides by 255, for any other scale there is no such step."""
     from paddle.vision import transforms
-    scaled = transforms.ToTensor()(array) if plan.scale else np.moveaxis(array, -1, 0).astype(np.float32)
+    usual = plan.scale is not None and math.isclose(plan.scale, 1 / 255)
+    scaled = transforms.ToTensor()(array) if usual else (
+        np.moveaxis(array, -1, 0) * (1.0 if plan.scale is None else plan.scale)).astype(np.float32)
     if plan.mean is not None:
         scaled = transforms.normalize(scaled, list(plan.mean), list(plan.deviation), data_format="CHW")
     return np.asarray(scaled.numpy() if hasattr(scaled, "numpy") else scaled, np.float32)

@@ -7,10 +7,8 @@ the family, from the directory that the conversion wrote, or what a function of 
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from convert.errors import BadInput, require
 from convert.traits import Prompts
 
 from .. import prompts
-from ..candidate import blamed
+from ..candidate import blamed, function_named
 from ..runs import Run
 from ..texts import TOKENIZER_FILES, load_tokenizer
 from .corpus import Text
@@ -182,16 +180,7 @@ def paddlenlp_class(run: Run) -> Any:
 def _own(given: str, directory: Path) -> Any:
     if not OWN.fullmatch(given):
         raise BadInput(f"--tokenizer {given} is not of the form package.module:build.")
-    module, _, function = given.partition(":")
-    sys.path.insert(0, "")
-    try:
-        build = getattr(importlib.import_module(module), function)
-        inspect.signature(build).bind(directory)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"--tokenizer {given} cannot be used ({error}); it is called with the output directory (a Path) "
-                       "and returns a tokenizer.") from error
-    finally:
-        sys.path.remove("")
+    build = function_named("--tokenizer", given, "the output directory (a Path)", directory)
     with blamed(f"your {given}"):
         return build(directory)
 
@@ -206,12 +195,19 @@ def name_of(tokenizer: Any) -> str:
 
 # What both make of texts ----------------------------------------------------------------------------------------------
 
-def encode(tokenizer: Any, text: Text, limit: int | None, **given: Any) -> Row:
-    """Every flat row of numbers that ``tokenizer`` gives for ``text``, cut at ``limit`` tokens if there is one."""
+def encoded_by(tokenizer: Any, text: Text, limit: int | None) -> Row:
+    """Every flat row of numbers that the candidate gives for ``text``, cut at ``limit`` tokens if there is one;
+    :class:`BadInput` where it fails, or gives no ids.
+    """
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
-    found = tokenizer(text.text, text.pair, return_attention_mask=True, return_special_tokens_mask=True, **cut, **given)
-    rows = {name: np.asarray(found[name]) for name in found}
-    return {name: row.astype(np.int64) for name, row in rows.items() if row.ndim == 1}
+    with blamed(name_of(tokenizer)):
+        found = tokenizer(text.text, text.pair, return_attention_mask=True, return_special_tokens_mask=True, **cut)
+        rows = {name: np.asarray(found[name]) for name in found}
+        flat = {name: row.astype(np.int64) for name, row in rows.items() if row.ndim == 1}
+    if IDS not in flat:
+        raise BadInput(f"{name_of(tokenizer)} gives no flat row of {IDS} for {text.excerpt}, but {', '.join(rows)}. A "
+                       f"mapping with {IDS}, a list of whole numbers, is needed.")
+    return flat
 
 
 def pieces(tokenizer: Any, rows: Sequence[np.ndarray]) -> dict[str, str]:
