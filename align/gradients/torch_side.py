@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from convert.errors import BadInput
 
 from ..lockstep import heard_by
-from ..oracle import CHUNK, MATMUL, Float64, Reordered, in_chunks
+from ..oracle import CHUNK, MATMUL, Float64, Reordered, by_place, in_chunks
 from ..runs import Run
 from ..side import entering, fed, hooked, in_shape
 from ..torch_side import TorchSide, _is_floating, contrastive, tensors_of
@@ -291,7 +291,7 @@ class ReorderedGradients(Reordered):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+        args, kwargs = by_place(func, args, kwargs)
         if torch.is_grad_enabled():
             found = self._turned(func, args, kwargs)
             if found is not None:
@@ -337,6 +337,8 @@ class ReorderedGradients(Reordered):
 
     def _layer_norm(self, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
                     *rest: Any) -> Any:
+        if len(shape) > 1:
+            return super()._layer_norm(x, shape, weight, bias, eps, *rest)
         rows = self._rows(x.shape[:-1].numel())
         by_itself = (None, None) if self.by_matmul else (weight, bias)
         found = super()._layer_norm(x.reshape(-1, x.shape[-1])[rows], shape, *by_itself, eps)
@@ -352,7 +354,7 @@ class ReorderedGradients(Reordered):
 
     def _convolution(self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
                      groups: int = 1) -> Any:
-        if groups > 1:
+        if groups > 1 or x.dim() < weight.dim():
             return super()._convolution(x, weight, bias, stride, padding, dilation, groups)
         rows, outputs = self._order(len(x)), self._order(len(weight))
         found = super()._convolution(x[rows], weight[outputs], None if bias is None else bias[outputs], stride, padding,
