@@ -42,7 +42,7 @@ class Reordered(TorchFunctionMode):
     pictures [batch, channels, height, width]. A batch norm that is trained sums over rows and places, which are
     permuted; in eval mode it has no axis to permute, and its few operations are done in another order, by lot. torch
     has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves that out, a matmul of its own; odd
-    seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times the first's.
+    seeds take the second. On few places (2 x 2 of 512 channels) its error is, by CPU, up to 4 times the first's.
     """
 
     def __init__(self, seed: int) -> None:

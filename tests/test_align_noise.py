@@ -246,16 +246,20 @@ WEIGHT = torch.randn((8, 6, 5, 3), dtype=torch.float64, generator=torch.Generato
 STATISTICS = torch.rand((2, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-def test_the_runs_take_both_of_torchs_convolutions_and_leave_the_setting_as_it_was():
-    """On 2 x 2 places its matmul is some 4 times as far from the truth as oneDNN, and Paddle's is as the matmul."""
+def test_the_runs_take_both_of_torchs_convolutions_and_leave_the_setting_as_it_was(monkeypatch):
+    """Which of them is the more exact, and by how much, differs from CPU to CPU."""
     x = torch.randn((4, 512, 2, 2), generator=torch.Generator().manual_seed(0)).relu()
     weight = torch.randn((64, 512, 3, 3), generator=torch.Generator().manual_seed(1)) / 68
-    exact = torch.conv2d(x.double(), weight.double(), None, 1, 1)
-    errors = []
+    right, by_onednn = torch.conv2d, []
+
+    def convolution(*given):
+        by_onednn.append(torch._C._get_mkldnn_enabled())
+        return right(*given)
+    monkeypatch.setattr(F, "conv2d", convolution)
     for seed in (1, 2):
         with Reordered(seed):
-            errors.append(float((torch.conv2d(x, weight, None, 1, 1) - exact).norm() / exact.norm()))
-    assert errors[0] > 2 * errors[1]
+            right(x, weight, None, 1, 1)
+    assert by_onednn == [False, True]
     assert torch._C._get_mkldnn_enabled()
 
 
