@@ -5,11 +5,13 @@ Every target answers the same calls as the reference, so the stages need not kno
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -56,6 +58,10 @@ class Candidate(Side):
         for path in self.gates:
             name = recorded.get(path, path)
             layers[path].register_forward_pre_hook(lambda *_, name=name: self.come_to(name))
+
+    def blamed(self) -> AbstractContextManager[None]:
+        """What fails meanwhile is told as the fault of a net that is not ours."""
+        return nullcontext()
 
     @abstractmethod
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -199,6 +205,20 @@ def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,
         from .own_net import open_own
         return open_own(run, target, device, paged, allow_same_framework, beside())
     raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
+
+
+def imported(flag: str, name: str) -> Any:
+    """The function ``package.module:function`` of the user's that ``flag`` names; :class:`BadInput` where importing it
+    fails, in whatever way."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:
+        told = "" if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: "
+        raise BadInput(f"{flag} {name} cannot be imported ({told}{error}).") from error
+    finally:
+        sys.path.remove("")
 
 
 @contextmanager

@@ -7,10 +7,10 @@ modules of a ``paddle.nn.Layer`` have the family's Paddle names, those of a ``to
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .candidate import Candidate, Look, blamed
+from .candidate import Candidate, Look, blamed, imported
 from .lint import Description
 from .paddle_net import PaddleNet, PaddleNLPNet, use_device
 from .paging import Pages
@@ -40,26 +40,22 @@ class Target:
 
     def build(self, run: Run) -> Any:
         """The net; :class:`BadInput` where ``build`` cannot be imported, takes other arguments, or fails."""
-        module, _, function = self.name.partition(":")
-        sys.path.insert(0, "")
-        try:
-            build = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise BadInput(f"--target {self.name} cannot be imported ({error}).") from error
-        finally:
-            sys.path.remove("")
+        build = imported("--target", self.name)
         try:
             inspect.signature(build).bind({}, run.output)
         except (TypeError, ValueError) as error:
             raise BadInput(f"{self.name} is called with the config (a dict) and the output directory (a Path), which "
                            f"it does not take ({error}).") from error
-        with blamed(f"your net {self.name}"):
+        with self.blamed():
             net = build(dict(run.target_config), run.output)
         self.reference.require(self.name)
         return net
 
+    def blamed(self) -> AbstractContextManager[None]:
+        return blamed(f"your net {self.name}")
+
     def call(self, net: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        with blamed(f"your net {self.name}"):
+        with self.blamed():
             result = net(**tensors)
         self.reference.require(self.name)
         if not hasattr(result, "items"):
@@ -74,6 +70,9 @@ class _OwnNet(Candidate):
     reentrant = False
     target: Target
     built: Any
+
+    def blamed(self) -> AbstractContextManager[None]:
+        return self.target.blamed()
 
     def _build(self) -> Any:
         return self.built

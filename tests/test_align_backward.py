@@ -64,7 +64,7 @@ def side_of(model):
         name), turn=lambda array: array) for name in ("a", "b")]
     run = SimpleNamespace(plan=SimpleNamespace(keys={"a": "a", "b": "b"}, moves=moves), modules=[], tied={},
                           batch_first=lambda name, array: array)
-    return SimpleNamespace(model=model, run=run, call=lambda tensors: model(**tensors))
+    return SimpleNamespace(model=model, run=run, call=lambda tensors: model(**tensors), blamed=nullcontext)
 
 
 def by_formula(halves, settings):
@@ -382,6 +382,59 @@ def test_what_is_wrong_in_a_paged_net_is_named(shop, monkeypatch):
 def test_one_iteration_is_refused(shop):
     outcome = shop.align("backward", "gptj", "--iterations", "1")
     assert outcome.code == 2 and "give 2 or more" in outcome.stderr
+
+
+@pytest.mark.parametrize("flags", [("--lr", "1e30"), ("--lr", "1e38", "--clip", "1e30")])
+def test_a_rate_that_leaves_torch_no_numbers_is_refused_and_is_no_divergence(flags, shop):
+    outcome = shop.align("backward", "gptj", *SHORT, *flags)
+    assert outcome.code == 2 and "no finite numbers in iteration 2" in outcome.stderr
+
+
+def test_gradients_that_are_all_0_are_no_evidence(shop):
+    """The logarithm of the only class's share is 0, whatever the net."""
+    run = shop.make("BertForSequenceClassification", "one-class", num_labels=1,
+                    problem_type="single_label_classification")
+    outcome = shop.align("backward", run, *SHORT)
+    assert outcome.code == 2 and "0 in every iteration" in outcome.stderr
+
+
+OWN_NETS = """
+import paddle
+from models.gptj import GPTJForCausalLM
+
+class Stumbling(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+def changed(directory, change):
+    net = GPTJForCausalLM.from_pretrained(directory)
+    right = net.forward
+    def forward(*given, **named):
+        found = dict(right(*given, **named))
+        return found | {"loss": change(found["loss"])} if found.get("loss") is not None else found
+    net.forward = forward
+    return net
+
+def stumbling(config, directory):
+    return changed(directory, Stumbling.apply)
+
+def many(config, directory):
+    return changed(directory, lambda loss: loss.expand([3]))
+"""
+
+
+@pytest.mark.parametrize("build, words", [
+    ("stumbling", "your net own_losses:stumbling failed"), ("many", "one number is needed")])
+def test_a_net_of_the_users_that_has_no_way_back_is_told_as_theirs(build, words, shop, tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text(OWN_NETS, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcome = shop.align("backward", "gptj", *SHORT, "--target", f"own_losses:{build}")
+    assert outcome.code == 2 and words in outcome.stderr
 
 
 # Batch norms ----------------------------------------------------------------------------------------------------------

@@ -275,12 +275,24 @@ def broken(net): return paddle.optimizer.SGD(0.1, parameters=net.no_such())
 @pytest.mark.parametrize("name, words", [
     ("nowhere:build", "cannot be imported"), ("my_set_up", "package.module:function"),
     ("my_set_up:no_net", "called with the Paddle net"), ("my_set_up:nothing", "a paddle.optimizer.Optimizer is needed"),
-    ("my_set_up:broken", "your optimizer my_set_up:broken failed at .*no_such")])
+    ("my_set_up:broken", "your optimizer my_set_up:broken failed at .*no_such"),
+    ("my_typo:build", r"cannot be imported \(SyntaxError: .*my_typo.py, line 1"),
+    ("my_script:build", r"cannot be imported \(ZeroDivisionError: ")])
 def test_a_set_up_that_is_none_is_refused_in_a_sentence(shop, tmp_path, monkeypatch, name, words):
-    (tmp_path / "my_set_up.py").write_text(OWN, "utf-8")
+    for module, text in (("my_set_up", OWN), ("my_typo", "def build(net:"), ("my_script", "1 / 0")):
+        (tmp_path / f"{module}.py").write_text(text, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("my_set_up", None)
     flags = (*SHORT, "--candidate-optimizer", name)
     session, steps = session_of(shop.root, flags), recorded(shop.root, ("--optimizer", "adamw", *SHORT))
     with pytest.raises(BadInput, match=words):
         list(stage.candidate(session, iter(steps)))
+
+
+def test_a_script_that_ends_the_program_is_no_verdict(shop, tmp_path, monkeypatch):
+    """Its 0 would be that of an aligned stage."""
+    (tmp_path / "unguarded.py").write_text("import sys\nsys.exit(0)\n", "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert shop.align("optimizer", "gptj", "--optimizer", "sgd", "--updates", "2", "--only", "reference").code == 0
+    outcome = shop.align("optimizer", "gptj", "--only", "candidate", "--candidate-optimizer", "unguarded:build")
+    assert outcome.code == 2 and 'if __name__ == "__main__"' in outcome.stderr

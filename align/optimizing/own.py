@@ -8,17 +8,15 @@ the backward pass of each micro-batch, which are counted from 1: clipping, stepp
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from convert.errors import BadInput
 
-from ..candidate import blamed
+from ..candidate import blamed, imported
 
 
 @dataclass
@@ -68,14 +66,7 @@ class OwnOptimizer:
     def _function(self) -> Callable[[Any], Any]:
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name):
             raise BadInput(f"--candidate-optimizer {self.name} is not package.module:function.")
-        module, _, name = self.name.partition(":")
-        sys.path.insert(0, "")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise BadInput(f"--candidate-optimizer {self.name} cannot be imported ({error}).") from error
-        finally:
-            sys.path.remove("")
+        function = imported("--candidate-optimizer", self.name)
         try:
             inspect.signature(function).bind(None)
         except (TypeError, ValueError) as error:
