@@ -250,6 +250,7 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
     isolated = side.observe(batches[0][0])
     alone, absent = side.isolated(batches[0][0], isolated)
     course = side.iterate(batches, settings)
+    _require_evidence(course)
     session.advance("torch's own noise")
     measures = [lambda: _quantities(side.isolated(batches[0][0], isolated)[0], ALONE),
                 lambda: _of_all(side.iterate(batches, settings))]
@@ -271,6 +272,19 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
         if number == 1 and settings.accumulate > 1:
             step.view(CLIPPED_APART).update(_suffixed(side.clipped_apart(batches[0], settings), _at(1)))
         yield step
+
+
+def _require_evidence(course: Course) -> None:
+    """:class:`BadInput` where torch's own gradients are no numbers, or all 0, as those of a net that does nothing."""
+    norms = {number: float(np.linalg.norm(found)) for number, found in course.norms.items()}
+    bad = next((number for number, norm in norms.items() if not np.isfinite(norm)), None)
+    if bad is not None:
+        why = "Give a smaller --lr." if bad > 1 else "See what align.loss says of this model."
+        raise BadInput(f"torch's own gradients are no finite numbers in iteration {bad}, so there is nothing to "
+                       f"compare with. {why}")
+    if not any(norms.values()):
+        raise BadInput("torch's own gradients are 0 in every iteration, as those of a loss over one class are, so "
+                       "there is nothing to compare.")
 
 
 def _clear_of_kinks(session: Session, batches: list[list[Batch]]) -> list[list[Batch]]:

@@ -506,6 +506,18 @@ def double(net):
     layer.forward = lambda x: Doubling.apply(right(x))
 
 
+class Losing(Doubling):
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def lose(net):
+    layer = net.transformer.h[1].attn.v_proj
+    right = layer.forward
+    layer.forward = lambda x: Losing.apply(right(x))
+
+
 def detach_residual(net):
     block = net.transformer.h[1]
 
@@ -542,6 +554,15 @@ def test_a_wrong_gradient_behind_a_right_forward_pass_is_named_and_other_blocks_
     assert failing == alone
     if break_net is freeze:
         assert any("frozen" in failure for failure in outcome.report["failures"])
+
+
+def test_gradients_that_are_no_numbers_are_diverged_in_a_report_that_any_parser_reads(shop):
+    """Nothing bounds their relative error, as the ratio to torch's noise does; JSON has no word for that."""
+    with planted(shop, "gptj", lose):
+        outcome = shop.align("backward", "gptj", *SHORT)
+    assert (outcome.code, outcome.report["first_divergence"]) == (1, "transformer.h.1.attn.v_proj.weight")
+    failed = outcome.tensor("transformer.h.0.ln_1.weight (iteration 1)")
+    assert not failed["passed"] and failed["allowed"] is None and "NaN" in failed["failure"]
 
 
 def test_an_untied_weight_is_named_and_explained(shop):
