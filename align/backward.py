@@ -45,6 +45,7 @@ from .gradients.batches import (
 from .gradients.recompute import WHOLE
 from .inputs import Inputs, positive
 from .noise import NoiseFloor
+from .options import above_zero, two_or_more
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE
@@ -67,12 +68,12 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """How many iterations, and of what."""
     parser.set_defaults(copies=COPIES)
     add = parser.add_argument
-    add("--iterations", type=_several, default=10, metavar="N", help="how many, at least 2; default 10")
+    add("--iterations", type=two_or_more, default=10, metavar="N", help="how many, at least 2; default 10")
     add("--accumulate", type=positive, default=2, metavar="N",
         help="micro-batches whose gradients are added up for a step; default 2")
-    add("--clip", type=_above_zero, default=1.0, metavar="NORM",
+    add("--clip", type=above_zero, default=1.0, metavar="NORM",
         help="to which global norm gradients are clipped; default 1.0")
-    add("--lr", type=_above_zero, default=1e-3, metavar="RATE", help="of the step of SGD; default 1e-3")
+    add("--lr", type=above_zero, default=1e-3, metavar="RATE", help="of the step of SGD; default 1e-3")
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -431,20 +432,6 @@ def _of_gates(session: Session, pairs: Iterable[tuple[Step, Step]], asked: Conta
             one.views.clear()
             one.floors.clear()
     return found, notes
-
-
-def _several(text: str) -> int:
-    number = positive(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("one iteration shows no error that a step makes; give 2 or more")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
 
 
 STAGE = RecordedStage("backward", "Compare the gradients of every parameter after one and after several iterations.",
