@@ -264,6 +264,42 @@ def test_of_a_model_larger_than_memory_rows_are_updated(shop):
     assert shop.align("optimizer", "gptj", "--paging", "on", "--candidate-optimizer", MISTAKE + "l2_decay").code == 2
 
 
+@pytest.mark.parametrize("flags, word", [
+    (("--updates", "1", "--steps", "9", "--warmup", "3"), "the rate is 0 in all 1 updates"),
+    (("--optimizer", "adamw", "--lr", "1e-12", *SHORT), "by more than rounding"),
+    (("--optimizer", "adamw", "--epsilon", "0", *SHORT), "--epsilon above 0"),
+    (("--optimizer", "sgd", "--lr", "1e38", *SHORT), "smaller --lr")])
+def test_what_moves_no_weight_or_none_to_a_number_is_refused(flags, word, shop):
+    """Rows of an embedding that no token is have gradients of 0, and 0 / (sqrt(0) + 0) is no number."""
+    outcome = shop.align("optimizer", "gptj", *flags)
+    assert outcome.code == 2 and word in outcome.stderr
+
+
+NO_DECAY = """
+import paddle
+from align.optimizing.paddle_side import schedule_of
+from align.optimizing.recipe import Recipe
+
+def build(net):
+    rate = schedule_of(Recipe(lr=5e-5, steps=1000, warmup=100))
+    return paddle.optimizer.AdamW(rate, parameters=net.parameters(), weight_decay=0.0,
+                                  grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))
+"""
+
+
+def test_a_report_says_so_where_no_update_shows_weight_decay(shop, tmp_path, monkeypatch):
+    """The rates of ten of a hundred steps of warm-up add up to 2.25e-5: a decay of 0.01 is 2.25e-7 of a weight, and
+    float32 rounds each update by up to 6e-8 of it."""
+    (tmp_path / "no_decay.py").write_text(NO_DECAY, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ("--lr", "5e-5", "--steps", "1000", "--warmup", "100", "--candidate-optimizer", "no_decay:build")
+    outcome = shop.align("optimizer", "gptj", *flags)
+    assert outcome.code == 0 and "Of weight decay this says nothing (adamw" in outcome.report["caveat"]
+    assert any("no_decay:build" in note for note in outcome.report["notes"])
+    more = shop.align("optimizer", "gptj", *flags, "--weight-decay", "0.1")
+    assert (more.code, more.report["caveat"]) == (1, None)
+
+
 OWN = """
 import paddle
 def no_net(): ...
