@@ -18,6 +18,7 @@ import torch
 from align_fixtures import Workshop
 from resnet_fixtures import reference as resnet
 
+from align import backward
 from align.faults.planting import in_net
 from align.gradients import recompute
 from align.gradients.batches import Batch, Settings, batches_of
@@ -226,6 +227,33 @@ def test_the_nearest_kink_of_a_relu_is_told_and_exact_zeros_are_none():
     side = side_of(net)
     found = TorchGradients(side, side.run, trained=True).nearest_kink(Batch(Inputs({"x": x}), {"labels": x}))
     assert found == pytest.approx(1e-6 / np.sqrt(25 / 3), rel=1e-5)
+
+
+class OneArray:
+    """A side of one gradient."""
+
+    def __init__(self, array):
+        self.arrays, self.asked = {"w (isolated)": array}, {}
+
+
+@pytest.mark.parametrize("off, noise, passed", [(5e-5, 1e-3, True), (2e-4, 1e-3, False), (2e-4, 2e-2, True)])
+def test_no_noise_of_torchs_lifts_the_ceiling_of_a_gradient_unless_it_is_noise_alone(off, noise, passed):
+    array = np.ones((32, 32), np.float32)
+    floor = NoiseFloor(array.astype(np.float64), np.full((32, 32), noise, np.float32), noise)
+    found = backward._judged("w (isolated)", OneArray(array), OneArray(array * np.float32(1 + off)),
+                             {"w (isolated)": ("isolated", floor)})
+    assert found.passed is passed
+
+
+@pytest.mark.parametrize("distances, chosen", [([1.0], 0), ([0.0, 1e-9, 1.0], 2), ([1e-8, 1e-7, *[0.0] * 7], 1)])
+def test_a_batch_on_the_kink_of_a_relu_is_drawn_anew(distances, chosen, monkeypatch):
+    """Until one is clear of it, and of 9 of which none is the farthest is taken; no other batch is touched."""
+    left = iter(distances)
+    monkeypatch.setattr(TorchGradients, "__init__", lambda *given, **named: None)
+    monkeypatch.setattr(TorchGradients, "nearest_kink", lambda self, batch: next(left))
+    monkeypatch.setattr(backward, "other_batches", lambda run: iter(range(1, 9)))
+    found = backward._clear_of_kinks(SimpleNamespace(reference=None, run=None), [[0, "b"], ["c", "d"]])
+    assert found == [[chosen, "b"], ["c", "d"]] and next(left, None) is None
 
 
 # Of whole nets --------------------------------------------------------------------------------------------------------
