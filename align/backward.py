@@ -43,8 +43,9 @@ from .gradients.batches import (
     other_batches,
 )
 from .gradients.recompute import WHOLE
-from .inputs import Inputs, above_zero, positive
+from .inputs import Inputs
 from .noise import NoiseFloor
+from .options import above_zero, positive, two_or_more
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE
@@ -67,7 +68,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """How many iterations, and of what."""
     parser.set_defaults(copies=COPIES)
     add = parser.add_argument
-    add("--iterations", type=_several, default=10, metavar="N", help="how many, at least 2; default 10")
+    add("--iterations", type=two_or_more, default=10, metavar="N", help="how many, at least 2; default 10")
     add("--accumulate", type=positive, default=2, metavar="N",
         help="micro-batches whose gradients are added up for a step; default 2")
     add("--clip", type=above_zero, default=1.0, metavar="NORM",
@@ -250,6 +251,7 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
     isolated = side.observe(batches[0][0])
     alone, absent = side.isolated(batches[0][0], isolated)
     course = side.iterate(batches, settings)
+    _require_evidence(course)
     session.advance("torch's own noise")
     measures = [lambda: _quantities(side.isolated(batches[0][0], isolated)[0], ALONE),
                 lambda: _of_all(side.iterate(batches, settings))]
@@ -271,6 +273,19 @@ def _recorded(session: Session, settings: Settings, batches: list[list[Batch]], 
         if number == 1 and settings.accumulate > 1:
             step.view(CLIPPED_APART).update(_suffixed(side.clipped_apart(batches[0], settings), _at(1)))
         yield step
+
+
+def _require_evidence(course: Course) -> None:
+    """:class:`BadInput` where torch's own gradients are no numbers, or all 0, as those of a net that does nothing."""
+    norms = {number: float(np.linalg.norm(found)) for number, found in course.norms.items()}
+    bad = next((number for number, norm in norms.items() if not np.isfinite(norm)), None)
+    if bad is not None:
+        why = "Give a smaller --lr." if bad > 1 else "See what align.loss says of this model."
+        raise BadInput(f"torch's own gradients are no finite numbers in iteration {bad}, so there is nothing to "
+                       f"compare with. {why}")
+    if not any(norms.values()):
+        raise BadInput("torch's own gradients are 0 in every iteration, as those of a loss over one class are, so "
+                       "there is nothing to compare.")
 
 
 def _clear_of_kinks(session: Session, batches: list[list[Batch]]) -> list[list[Batch]]:
@@ -417,13 +432,6 @@ def _of_gates(session: Session, pairs: Iterable[tuple[Step, Step]], asked: Conta
             one.views.clear()
             one.floors.clear()
     return found, notes
-
-
-def _several(text: str) -> int:
-    number = positive(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError("one iteration shows no error that a step makes; give 2 or more")
-    return number
 
 
 STAGE = RecordedStage("backward", "Compare the gradients of every parameter after one and after several iterations.",

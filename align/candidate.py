@@ -12,7 +12,7 @@ import sys
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -59,6 +59,10 @@ class Candidate(Side):
         for path in self.gates:
             name = recorded.get(path, path)
             layers[path].register_forward_pre_hook(lambda *_, name=name: self.come_to(name))
+
+    def blamed(self) -> AbstractContextManager[None]:
+        """What fails meanwhile is told as the fault of a net that is not ours."""
+        return nullcontext()
 
     @abstractmethod
     def state(self) -> Iterator[tuple[str, np.ndarray]]:

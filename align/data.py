@@ -16,7 +16,8 @@ from convert.traits import Prompts
 from . import prompts
 from .compare import TensorResult, missing
 from .diagnose import Explanation
-from .inputs import Inputs, positive
+from .inputs import Inputs
+from .options import positive
 from .pipelines import corpus, picture_data
 from .pipelines.corpus import Text
 from .pipelines.loading import (

@@ -15,10 +15,11 @@ from convert.errors import BadInput
 from .compare import TensorResult, compare, missing
 from .diagnose import Explanation, diagnose, wrong_inside
 from .floor import YARDSTICK, look_again
-from .inputs import LENGTH, ROWS, SIDES, Inputs, positive, seeded, sides
+from .inputs import LENGTH, ROWS, SIDES, Inputs, seeded, sides
 from .inside import PROBE, Places
 from .lint import Description, differences
 from .noise import Kind, NoiseFloor
+from .options import positive
 from .runs import Run
 from .scores import log_softmax
 from .stage import Findings, RecordedStage, Session, main

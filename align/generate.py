@@ -28,7 +28,8 @@ from .decoding.feeding import Cached, Feed, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
-from .inputs import Inputs, above_zero, asked, not_negative, positive
+from .inputs import Inputs
+from .options import above_zero, asked, positive, whole
 from .reference import Reference
 from .runs import Run
 from .scores import log_softmax
@@ -72,7 +73,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=_share, metavar="P", help="draw from the fewest tokens with so much of the probability, as "
         "0.95; default 0.9")
     add("--temperature", type=above_zero, metavar="T", help="what logits are divided by before drawing; default 0.7")
-    add("--seed", type=not_negative, help="of the noise that both sides draw with; default 0")
+    add("--seed", type=whole, help="of the noise that both sides draw with; default 0")
 
 
 def lacking(run: Run) -> str | None:

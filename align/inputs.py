@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -17,8 +15,8 @@ from convert.rules import Config, Sizes
 from convert.traits import Prompts
 
 from . import prompts
+from .options import positive
 
-Number = TypeVar("Number", int, float)
 SEED = 20260602
 ROWS = 4
 LENGTH = 96
@@ -286,34 +284,3 @@ def sides(text: str) -> tuple[int, int]:
         return positive(height), positive(width)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{text} is no size; give for example 224x224, height and width") from error
-
-
-def positive(text: str) -> int:
-    """A whole number above 0 on the command line."""
-    return asked(text, int, lambda number: number > 0, "a whole number above 0")
-
-
-def not_negative(text: str) -> int:
-    """A whole number from 0 on."""
-    return asked(text, int, lambda number: number >= 0, "a whole number of 0 or more")
-
-
-def above_zero(text: str) -> float:
-    """A finite number above 0."""
-    return asked(text, float, lambda number: 0 < number < math.inf, "a number above 0")
-
-
-def not_below_zero(text: str) -> float:
-    """A finite number from 0 on."""
-    return asked(text, float, lambda number: 0 <= number < math.inf, "a number of 0 or more")
-
-
-def asked(text: str, kind: Callable[[str], Number], holds: Callable[[Number], bool], told: str) -> Number:
-    """A number on the command line that ``holds``; what is none, or another one, is not what is ``told``."""
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not holds(number):
-        raise argparse.ArgumentTypeError(f"{text} is not {told}")
-    return number

@@ -15,7 +15,8 @@ from . import pictures
 from .candidate import Candidate
 from .compare import TensorResult, compare, missing
 from .decoding.greedy import TEXT, Limits, greedy
-from .inputs import Inputs, batches, decoder_start, positive
+from .inputs import Inputs, batches, decoder_start
+from .options import positive
 from .pictures import PIXELS, drawn, examples_of
 from .reference import Reference
 from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature

@@ -22,29 +22,35 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .compare import TensorResult, compare, measure, missing
+from .compare import TensorResult, compare, missing
 from .diagnose import Explanation
 from .explanations.updates import Case, explained, explained_rates
 from .floor import YARDSTICK, Quantity, floors_of, look_again
 from .gradients.batches import Batch, digest_of
-from .inputs import Inputs, positive
-from .optimizing.own import OwnOptimizer
+from .inputs import Inputs
+from .noise import NoiseFloor
+from .optimizing.own import OwnOptimizer, told_of
+from .optimizing.rates import judged_rates
 from .optimizing.recipe import KINDS, RATES, SCHEDULES, Recipe, decayed
 from .optimizing.updates import GIVEN, Course, Rounding, courses_of, own_batches, with_rounding
+from .options import above_zero, below_one, not_below_zero, positive, whole
 from .stage import Findings, RecordedStage, Session, main
-from .tolerance import RATE, RATE_UNIT, REORDERED_RUNS, SECOND_LOOK
+from .tolerance import REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
 
 OWN = "own gradients"
 RATES_OF = "learning-rate"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 BEHIND, START = "behind", "start"
+UPDATES, DECAY = "updates", "weight decay"
 LONG, LONG_WARMUP, BEYOND = 1000, 100, 50
 """Updates of the schedules that are compared by themselves, those that warm up, and how many behind the last."""
 COPIES = 17
 """As in backward.py: with float64 at two moments, and an optimizer's two, for a training of the reference."""
 SAMPLED = ("The weights do not fit into memory: of each parameter the first rows are updated, with seeded gradients, "
            "and no net is trained.")
+RATES_LEFT_OUT = ("Rates are compared in the updates that are carried out, and not in the steps of the schedule behind "
+                  "them.")
 GIVEN_YARDSTICK = ("Yardstick of given gradients: torch's own error against float64, and what float32 does to each "
                    "update by running error analysis; of a side's own gradients that too.")
 
@@ -60,22 +66,22 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--updates", type=positive, default=10, metavar="N", help="how many are carried out; default 10")
     add("--schedule", choices=SCHEDULES, help="how rates go in them; default linear, and all kinds by themselves")
     add("--steps", type=positive, metavar="N", help="how long the schedule is; default as long as the updates")
-    add("--warmup", type=_count, metavar="N", help="updates in which the rate rises; default a third of the steps")
-    add("--lr", type=_above_zero, metavar="RATE", help="the largest rate; default "
+    add("--warmup", type=whole, metavar="N", help="updates in which the rate rises; default a third of the steps")
+    add("--lr", type=above_zero, metavar="RATE", help="the largest rate; default "
         f"{', '.join(f'{rate:g} for {name}' for name, rate in RATES.items())}")
     add("--accumulate", type=positive, default=2, metavar="N", help="how many micro-batches an update has; default 2")
-    add("--clip", type=_not_negative, default=1.0, metavar="NORM", help="to which global norm gradients are clipped, 0 "
-        "for no clipping; default 1.0")
-    add("--weight-decay", type=_not_negative, default=0.01, metavar="RATE", help="of all parameters but biases and "
+    add("--clip", type=not_below_zero, default=1.0, metavar="NORM", help="to which global norm gradients are clipped, "
+        "0 for no clipping; default 1.0")
+    add("--weight-decay", type=not_below_zero, default=0.01, metavar="RATE", help="of all parameters but biases and "
         "norms; default 0.01")
-    add("--momentum", type=_below_one, default=0.9, metavar="SHARE", help="what Momentum keeps of its velocity; "
+    add("--momentum", type=below_one, default=0.9, metavar="SHARE", help="what Momentum keeps of its velocity; "
         "default 0.9")
     add("--nesterov", action="store_true", help="let Momentum look ahead, as Nesterov's does")
-    add("--beta1", type=_below_one, default=0.9, metavar="SHARE", help="what Adam and AdamW keep of the first moment; "
+    add("--beta1", type=below_one, default=0.9, metavar="SHARE", help="what Adam and AdamW keep of the first moment; "
         "default 0.9")
-    add("--beta2", type=_below_one, default=0.999, metavar="SHARE", help="what Adam and AdamW keep of the second "
+    add("--beta2", type=below_one, default=0.999, metavar="SHARE", help="what Adam and AdamW keep of the second "
         "moment; default 0.999")
-    add("--epsilon", type=_not_negative, default=1e-8, metavar="NUMBER", help="what Adam and AdamW add to the root of "
+    add("--epsilon", type=not_below_zero, default=1e-8, metavar="NUMBER", help="what Adam and AdamW add to the root of "
         "the second moment; default 1e-8")
 
 
@@ -94,6 +100,9 @@ def reference(session: Session) -> Iterator[Step]:
     size = _size(gradients[0])
     if not 0 < size[0] < np.inf:
         raise BadInput(f"the norm of torch's gradients is {size[0]:g}, and nothing can be trained by them.")
+    if not any(rates_of(recipes[-1], options.updates)):
+        raise BadInput(f"the rate is 0 in all {options.updates} updates, of {recipes[-1].warmup} of warm-up, so "
+                       "nothing is moved. Give more --updates or less --warmup.")
     courses = courses_of(recipes, options.updates, *size)
     decays = {name: bool(held) for name, held in decayed(session.run).items() if name in gradients[0]}
     first = Step({RECORDED: {_by_itself(one): np.array(rates_of(one, LONG + BEYOND)) for one in _schedules(options)},
@@ -110,11 +119,18 @@ def reference(session: Session) -> Iterator[Step]:
             first.view(f"inputs.{number}.{part}").update(batch.inputs.arrays)
             first.view(f"labels.{number}.{part}").update(batch.labels)
     yield first
+    moved = False
     for course in courses:
         session.advance(f"torch, {course.name}")
         rates, found, floors = side.given(course, micro)
+        _require_finite(course, found)
+        unseen = _unseen(side, course, micro, floors)
+        moved |= UPDATES not in unseen
         yield Step({RECORDED: {_rates(course): np.array(rates)}, BEHIND: found}, {ISOLATED: floors},
-                   {"course": course.as_told})
+                   {"course": course.as_told, "unseen": unseen})
+    if not moved:
+        raise BadInput(f"{options.updates} updates at these rates move no weight by more than rounding does, so that "
+                       "nothing would be judged. Give a larger --lr, more --updates or less --warmup.")
     if not session.paged:
         yield _own_step(session, side, own, batches)
 
@@ -130,7 +146,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     session.advance(session.candidate.framework)
     side = _updates_of(session, first)
     yield Step({RECORDED: {} if chosen or _is_torch(session) else _schedules_of_paddle(first)},
-               told={"inputs_digest": digest_of(batches)})
+               told={"inputs_digest": digest_of(batches), "notes": [told_of(chosen), RATES_LEFT_OUT] if chosen else []})
     for step in steps:
         course = Course.told(step.told["course"])
         session.advance(f"{session.candidate.framework}, {course.name}")
@@ -150,23 +166,25 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     if "courses" not in first.told:
         return Findings([])
     found: dict[str, TensorResult] = {}
-    notes, why, left_out = list(first.told["notes"]), [], []
+    notes, why, left_out, unseen = [*first.told["notes"], *answer.told.get("notes", ())], [], [], {}
     for told in first.told["schedules"]:
         recipe = Recipe(**told)
         if answer.recorded:
             name = _by_itself(recipe)
-            found[name] = _judged_rates(name, first.recorded, answer.recorded)
+            found[name] = judged_rates(name, first.recorded, answer.recorded)
             why.append(_why_of_rates(recipe, name, found, first, answer))
     for step, answer in pairs:
         if "left out" in answer.told:
             left_out.append(answer.told["left out"])
             continue
         course = Course.told(step.told["course"])
+        for told in step.told.get("unseen", ()):
+            unseen.setdefault(told, []).append(course)
         expected, given = (one.recorded | {f"{name} ({course.name})": array for name, array in one.view(BEHIND).items()}
                            for one in (step, answer))
         kind, floors = next((kind, held) for kind, held in step.floors.items())
         results = {name: _judged(name, expected, given, kind, floors) for name in expected if name != _rates(course)}
-        results = {_rates(course): _judged_rates(_rates(course), expected, given)} | results
+        results = {_rates(course): judged_rates(_rates(course), expected, given)} | results
         found |= results
         failing = [name for name, result in results.items() if not result.passed]
         why.append(_why_of_rates(course.recipe, _rates(course), found, step, answer))
@@ -181,7 +199,7 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     if left_out:
         notes.append(f"Left out, as the set-up of the candidate's is another: {', '.join(left_out)}.")
     first_why = next((one for one in why if one), None)
-    return Findings(list(found.values()), notes, diagnosis=first_why)
+    return Findings(list(found.values()), notes, diagnosis=first_why, caveat=_caveat(unseen))
 
 
 # What is judged -------------------------------------------------------------------------------------------------------
@@ -194,23 +212,6 @@ def _judged(name: str, expected: Mapping[str, np.ndarray], given: Mapping[str, n
     known = floors[name if kind == PROPAGATED else name.partition(" ")[0]]
     alone = given[name] if kind == ISOLATED else None
     return compare(name, expected[name], given[name], np.inf, alone, {kind: known})
-
-
-def _judged_rates(name: str, expected: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> TensorResult:
-    """Each rate by itself, relatively."""
-    if name not in given:
-        return missing(name, "candidate")
-    ours, theirs = given[name], expected[name]
-    if ours.shape != theirs.shape or not np.isfinite(ours).all():
-        return TensorResult(name, theirs.shape, str(theirs.dtype), RATE, False, failure=f"{name}: not a rate for each "
-                            "update")
-    allowed = np.maximum(RATE * np.abs(theirs), RATE_UNIT * np.abs(theirs).max(initial=0.0))
-    wrong = np.flatnonzero(np.abs(ours - theirs) > allowed)
-    failure = None if not wrong.size else (
-        f"{name}: {wrong.size} of {ours.size} rates differ by more than {RATE:g}; first at update {wrong[0] + 1}: "
-        f"{ours[wrong[0]]:.9g} vs {theirs[wrong[0]]:.9g}")
-    return TensorResult(name, theirs.shape, str(theirs.dtype), RATE, not wrong.size, measure(theirs, ours), None,
-                        failure)
 
 
 def _why_of_rates(recipe: Recipe, name: str, found: Mapping[str, TensorResult], step: Step, answer: Step,
@@ -236,6 +237,18 @@ def _look_again(session: Session, first: Step, step: Step, found: dict[str, Tens
     return look_again(session, "optimizer", len(failing) if doubtful else 0, look)
 
 
+def _caveat(unseen: Mapping[str, Sequence[Course]]) -> str | None:
+    """What is not judged in which courses, if there is anything."""
+    told = [f"Of {what} this says nothing ({', '.join(course.name for course in courses)}): torch itself would pass "
+            "without." for what, courses in unseen.items()]
+    if not told:
+        return None
+    course = next(iter(unseen.values()))[0]
+    return " ".join([*told, f"In the first {course.updates} of {course.recipe.steps} steps, {course.recipe.warmup} of "
+                     "them warm-up, weights move by less for it than they are rounded by. More --updates show it, less "
+                     "--warmup, or a larger --lr."])
+
+
 # The two sides --------------------------------------------------------------------------------------------------------
 
 def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Sequence[Batch]],
@@ -244,6 +257,7 @@ def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Seq
     session.advance(f"torch, {course.name}")
     rounding = Rounding(course.recipe)
     rates, behind = side.own(course, batches, rounding)
+    _require_finite(course, behind)
     arrays = _suffixed(behind, course)
     session.advance("torch's own noise")
 
@@ -255,6 +269,23 @@ def _own_step(session: Session, side: Any, course: Course, batches: Sequence[Seq
     floors = {name: with_rounding(floor, spread[name]) for name, floor in floors.items()}
     return Step({RECORDED: {_rates(course): np.array(rates), **arrays}}, {PROPAGATED: floors},
                 {"course": course.as_told})
+
+
+def _require_finite(course: Course, arrays: Mapping[str, np.ndarray]) -> None:
+    bad = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
+    if bad is not None:
+        raise BadInput(f"torch's own {bad} holds numbers that are not finite behind {course.updates} updates "
+                       f"({course.name}), so there is nothing to compare with. Give a smaller --lr, or an --epsilon "
+                       "above 0.")
+
+
+def _unseen(side: Any, course: Course, gradients: Sequence[Any], floors: Mapping[str, NoiseFloor]) -> list[str]:
+    """What of a course torch itself could leave out and would pass: all updates, or the weight decay."""
+    without = {UPDATES: side.start}
+    if course.recipe.weight_decay:
+        _, without[DECAY], _ = side.given(replace(course, recipe=replace(course.recipe, weight_decay=0.0)), gradients)
+    return [told for told, arrays in without.items() if all(
+        found.passed for name, floor in floors.items() for found in floor.judge(arrays[name], ISOLATED))]
 
 
 def _updates_of(session: Session, first: Step) -> Any:
@@ -338,32 +369,6 @@ def _size(gradients: Mapping[str, np.ndarray]) -> tuple[float, float]:
 def _batches_of(step: Step, course: Course) -> list[list[Batch]]:
     return [[Batch(Inputs(step.view(f"inputs.{number}.{part}")), step.view(f"labels.{number}.{part}"))
              for part in range(course.recipe.accumulate)] for number in range(course.updates)]
-
-
-def _count(text: str) -> int:
-    return int(text) if text.strip() == "0" else positive(text)
-
-
-def _not_negative(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return number
-
-
-def _above_zero(text: str) -> float:
-    if not (number := _not_negative(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def _below_one(text: str) -> float:
-    if (number := _not_negative(text)) >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
-    return number
 
 
 STAGE = RecordedStage("optimizer", "Compare learning rates, and what optimizers make of parameters.", reference,

@@ -42,7 +42,7 @@ class Reordered(TorchFunctionMode):
     pictures [batch, channels, height, width]. A batch norm that is trained sums over rows and places, which are
     permuted; in eval mode it has no axis to permute, and its few operations are done in another order, by lot. torch
     has two convolutions for the CPU, oneDNN's and, where a build or a flag leaves that out, a matmul of its own; odd
-    seeds take the second. On few places (2 x 2 of 512 channels) its error is 4 times the first's.
+    seeds take the second. On few places (2 x 2 of 512 channels) its error is, by CPU, up to 4 times the first's.
     """
 
     def __init__(self, seed: int) -> None:
@@ -52,7 +52,7 @@ class Reordered(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+        args, kwargs = by_place(func, args, kwargs)
         if func in LINEAR:
             order = self._order(args[0].shape[-1])
             return in_chunks(args[0][..., order], args[1], lambda rows, to: torch.index_select(rows, 1, order, out=to),
@@ -82,8 +82,7 @@ class Reordered(TorchFunctionMode):
         if func in CROSS_ENTROPY and args[0].dim() == 2 and args[1].dim() == 1:
             return self._cross_entropy(*args, **kwargs)
         if func in ELEMENTWISE_LOSSES and args[0].shape == args[1].shape and kwargs.get("reduction") != "none":
-            order = self._order(args[0].numel())
-            return func(*(each.reshape(-1)[order] for each in args[:2]), *args[2:], **kwargs)
+            return self._elementwise_loss(func, *args, **kwargs)
         if func in REORDERED:
             return REORDERED[func](self._order, func, *args, **kwargs)
         if func in MEAN and -1 in (*args[1:2], kwargs.get("dim")):
@@ -98,8 +97,8 @@ class Reordered(TorchFunctionMode):
     def _layer_norm(self, x: torch.Tensor, shape: Any, weight: torch.Tensor | None = None,
                     bias: torch.Tensor | None = None, eps: float = 1e-5, *rest: Any) -> torch.Tensor:
         order = self._order(x.shape[-1])
-        permuted = F.layer_norm(x[..., order], shape, None if weight is None else weight[order],
-                                None if bias is None else bias[order], eps)
+        permuted = F.layer_norm(x[..., order], shape, None if weight is None else weight[..., order],
+                                None if bias is None else bias[..., order], eps)
         return permuted[..., torch.argsort(order)]
 
     def _trained_batch_norm(self, x: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
@@ -113,25 +112,36 @@ class Reordered(TorchFunctionMode):
         return found[torch.argsort(rows)][..., torch.argsort(places)].view(x.shape)
 
     def _cross_entropy(self, x: torch.Tensor, labels: torch.Tensor, **named: Any) -> torch.Tensor:
-        """Rows and classes permuted: x [n, classes], labels [n], of which those that are no class stay as they are."""
+        """Rows and classes permuted: x [n, classes], labels [n], of which those that are no class stay as they are; and
+        a ``weight`` [classes]."""
         rows, classes = self._order(len(x)), self._order(x.shape[1])
         places = torch.argsort(classes)
 
         def moved(label: torch.Tensor) -> torch.Tensor:
             return torch.where((label >= 0) & (label < len(places)), places[label.clamp(0, len(places) - 1)], label)
         named["ignore_index"] = int(moved(torch.tensor(named.get("ignore_index", -100))))
+        if named.get("weight") is not None:
+            named["weight"] = named["weight"][classes]
         found = F.cross_entropy(x[rows][:, classes], moved(labels[rows]), **named)
         return found[torch.argsort(rows)] if found.dim() else found
 
+    def _elementwise_loss(self, func: Any, x: torch.Tensor, y: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        """All elements permuted; a ``weight`` or ``pos_weight`` is of as many in the end."""
+        order = self._order(x.numel())
+        named |= {name: named[name].expand(x.shape).reshape(-1)[order] for name in ("weight", "pos_weight")
+                  if named.get(name) is not None}
+        return func(x.reshape(-1)[order], y.reshape(-1)[order], *rest, **named)
+
     def _convolution(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1,
                      padding: Any = 0, dilation: Any = 1, groups: int = 1) -> torch.Tensor:
-        """Input channels permuted, and by lot height and width exchanged, which adds a kernel up the other way."""
+        """Input channels permuted, and by lot height and width exchanged, which adds a kernel up the other way. A
+        picture may lack its batch."""
         if groups == 1:
-            order = self._order(x.shape[1])
-            x, weight = x[:, order], weight[:, order]
+            order = self._order(weight.shape[1])
+            x, weight = x.index_select(-3, order), weight[:, order]
         if self._lot(2):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        turned = [size[::-1] if isinstance(size, tuple) else size for size in (stride, padding, dilation)]
+        turned = [size[::-1] if isinstance(size, (tuple, list)) else size for size in (stride, padding, dilation)]
         return F.conv2d(x.mT.contiguous(), weight.mT.contiguous(), bias, *turned, groups).mT.contiguous()
 
     def _order(self, size: int) -> torch.Tensor:
@@ -139,6 +149,22 @@ class Reordered(TorchFunctionMode):
 
     def _lot(self, many: int) -> int:
         return int(torch.randint(many, (), generator=self.generator))
+
+
+PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+PLACES = dict.fromkeys(PRODUCTS, ("input", "weight", "bias")) | {
+    torch.matmul: ("input", "other"), torch.bmm: ("input", "mat2"), torch.softmax: ("input",), torch.mean: ("input",),
+    torch.addmm: ("input",), torch.baddbmm: ("input",)}
+"""By functions whose arguments torch hands on as they were given, by place or by name: which names have a place."""
+
+
+def by_place(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None,
+             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``func``, by place wherever :data:`PLACES` says which."""
+    left = dict(kwargs or {})
+    while len(args) < len(names := PLACES.get(func, ())) and names[len(args)] in left:
+        args = (*args, left.pop(names[len(args)]))
+    return args, left
 
 
 NORMALISE = (
@@ -191,7 +217,7 @@ class Float64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+        args, kwargs = by_place(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if _is_of_integers(func, args, kwargs):
             return _counted(func(*args, **kwargs))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -41,13 +42,16 @@ class Target:
         """The net; :class:`BadInput` where ``build`` cannot be imported, takes other arguments, or fails."""
         build = function_named("--target", self.name, "the config (a dict) and the output directory (a Path)", {},
                                run.output)
-        with blamed(f"your net {self.name}"):
+        with self.blamed():
             net = build(dict(run.target_config), run.output)
         self.reference.require(self.name)
         return net
 
+    def blamed(self) -> AbstractContextManager[None]:
+        return blamed(f"your net {self.name}")
+
     def call(self, net: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        with blamed(f"your net {self.name}"):
+        with self.blamed():
             result = net(**tensors)
         self.reference.require(self.name)
         if not hasattr(result, "items"):
@@ -62,6 +66,9 @@ class _OwnNet(Candidate):
     reentrant = False
     target: Target
     built: Any
+
+    def blamed(self) -> AbstractContextManager[None]:
+        return self.target.blamed()
 
     def _build(self) -> Any:
         return self.built

@@ -218,8 +218,11 @@ class PaddleNLPNet(PaddleNet):
         return getattr(module, self.run.head.paddlenlp)
 
     def call(self, tensors: dict[str, Any]) -> Mapping[str, Any]:
-        with blamed(f"PaddleNLP's {type(self.model).__name__}"):
+        with self.blamed():
             return self.model(**self.run.family.paddlenlp_inputs(tensors), return_dict=True)
+
+    def blamed(self) -> AbstractContextManager[None]:
+        return blamed(f"PaddleNLP's {type(self.model).__name__}")
 
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         import paddle

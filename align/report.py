@@ -209,7 +209,7 @@ class StageResult:
 def _tensor_json(tensor: TensorResult) -> dict[str, Any]:
     return {
         "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, **_measures_json(tensor.measures),
-        "isolated": tensor.isolated and _measures_json(tensor.isolated), "allowed": tensor.allowed,
+        "isolated": tensor.isolated and _measures_json(tensor.isolated), "allowed": _finite(tensor.allowed),
         "floor": tensor.floor, "judgements": [
             {"kind": found.kind, "test": found.test, "ratio": _finite(found.ratio), "limit": found.limit,
              "passed": found.passed} for found in tensor.judgements],
@@ -245,4 +245,4 @@ def _cosine(measures: Measures | None) -> str:
 
 
 def _allowed(tensor: TensorResult) -> str:
-    return "equal" if tensor.allowed == 0 else f"{tensor.allowed:.1e}"
+    return "equal" if tensor.allowed == 0 else f"{tensor.allowed:.1e}" if math.isfinite(tensor.allowed) else "–"

@@ -26,17 +26,20 @@ from .compare import TensorResult, compare, missing
 from .explanations.training import explained
 from .floor import look_again
 from .gradients.batches import Batch, backwards, digest_of
-from .inputs import SEED, Inputs, above_zero, asked, not_below_zero, not_negative, positive
+from .inputs import SEED, Inputs
 from .noise import Grown, NoiseFloor
-from .optimizing.recipe import KINDS, SCHEDULES, Recipe
+from .optimizing.own import told_of
+from .optimizing.rates import judged_rates
+from .optimizing.recipe import KINDS, SCHEDULES, Recipe, decayed
+from .options import above_zero, between_zero_and_one, not_below_zero, positive, whole
 from .recording import SIDES
 from .stage import Findings, RecordedStage, Session, main
 from .tasks import BARE, base_of
-from .tolerance import BAND_STEPS, CHAOTIC, LIMITS, RATE, REORDERED_RUNS, SECOND_LOOK
+from .tolerance import BAND_STEPS, CHAOTIC, LIMITS, REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
 from .training import dropping, held_out, lessons
 from .training.checkpoints import Checkpoint
-from .training.course import Course, Settings, carry_out, key_of, require_finite
+from .training.course import Course, Settings, carry_out, key_of, require_finite, require_moved
 from .training.curves import Curves
 from .training.lessons import Lessons, lessons_of
 
@@ -69,13 +72,13 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=not_below_zero, default=0.01, metavar="SHARE",
         help="of matrices and tables, not of biases and norms; default 0.01")
     add("--schedule", choices=SCHEDULES, default="linear", help="how the rate goes down; default linear")
-    add("--warmup", type=not_negative, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
+    add("--warmup", type=whole, default=0, metavar="N", help="steps in which the rate rises from 0; default 0")
     add("--candidate-optimizer", metavar="MODULE:FUNCTION", help="a set-up of yours for the Paddle side, as "
         "my_training:build, as align.optimizer takes it: an optimizer, or that and what your loop does after each "
         "backward pass; the other flags say what torch does")
     add("--clip", type=above_zero, default=1.0, metavar="NORM",
         help="to which global norm gradients are clipped; default 1.0")
-    add("--dropout", type=_rate, nargs="?", const=0.0, metavar="RATE",
+    add("--dropout", type=between_zero_and_one, nargs="?", const=0.0, metavar="RATE",
         help="drop by the same seeded masks on both sides: at each net's own rates, or everywhere at this one, as 0.1; "
         "default: drop nothing")
     add("--dataset", metavar="ID-OR-FILE", help="what to train on: a set of the datasets library or a json, csv, "
@@ -86,8 +89,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=positive, default=20, metavar="N", help="steps after which both sides are kept, in "
         "reports/<run>/train; default 20")
     add("--resume", action="store_true", help="go on from the last checkpoint of a training that was broken off")
-    add("--seed", type=not_negative, default=SEED, metavar="N", help="of the order of rows and of masks; default "
-        f"{SEED}")
+    add("--seed", type=whole, default=SEED, metavar="N", help=f"of the order of rows and of masks; default {SEED}")
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -120,7 +122,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
             with trainer.tested():
                 scores = held_out.scored(side, given.held_out, session.run, step.told["rows"])
         answer = _of_course(session, course, scores)
-        answer.told["inputs_digest"] = digest_of(given.batches)
+        answer.told |= {"inputs_digest": digest_of(given.batches), "notes": [told_of(own)] if own else []}
         yield answer
         kept.remove()
 
@@ -143,7 +145,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
         return sum(not result.passed for result in found.values())
     failing = [result for result in found.values() if not result.passed]
     doubtful = len(failing) if all(result.doubtful for result in failing) else 0
-    notes = [*step.told["notes"], *notes, *look_again(session, "train", doubtful, look)]
+    notes = [*step.told["notes"], *answer.told.get("notes", ()), *_unseen_decay(session, step), *notes,
+             *look_again(session, "train", doubtful, look)]
     curves = _curves(looked["step"], answer)
     for side, each in zip(SIDES, (step, answer), strict=True):
         _write_log(session, side, each)
@@ -171,7 +174,7 @@ def _write_log(session: Session, side: str, step: Step) -> None:
 def _judged(session: Session, step: Step, answer: Step) -> tuple[dict[str, TensorResult], list[str]]:
     settings = Settings.told(step.told["settings"])
     wrong = dropping.differing(*(dropping.unpacked(side.told["drops"]) for side in (step, answer)))
-    results = [*dropping.judged(wrong), _rates(step, answer)]
+    results = [*dropping.judged(wrong), judged_rates(RATES, step.recorded, answer.recorded)]
     losses, norms = (_against_the_band(name, step, answer) for name in (LOSS, NORM))
     results += [losses[0], norms[0], *_moved(session, step, answer)]
     results += [result for pair in zip(losses[1: settings.early], norms[1: settings.early], strict=True)
@@ -180,10 +183,6 @@ def _judged(session: Session, step: Step, answer: Step) -> tuple[dict[str, Tenso
     metric, notes = held_out.compared(session.run.head.task, held_out.unpacked(step.view(SCORED)),
                                       held_out.unpacked(answer.view(SCORED))[0])
     return {result.name: result for result in [*results, *metric]}, notes
-
-
-def _rates(step: Step, answer: Step) -> TensorResult:
-    return compare(RATES, step.recorded[RATES], answer.recorded[RATES], RATE)
 
 
 def _against_the_band(name: str, step: Step, answer: Step) -> list[TensorResult]:
@@ -219,10 +218,27 @@ def _moved(session: Session, step: Step, answer: Step) -> list[TensorResult]:
         if name not in theirs or name not in ours:
             found[name] = missing(f"{name}{suffix}", "candidate" if name in theirs else "reference")
             continue
-        known = step.floors[MOVED][name]
-        total = Grown(known.oracle, known.spread, known.largest, base=known.base)
+        total = _grown(step.floors[MOVED][name])
         found[name] = compare(f"{name}{suffix}", theirs[name], ours[name], np.inf, None, {"propagated": total})
     return [found[name] for name in reversed(backwards(session.run, list(found)))]
+
+
+def _grown(known: NoiseFloor) -> Grown:
+    return Grown(known.oracle, known.spread, known.largest, base=known.base)
+
+
+def _unseen_decay(session: Session, step: Step) -> list[str]:
+    """That nothing is said of weight decay, where every weight could be off by all of it and would pass."""
+    settings = Settings.told(step.told["settings"])
+    recipe = settings.recipe
+    share = recipe.weight_decay * float(np.sum(step.recorded[RATES][: settings.early]))
+    decays = decayed(session.run)
+    floors = [_grown(floor) for name, floor in step.floors[MOVED].items() if decays.get(name)]
+    if not share or recipe.optimizer == "adam" or not all(
+            floor.judge(floor.oracle + share * floor.base, "propagated")[0].passed for floor in floors):
+        return []
+    return [f"Of weight decay this says nothing: {recipe.weight_decay:g} moves weights in the first {settings.early} "
+            "steps by less than torch's own runs lie apart. align.optimizer judges it."]
 
 
 def _curves(step: Step, answer: Step) -> Curves:
@@ -261,6 +277,10 @@ class _Trained:
         self.session, self.settings, self.given, self.rows = session, settings, given, rows
         self._resume, self._kept = resume, []
         self._digest = digest_of(given.batches)
+        self._place = (session.run.directory if session.options.only else session.reports) / PLACE
+        if not resume:
+            for left in self._place.glob("torch-*"):  # of a training that was broken off, perhaps with more runs
+                left.unlink()
 
     def step(self, reordered: int) -> Step:
         """All that the reference has to say, with ``reordered`` runs in the band."""
@@ -298,16 +318,18 @@ class _Trained:
     def _train(self, name: str, *way: Any) -> tuple[Course, dict[str, np.ndarray]]:
         from .training.torch_side import TorchTrainer
         session, side = self.session, self.session.reference
-        kept = Checkpoint((session.run.directory if session.options.only else session.reports) / PLACE, f"torch-{name}",
-                          key_of(self.settings, batches=self._digest, source=session.run.conversion.source_digest,
-                                 version=side.version), session.options.checkpoint_every, self._resume)
+        kept = Checkpoint(self._place, f"torch-{name}", key_of(
+            self.settings, batches=self._digest, source=session.run.conversion.source_digest, version=side.version),
+            session.options.checkpoint_every, self._resume)
         self._kept.append(kept)
         with TorchTrainer(side, side.run, self.settings, True, *way).training(double=name == "float64") as trainer:
             course = carry_out(trainer, self.given.batches, self.settings, kept, session.advance)
-            if name == "plain":
-                require_finite(course)
+            require_finite(course)
+            require_moved(course, self.settings)
             with trainer.tested():
-                return course, held_out.scored(side, self.given.held_out, session.run, self.rows)
+                scores = held_out.scored(side, self.given.held_out, session.run, self.rows)
+            held_out.require_finite(session.run.head.task, scores)
+            return course, scores
 
     def _start(self) -> dict[str, Any]:
         """What torch makes of the mistakes in stock; :class:`BadInput` where nothing can be dropped."""
@@ -400,10 +422,6 @@ def _refuse_paging(session: Session) -> None:
         raise BadInput("a training holds weights, gradients and moments in memory, and here weights would come in "
                        "block by block (--paging on, or the model does not fit). align.backward compares the gradients "
                        "of such a model.")
-
-
-def _rate(text: str) -> float:
-    return asked(text, float, lambda number: 0 < number < 1, "a rate between 0 and 1, as 0.1")
 
 
 STAGE = RecordedStage("train", "Fine-tune both sides on the same batches and compare their curves with torch's band.",

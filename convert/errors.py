@@ -54,6 +54,9 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return BAD_INPUT
+    except SystemExit as error:  # of a family, a net or a set-up of the user's: its code is no verdict
+        return _say(f"code that was run for this ended the program (exit {error.code}), as a script does that calls "
+                    'its main. Put that under if __name__ == "__main__":', BAD_INPUT)
     except KeyboardInterrupt:
         return _say("interrupted. What was not finished was not written.", INTERRUPTED)
     except Exception as error:  # a crash must never look like a verdict

@@ -18,6 +18,7 @@ import torch
 from align_fixtures import Workshop
 from resnet_fixtures import reference as resnet
 
+from align import backward
 from align.faults.planting import in_net
 from align.gradients import recompute
 from align.gradients.batches import Batch, Settings, batches_of
@@ -64,7 +65,7 @@ def side_of(model):
         name), turn=lambda array: array) for name in ("a", "b")]
     run = SimpleNamespace(plan=SimpleNamespace(keys={"a": "a", "b": "b"}, moves=moves), modules=[], tied={},
                           batch_first=lambda name, array: array)
-    return SimpleNamespace(model=model, run=run, call=lambda tensors: model(**tensors))
+    return SimpleNamespace(model=model, run=run, call=lambda tensors: model(**tensors), blamed=nullcontext)
 
 
 def by_formula(halves, settings):
@@ -228,6 +229,33 @@ def test_the_nearest_kink_of_a_relu_is_told_and_exact_zeros_are_none():
     assert found == pytest.approx(1e-6 / np.sqrt(25 / 3), rel=1e-5)
 
 
+class OneArray:
+    """A side of one gradient."""
+
+    def __init__(self, array):
+        self.arrays, self.asked = {"w (isolated)": array}, {}
+
+
+@pytest.mark.parametrize("off, noise, passed", [(5e-5, 1e-3, True), (2e-4, 1e-3, False), (2e-4, 2e-2, True)])
+def test_no_noise_of_torchs_lifts_the_ceiling_of_a_gradient_unless_it_is_noise_alone(off, noise, passed):
+    array = np.ones((32, 32), np.float32)
+    floor = NoiseFloor(array.astype(np.float64), np.full((32, 32), noise, np.float32), noise)
+    found = backward._judged("w (isolated)", OneArray(array), OneArray(array * np.float32(1 + off)),
+                             {"w (isolated)": ("isolated", floor)})
+    assert found.passed is passed
+
+
+@pytest.mark.parametrize("distances, chosen", [([1.0], 0), ([0.0, 1e-9, 1.0], 2), ([1e-8, 1e-7, *[0.0] * 7], 1)])
+def test_a_batch_on_the_kink_of_a_relu_is_drawn_anew(distances, chosen, monkeypatch):
+    """Until one is clear of it, and of 9 of which none is the farthest is taken; no other batch is touched."""
+    left = iter(distances)
+    monkeypatch.setattr(TorchGradients, "__init__", lambda *given, **named: None)
+    monkeypatch.setattr(TorchGradients, "nearest_kink", lambda self, batch: next(left))
+    monkeypatch.setattr(backward, "other_batches", lambda run: iter(range(1, 9)))
+    found = backward._clear_of_kinks(SimpleNamespace(reference=None, run=None), [[0, "b"], ["c", "d"]])
+    assert found == [[chosen, "b"], ["c", "d"]] and next(left, None) is None
+
+
 # Of whole nets --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -384,6 +412,59 @@ def test_one_iteration_is_refused(shop):
     assert outcome.code == 2 and "give 2 or more" in outcome.stderr
 
 
+@pytest.mark.parametrize("flags", [("--lr", "1e30"), ("--lr", "1e38", "--clip", "1e30")])
+def test_a_rate_that_leaves_torch_no_numbers_is_refused_and_is_no_divergence(flags, shop):
+    outcome = shop.align("backward", "gptj", *SHORT, *flags)
+    assert outcome.code == 2 and "no finite numbers in iteration 2" in outcome.stderr
+
+
+def test_gradients_that_are_all_0_are_no_evidence(shop):
+    """The logarithm of the only class's share is 0, whatever the net."""
+    run = shop.make("BertForSequenceClassification", "one-class", num_labels=1,
+                    problem_type="single_label_classification")
+    outcome = shop.align("backward", run, *SHORT)
+    assert outcome.code == 2 and "0 in every iteration" in outcome.stderr
+
+
+OWN_NETS = """
+import paddle
+from models.gptj import GPTJForCausalLM
+
+class Stumbling(paddle.autograd.PyLayer):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+def changed(directory, change):
+    net = GPTJForCausalLM.from_pretrained(directory)
+    right = net.forward
+    def forward(*given, **named):
+        found = dict(right(*given, **named))
+        return found | {"loss": change(found["loss"])} if found.get("loss") is not None else found
+    net.forward = forward
+    return net
+
+def stumbling(config, directory):
+    return changed(directory, Stumbling.apply)
+
+def many(config, directory):
+    return changed(directory, lambda loss: loss.expand([3]))
+"""
+
+
+@pytest.mark.parametrize("build, words", [
+    ("stumbling", "your net own_losses:stumbling failed"), ("many", "one number is needed")])
+def test_a_net_of_the_users_that_has_no_way_back_is_told_as_theirs(build, words, shop, tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text(OWN_NETS, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcome = shop.align("backward", "gptj", *SHORT, "--target", f"own_losses:{build}")
+    assert outcome.code == 2 and words in outcome.stderr
+
+
 # Batch norms ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -453,6 +534,18 @@ def double(net):
     layer.forward = lambda x: Doubling.apply(right(x))
 
 
+class Losing(Doubling):
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def lose(net):
+    layer = net.transformer.h[1].attn.v_proj
+    right = layer.forward
+    layer.forward = lambda x: Losing.apply(right(x))
+
+
 def detach_residual(net):
     block = net.transformer.h[1]
 
@@ -489,6 +582,15 @@ def test_a_wrong_gradient_behind_a_right_forward_pass_is_named_and_other_blocks_
     assert failing == alone
     if break_net is freeze:
         assert any("frozen" in failure for failure in outcome.report["failures"])
+
+
+def test_gradients_that_are_no_numbers_are_diverged_in_a_report_that_any_parser_reads(shop):
+    """Nothing bounds their relative error, as the ratio to torch's noise does; JSON has no word for that."""
+    with planted(shop, "gptj", lose):
+        outcome = shop.align("backward", "gptj", *SHORT)
+    assert (outcome.code, outcome.report["first_divergence"]) == (1, "transformer.h.1.attn.v_proj.weight")
+    failed = outcome.tensor("transformer.h.0.ln_1.weight (iteration 1)")
+    assert not failed["passed"] and failed["allowed"] is None and "NaN" in failed["failure"]
 
 
 def test_an_untied_weight_is_named_and_explained(shop):

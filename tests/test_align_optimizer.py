@@ -266,6 +266,42 @@ def test_of_a_model_larger_than_memory_rows_are_updated(shop):
     assert shop.align("optimizer", "gptj", "--paging", "on", "--candidate-optimizer", MISTAKE + "l2_decay").code == 2
 
 
+@pytest.mark.parametrize("flags, word", [
+    (("--updates", "1", "--steps", "9", "--warmup", "3"), "the rate is 0 in all 1 updates"),
+    (("--optimizer", "adamw", "--lr", "1e-12", *SHORT), "by more than rounding"),
+    (("--optimizer", "adamw", "--epsilon", "0", *SHORT), "--epsilon above 0"),
+    (("--optimizer", "sgd", "--lr", "1e38", *SHORT), "smaller --lr")])
+def test_what_moves_no_weight_or_none_to_a_number_is_refused(flags, word, shop):
+    """Rows of an embedding that no token is have gradients of 0, and 0 / (sqrt(0) + 0) is no number."""
+    outcome = shop.align("optimizer", "gptj", *flags)
+    assert outcome.code == 2 and word in outcome.stderr
+
+
+NO_DECAY = """
+import paddle
+from align.optimizing.paddle_side import schedule_of
+from align.optimizing.recipe import Recipe
+
+def build(net):
+    rate = schedule_of(Recipe(lr=5e-5, steps=1000, warmup=100))
+    return paddle.optimizer.AdamW(rate, parameters=net.parameters(), weight_decay=0.0,
+                                  grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0))
+"""
+
+
+def test_a_report_says_so_where_no_update_shows_weight_decay(shop, tmp_path, monkeypatch):
+    """The rates of ten of a hundred steps of warm-up add up to 2.25e-5: a decay of 0.01 is 2.25e-7 of a weight, and
+    float32 rounds each update by up to 6e-8 of it."""
+    (tmp_path / "no_decay.py").write_text(NO_DECAY, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = ("--lr", "5e-5", "--steps", "1000", "--warmup", "100", "--candidate-optimizer", "no_decay:build")
+    outcome = shop.align("optimizer", "gptj", *flags)
+    assert outcome.code == 0 and "Of weight decay this says nothing (adamw" in outcome.report["caveat"]
+    assert any("no_decay:build" in note for note in outcome.report["notes"])
+    more = shop.align("optimizer", "gptj", *flags, "--weight-decay", "0.1")
+    assert (more.code, more.report["caveat"]) == (1, None)
+
+
 OWN = """
 import paddle
 def no_net(): ...
@@ -277,12 +313,24 @@ def broken(net): return paddle.optimizer.SGD(0.1, parameters=net.no_such())
 @pytest.mark.parametrize("name, words", [
     ("nowhere:build", "cannot be imported"), ("my_set_up", "package.module:function"),
     ("my_set_up:no_net", "called with the Paddle net"), ("my_set_up:nothing", "a paddle.optimizer.Optimizer is needed"),
-    ("my_set_up:broken", "your optimizer my_set_up:broken failed at .*no_such")])
+    ("my_set_up:broken", "your optimizer my_set_up:broken failed at .*no_such"),
+    ("my_typo:build", r"cannot be imported \(SyntaxError: .*my_typo.py, line 1"),
+    ("my_script:build", r"cannot be imported \(ZeroDivisionError: ")])
 def test_a_set_up_that_is_none_is_refused_in_a_sentence(shop, tmp_path, monkeypatch, name, words):
-    (tmp_path / "my_set_up.py").write_text(OWN, "utf-8")
+    for module, text in (("my_set_up", OWN), ("my_typo", "def build(net:"), ("my_script", "1 / 0")):
+        (tmp_path / f"{module}.py").write_text(text, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("my_set_up", None)
     flags = (*SHORT, "--candidate-optimizer", name)
     session, steps = session_of(shop.root, flags), recorded(shop.root, ("--optimizer", "adamw", *SHORT))
     with pytest.raises(BadInput, match=words):
         list(stage.candidate(session, iter(steps)))
+
+
+def test_a_script_that_ends_the_program_is_no_verdict(shop, tmp_path, monkeypatch):
+    """Its 0 would be that of an aligned stage."""
+    (tmp_path / "unguarded.py").write_text("import sys\nsys.exit(0)\n", "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert shop.align("optimizer", "gptj", "--optimizer", "sgd", "--updates", "2", "--only", "reference").code == 0
+    outcome = shop.align("optimizer", "gptj", "--only", "candidate", "--candidate-optimizer", "unguarded:build")
+    assert outcome.code == 2 and 'if __name__ == "__main__"' in outcome.stderr

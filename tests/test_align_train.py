@@ -1,6 +1,7 @@
 """A fine-tuning on both sides: masks and bands by formula, right nets of every kind of head, mistakes that only a
 training shows, and checkpoints."""
 
+import io
 import json
 import os
 import signal
@@ -16,10 +17,13 @@ from resnet_fixtures import TINY, reference
 from align.faults.fault import EXPLANATIONS
 from align.faults.train import DROPPING, FAULTS, SHORT
 from align.noise import EPS, Grown
+from align.optimizing.rates import judged_rates
 from align.page import write_page
 from align.submission import lay_out
 from align.train import widths
+from align.training import held_out
 from align.training.checkpoints import Checkpoint
+from align.training.course import Course, require_finite
 from align.training.curves import Curves
 from align.training.dropping import Call, Drops, differing
 from align.training.paddle_side import PaddleTrainer
@@ -109,6 +113,15 @@ def test_a_batch_norm_in_training_keeps_torchs_statistics():
     np.testing.assert_allclose(ours._mean.numpy(), theirs.running_mean.numpy(), rtol=1e-5, atol=1e-7)
 
 
+def test_each_rate_is_judged_by_itself():
+    """The last of a linear schedule, 1e-4 of the largest, a thousandth off: of the norm of all that is nothing."""
+    rates = np.linspace(1e-4, 1e-8, 60)
+    for off, passed in ((1 + 1e-7, True), (1 + 1e-3, False)):
+        found = judged_rates("rate", {"rate": rates}, {"rate": np.append(rates[:-1], off * rates[-1])})
+        assert found.passed is passed
+    assert "first at update 60" in found.failure
+
+
 # Whole trainings ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -144,6 +157,7 @@ def test_two_environments_are_aligned_with_dropout_and_with_batch_norms(run, rec
     assert (outcome.code, outcome.failing) == (0, []), outcome.report["failures"]
     names = {tensor["name"] for tensor in outcome.report["tensors"]}
     assert {"learning_rate", "loss (step 1)", "loss (step 4)", "gradient_norm (step 3)"} <= names
+    assert ("perplexity (held out)" if run == "gptj" else "top1_accuracy (held out)") in names, names
     moved = {name.removesuffix(" (after step 3)") for name in names if name.endswith(" (after step 3)")}
     assert moved >= ({"transformer.h.1.attn.q_proj.weight", "lm_head.bias"} if run == "gptj" else
                      {"bn1.weight", "bn1._mean", "bn1._variance", "fc.bias"})
@@ -181,6 +195,9 @@ def test_a_set_up_of_the_users_own_is_judged_by_the_same_training(recorded, tmp_
     (tmp_path / "my_training.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert judged(recorded, "gptj", "--candidate-optimizer", "my_training:build").code == 0
+    told = recorded.reports / "gptj" / "train.json"
+    assert "my_training:build (--candidate-optimizer)" in told.read_text()
+    assert "Of weight decay this says nothing" not in told.read_text()
     wrong = judged(recorded, "gptj", "--candidate-optimizer", "my_training:all_decay")
     assert (wrong.code, wrong.report["diagnosis"]["kind"]) == (1, "weight-decay")
 
@@ -206,6 +223,9 @@ def test_no_earlier_stage_sees_a_mistake_of_a_training(fault, shop):
     pytest.param("BertForTokenClassification", ("--optimizer", "sgd"), marks=pytest.mark.full)])
 def test_a_right_net_is_aligned(head, flags, shop):
     run = shop.make(head, tokenizer=True)
+    left = shop.reports / run / "train" / "torch-reordered-7.npz"
+    left.parent.mkdir()
+    left.write_bytes(b"of a training of other flags that was broken off in its second look")
     outcome = shop.align("train", run, *SHORT, *flags)
     assert (outcome.code, outcome.failing) == (0, []), (outcome.report.get("failures"), outcome.stderr)
     assert all(tensor["max_abs"] is not None for tensor in outcome.report["tensors"])
@@ -233,11 +253,78 @@ def test_the_report_shows_both_curves_and_the_submission_has_log_and_plot(record
 
 @pytest.mark.parametrize("flags, word", [
     (("--dropout",), "drops nothing"), (("--warmup", "60"), "--warmup"), (("--limit", "1"), "too few"),
+    (("--tokens", "1"), "2 --tokens or more"),
     (("--paging", "on"), "in memory"), (("--lr", "1e30", "--optimizer", "sgd", *SHORT), "no finite number in step"),
-    (("--dropout", "1.5"), "between 0 and 1"), (("--split", "train"), "--dataset names")])
+    (("--dropout", "1.5"), "between 0 and 1"), (("--split", "train"), "--dataset names"),
+    (("--seed", "-1"), "-1 is not a whole number"),
+    (("--steps", "1", "--schedule", "constant", "--warmup", "2"), "the rate is 0 in all 1 steps")])
 def test_what_cannot_be_trained_is_refused_in_a_sentence(flags, word, shop):
     outcome = shop.align("train", "gptj", *flags)
     assert outcome.code == 2 and word in outcome.stderr
+
+
+def test_a_report_says_so_where_no_step_shows_weight_decay(shop):
+    """Two of three steps with a third and two of 1e-6: a decay of 0.01 is 1e-8 of a weight, rounding 6e-8."""
+    outcome = shop.align("train", "gptj", *SHORT, "--warmup", "3", "--lr", "1e-6")
+    assert outcome.code == 0 and any("Of weight decay this says nothing" in note for note in outcome.report["notes"])
+
+
+def test_a_loss_that_is_0_trains_nothing(shop):
+    """Of one pair of a bare encoder every score is the right one: two nets that do nothing would agree."""
+    outcome = shop.align("train", shop.make("BertModel", "bare", tokenizer=True), *SHORT, "--batch-size", "1")
+    assert outcome.code == 2 and "gradients are 0" in outcome.stderr
+
+
+@pytest.mark.parametrize("course, word", [
+    (Course([1.0, np.inf], [1.0, 1.0]), "loss is no finite number in step 2"),
+    (Course([1.0, 1.0], [np.nan, 1.0]), "gradients is no finite number in step 1")])
+def test_a_band_of_what_is_no_number_is_none(course, word):
+    with pytest.raises(BadInput, match=word):
+        require_finite(course)
+
+
+def test_an_infinite_perplexity_allows_no_other():
+    """exp(710) is above what a float64 holds."""
+    arrays = {"token_nll": np.full(3, 710.0), "token.predictions": np.zeros(3), "token.targets": np.zeros(3)}
+    with pytest.raises(BadInput, match="perplexity of torch's own"):
+        held_out.require_finite("translation", arrays)
+
+
+# The metric held out --------------------------------------------------------------------------------------------------
+
+def scores(loss, predictions=(), margins=()):
+    """What is kept of a causal model: a loss a token, predictions and how far they lie above the next."""
+    return {"token_nll": np.full(8, loss), "token.predictions": np.array(predictions or [1] * 8),
+            "token.margins": np.array(margins or [1.0] * 8), "token.largest": np.ones(8), "token.targets": np.ones(8)}
+
+
+@pytest.mark.parametrize("off, passed", [(1e-3, True), (-1e-3, True), (2e-3, False), (-2e-3, False), (np.nan, False)])
+def test_a_perplexity_may_be_a_share_of_0_0015_off(off, passed):
+    """exp(3 + log(1 + off)) is (1 + off) exp(3)."""
+    found, notes = held_out.compared("causal-lm", [scores(3.0)] * 3, scores(3.0 + np.log1p(off)))
+    by_name = {result.name: result.passed for result in found}
+    assert by_name["perplexity (held out)"] is passed and not notes
+    assert all(by_name[name] for name in by_name if "accuracy" in name)
+
+
+def test_a_rate_may_be_0_0015_off_and_what_torchs_own_runs_are():
+    seven = [1] * 7 + [0]
+    def accuracy(runs, candidate):
+        found, notes = held_out.compared("causal-lm", runs, candidate)
+        return next(result.passed for result in found if "accuracy" in result.name), bool(notes)
+    assert accuracy([scores(3.0)] * 3, scores(3.0, seven)) == (False, False)
+    assert accuracy([scores(3.0), scores(3.0), scores(3.0, seven)], scores(3.0, seven)) == (True, True)
+
+
+def test_another_prediction_is_none_where_torchs_own_margins_move_as_far():
+    """Two runs move all margins by 0.1: with 6 times that a margin of 0.5 is as good as none, and one of 0.7 is not."""
+    seven = [1] * 7 + [0]
+    for last, passed in ((0.5, True), (0.7, False)):
+        margins = [5.0] * 7 + [last]
+        moved = [scores(3.0, margins=[one + by for one in margins]) for by in (0.1, 0.0, -0.1)]
+        found, notes = held_out.compared("causal-lm", moved, scores(3.0, seven))
+        assert all(result.passed for result in found) is passed and any("taken as equal" in note for note in notes
+                                                                        ) is passed
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -259,15 +346,22 @@ def test_a_checkpoint_that_was_broken_off_leaves_the_one_before(tmp_path, monkey
     assert zipfile.is_zipfile(kept.file)
 
 
+def archive(**arrays):
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
 def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path):
     def kept(**key):
         return Checkpoint(tmp_path / "train", "side", key, 2, resume=True)
     kept(steps=4).save({}, {})
     with pytest.raises(BadInput, match="its steps is 4, now it is 5"):
         kept(steps=5).load()
-    kept(steps=4).file.write_bytes(b"PK")
-    with pytest.raises(BadInput, match="damaged"):
-        kept(steps=4).load()
+    for damaged in (b"PK", b"", archive(told=np.frombuffer(b"[]", np.uint8)), archive(other=np.zeros(1))):
+        kept(steps=4).file.write_bytes(damaged)
+        with pytest.raises(BadInput, match="damaged"):
+            kept(steps=4).load()
     assert Checkpoint(tmp_path / "train", "side", {"steps": 4}, 2, resume=False).load() is None
     assert not list(tmp_path.iterdir())
 

@@ -149,12 +149,6 @@ def backwards(run: Run, names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: -order.get(name, -1.0))
 
 
-def pieces(settings: Settings) -> Iterator[tuple[int, str]]:
-    """The iterations that are compared, and what follows a name in a report."""
-    for number in settings.kept:
-        yield number, f" (iteration {number})"
-
-
 def rows_of(batch: Batch, name: str, array: np.ndarray) -> np.ndarray:
     """The rows of real tokens of the gradient of what enters the module ``name``."""
     return batch.inputs.rows(name, array)

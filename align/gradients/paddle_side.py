@@ -83,7 +83,8 @@ class PaddleGradients:
         with self._hooks(before, after), self._trained():
             loss = self.loss(batch)
         ends = [*given, *([] if loss.stop_gradient else [(loss, paddle.ones_like(loss))])]
-        paddle.autograd.backward([tensor for tensor, _ in ends], [seed for _, seed in ends])
+        with self.side.blamed():
+            paddle.autograd.backward([tensor for tensor, _ in ends], [seed for _, seed in ends])
         found, absent = self._gradients()
         inputs = {name: rows_of(batch, name, self.run.batch_first(name, tensor.grad.numpy()))
                   for name, tensor in fed_with.items() if tensor.grad is not None}
@@ -97,19 +98,29 @@ class PaddleGradients:
             if outputs.get("loss") is None:
                 raise BadInput(f"the Paddle net returned no loss for the labels {', '.join(batch.labels)}; it returned "
                                f"{', '.join(outputs)}.")
+            if outputs["loss"].size != 1:
+                raise BadInput(f"the Paddle net returned a loss of the shape {outputs['loss'].shape}, where one number "
+                               "is needed: the mean over what has a label.")
             return outputs["loss"]
         from models.loss import contrastive_loss, mean_pool
-        hidden = outputs["last_hidden_state"]
+        hidden = outputs.get("last_hidden_state")
+        if hidden is None:
+            raise BadInput(f"the Paddle net returned no last_hidden_state; it returned {', '.join(outputs)}.")
         if hidden.ndim == 4:
             hidden = hidden.flatten(2).transpose([0, 2, 1])
         mask = np.ones(hidden.shape[:2]) if "pixel_values" in batch.arrays else batch.inputs.last_mask
         first, second = paddle.split(mean_pool(hidden, paddle.to_tensor(mask.astype(np.int64))), 2)
         return contrastive_loss(first, second, TEMPERATURE)
 
+    def back(self, loss: Any) -> None:
+        """The backward pass of ``loss``."""
+        with self.side.blamed():
+            loss.backward()
+
     def _accumulate(self, several: Sequence[Batch]) -> None:
         self._forget()
         for batch in several:
-            (self.loss(batch) / len(several)).backward()
+            self.back(self.loss(batch) / len(several))
 
     def _step(self, course: Course, number: int, settings: Settings) -> None:
         if number in settings.kept:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from convert.errors import BadInput
 
 from ..lockstep import heard_by
-from ..oracle import CHUNK, MATMUL, Float64, Reordered, in_chunks
+from ..oracle import CHUNK, MATMUL, Float64, Reordered, by_place, in_chunks
 from ..runs import Run
 from ..side import entering, fed, hooked, in_shape
 from ..torch_side import TorchSide, _is_floating, contrastive, tensors_of
@@ -283,15 +283,15 @@ class ReorderedGradients(Reordered):
     embedding's are sums over tokens. So these are permuted on the way in and put back on the way out, which permutes
     them in the backward pass.
 
-    torch adds up the gradients of biases and norms in a tree, and its matmuls, as Paddle's sums, one token after the
-    other: odd seeds add biases and scale norms by a matmul with ones. A sum of n nearly equal terms one after the other
-    errs the same way at each, so by n and not by sqrt(n): of a bias behind a mean pool, 4 times as far as torch's tree.
-    Tokens in a random order would hide that, so odd seeds leave neighbours neighbours: see :meth:`_rows`.
+    torch adds up the gradients of biases and norms in a tree, Paddle one token after the other, as odd seeds do. A sum
+    of n nearly equal terms one after the other errs the same way at each, so by n and not by sqrt(n): of a bias behind
+    a mean pool, 4 times as far as torch's tree. Tokens in a random order would hide that, so odd seeds leave neighbours
+    neighbours: see :meth:`_rows`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+        args, kwargs = by_place(func, args, kwargs)
         if torch.is_grad_enabled():
             found = self._turned(func, args, kwargs)
             if found is not None:
@@ -324,8 +324,8 @@ class ReorderedGradients(Reordered):
         return order.flip(0) if self._lot(2) else order
 
     def _spread(self, parameter: Any, rows: int) -> Any:
-        """A ``parameter`` [width] that meets ``rows`` rows; of odd seeds for each row, [rows, width], by a matmul."""
-        return parameter.new_ones((rows, 1)) @ parameter[None] if self.by_matmul else parameter
+        """A ``parameter`` [width] that meets ``rows`` rows; of odd seeds for each row, [rows, width]."""
+        return _Shared.apply(parameter, rows) if self.by_matmul else parameter
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
         rows, order, outputs = (self._rows(x.shape[:-1].numel()), self._order(x.shape[-1]),
@@ -337,6 +337,8 @@ class ReorderedGradients(Reordered):
 
     def _layer_norm(self, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
                     *rest: Any) -> Any:
+        if len(shape) > 1:
+            return super()._layer_norm(x, shape, weight, bias, eps, *rest)
         rows = self._rows(x.shape[:-1].numel())
         by_itself = (None, None) if self.by_matmul else (weight, bias)
         found = super()._layer_norm(x.reshape(-1, x.shape[-1])[rows], shape, *by_itself, eps)
@@ -352,7 +354,7 @@ class ReorderedGradients(Reordered):
 
     def _convolution(self, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
                      groups: int = 1) -> Any:
-        if groups > 1:
+        if groups > 1 or x.dim() < weight.dim():
             return super()._convolution(x, weight, bias, stride, padding, dilation, groups)
         rows, outputs = self._order(len(x)), self._order(len(weight))
         found = super()._convolution(x[rows], weight[outputs], None if bias is None else bias[outputs], stride, padding,
@@ -378,6 +380,21 @@ class _PermutedLinear(torch.autograd.Function):
             for chunk in outputs.split(max(1, CHUNK // weight.shape[1])):
                 entering += gradient[:, chunk] @ weight[chunk]
             return entering, gradient.T @ x, None, None
+
+
+class _Shared(torch.autograd.Function):
+    """A parameter [width] for each of n rows, whose gradients are added up one after the other: by numpy, which has one
+    order on every machine, where a matmul has that of its CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Any, rows: int) -> Any:
+        return parameter.repeat(rows, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return torch.from_numpy(np.add.reduce(np.ascontiguousarray(gradient.numpy()), axis=0)), None
 
 
 MULTIPLIED = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}

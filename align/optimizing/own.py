@@ -68,5 +68,10 @@ class OwnOptimizer:
         return function_named("--candidate-optimizer", self.name, "the Paddle net", None)
 
 
+def told_of(name: str) -> str:
+    """What a report says where a set-up of the user's is judged."""
+    return f"The candidate's optimizer and loop are those of {name} (--candidate-optimizer)."
+
+
 def _told(made: Any) -> str:
     return f"({', '.join(type(one).__name__ for one in made)})" if isinstance(made, tuple) else type(made).__name__

@@ -46,7 +46,7 @@ class PaddleUpdates(PaddleGradients):
     def own(self, course: Course, batches: Sequence[Sequence[Batch]]) -> Found:
         """The same of the net's own gradients."""
         def backward(update: int, part: int) -> None:
-            (self.loss(batches[update][part]) / len(batches[update])).backward()
+            self.back(self.loss(batches[update][part]) / len(batches[update]))
         return self._carried_out(course, backward)
 
     def _carried_out(self, course: Course, backward: Callable[[int, int], None]) -> Found:

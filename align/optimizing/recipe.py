@@ -1,7 +1,7 @@
 """What a net is trained with, as data that both sides build from: an optimizer, a schedule, clipping, weight decay.
 
-Every number that torch's and Paddle's defaults could differ in is written out. torch_optimizing.py and
-paddle_optimizing.py build from it.
+Every number that torch's and Paddle's defaults could differ in is written out. torch_side.py and paddle_side.py build
+from it.
 """
 
 from __future__ import annotations

@@ -59,15 +59,16 @@ class Checkpoint:
         try:
             with np.load(self.file, allow_pickle=False) as content:
                 told = json.loads(content["told"].tobytes())
+                there, state = dict(told["key"]), dict(told["told"])
                 arrays = {name.removeprefix("array/"): content[name] for name in content.files if name != "told"}
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, BadZipFile) as error:
             raise BadInput(f"{self.file} is damaged ({error}). Leave --resume out to begin anew.") from error
-        here, there = json.loads(json.dumps(dict(self.key))), told["key"]
+        here = json.loads(json.dumps(dict(self.key)))
         other = next((name for name in {**there, **here} if there.get(name) != here.get(name)), None)
         if other is not None:
             raise BadInput(f"{self.file} is of another training: its {other} is {there.get(other)}, now it is "
                            f"{here.get(other)}. Give the same flags, or leave --resume out to begin anew.")
-        return arrays, told["told"]
+        return arrays, state
 
     def remove(self) -> None:
         for file in (self.file, self.file.with_suffix(".growing")):

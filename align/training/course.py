@@ -184,8 +184,21 @@ def key_of(settings: Settings, **digests: str | None) -> dict[str, Any]:
 
 
 def require_finite(course: Course) -> None:
-    """:class:`BadInput` where torch's own loss is no number, so that there is nothing to compare with."""
-    bad = next((step for step, loss in enumerate(course.losses, 1) if not math.isfinite(loss)), None)
-    if bad is not None:
-        raise BadInput(f"torch's own loss is no finite number in step {bad}, so there is nothing to compare with. Give "
-                       "a smaller --lr, or --warmup.")
+    """:class:`BadInput` where a loss or gradient of torch's own is no number, so that there is nothing to compare with;
+    in a run that spans the band, too: beside an infinite one every candidate would lie within it.
+    """
+    for told, curve in (("loss", course.losses), ("global norm of gradients", course.norms)):
+        bad = next((step for step, value in enumerate(curve, 1) if not math.isfinite(value)), None)
+        if bad is not None:
+            raise BadInput(f"torch's own {told} is no finite number in step {bad}, so there is nothing to compare "
+                           "with. Give a smaller --lr, or --warmup.")
+
+
+def require_moved(course: Course, settings: Settings) -> None:
+    """:class:`BadInput` where torch's own weights are not moved, so that two nets would agree which do nothing."""
+    if not any(course.rates):
+        raise BadInput(f"the rate is 0 in all {settings.steps} steps, of {settings.recipe.warmup} of warm-up, so "
+                       "nothing is trained. Give more --steps or less --warmup.")
+    if not any(course.norms):
+        raise BadInput("torch's own gradients are 0 in every step, so nothing is trained. A loss over one class, or "
+                       "over one pair of a bare encoder, is 0: give a --batch-size of 2 or more, or another head.")

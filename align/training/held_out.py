@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from convert.errors import BadInput
+
 from ..compare import Measures, TensorResult
 from ..metric import RELATIVE
 from ..runs import Run
@@ -40,6 +42,14 @@ def values_of(task: str, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
         right = arrays["token.predictions"] == arrays["token.targets"]
         return {"perplexity": perplexity(arrays["token_nll"]), "next_token_accuracy": float(right.mean())}
     return SCORES[task].values(dict(arrays))
+
+
+def require_finite(task: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """:class:`BadInput` where a value of a run of torch's own is no number."""
+    bad = next((name for name, value in values_of(task, arrays).items() if not math.isfinite(value)), None)
+    if bad is not None:
+        raise BadInput(f"the {bad} of torch's own trained net is no finite number, so there is nothing to compare "
+                       "with. Give a smaller --lr, or fewer --steps.")
 
 
 def compared(task: str, runs: Sequence[Arrays], candidate: Arrays) -> tuple[list[TensorResult], list[str]]:

@@ -52,8 +52,9 @@ def lessons_of(session: Session, settings: Settings, rows: int, tokens: int) -> 
         told = f"{name}, {given}, at most {encoder.max_length} tokens each"
     least = -(-len(examples) // SHARE)
     taught = len(examples) - least
-    if taught < 1 or least < 1:
-        raise BadInput(f"{len(examples)} rows are too few to train on some and measure on others: give 2 or more.")
+    if taught < 1 or (run.head.task in BARE and taught < 2):  # of one pair the contrastive loss is 0
+        raise BadInput(f"{len(examples)} rows that have something to learn are too few to train on some and measure on "
+                       "others: give 2 or more, of a bare encoder 3, and 2 --tokens or more.")
     pairs = list(zip(first[:taught], second[:taught], strict=True))
     steps = [[_batch([pairs[row] for row in chosen], run) for chosen in several]
              for several in _orders(len(pairs), settings, rows)]

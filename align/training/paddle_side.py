@@ -59,7 +59,7 @@ class PaddleTrainer(PaddleGradients):
     def learn(self, batch: Batch, step: int, part: int, share: int) -> float:
         self._dropped.begin(step, part)
         loss = self.loss(batch)
-        (loss / share).backward()
+        self.back(loss / share)
         self._norm = float(np.linalg.norm(norms_of([tensor.grad.numpy() for tensor, _ in self._held
                                                     if tensor.grad is not None])))
         self._passes += 1

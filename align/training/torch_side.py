@@ -69,7 +69,6 @@ class TorchTrainer(TorchGradients):
         super().__init__(side, run, trained)
         self._settings, self._mode, self._choices = settings, mode, choices
         self._dropped = Drops(settings.seed, settings.dropout)
-        self._buffers = dict(self.model.named_buffers())
 
     @contextmanager
     def training(self, double: bool = False) -> Iterator[TorchTrainer]:
@@ -170,13 +169,11 @@ class TorchTrainer(TorchGradients):
 
     def _held(self) -> list[tuple[str, Any]]:
         """Every parameter under each of its names, and the running statistics of batch norms."""
-        return [*self._names.items(), *((name, tensor) for name, tensor in self._now() if name.endswith(STATISTICS))]
+        return [*self._names.items(), *((name, tensor) for name, tensor in self.model.named_buffers()
+                                        if name.endswith(STATISTICS))]
 
     def _counters(self) -> list[tuple[str, Any]]:
-        return [(name, tensor) for name, tensor in self._now() if name.endswith("num_batches_tracked")]
-
-    def _now(self) -> Iterator[tuple[str, Any]]:
-        return self.model.named_buffers()
+        return [(name, tensor) for name, tensor in self.model.named_buffers() if name.endswith("num_batches_tracked")]
 
     def _left(self) -> None:
         self._dropped.places.pop()
@@ -184,7 +181,8 @@ class TorchTrainer(TorchGradients):
     @contextmanager
     def _as_before(self, double: bool) -> Iterator[None]:
         """Parameters and statistics, which meanwhile are copies."""
-        statistics = [tensor for name, tensor in self._now() if name.endswith((*STATISTICS, "num_batches_tracked"))]
+        statistics = [tensor for name, tensor in self.model.named_buffers()
+                      if name.endswith((*STATISTICS, "num_batches_tracked"))]
         held = [(tensor, tensor.data) for tensor in (*self._parameters, *statistics)]
         try:
             for tensor, before in held:
