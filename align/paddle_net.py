@@ -230,8 +230,8 @@ def _initialise_all_but_weights(net: Any) -> None:
     import paddle
 
     def nothing(*_: Any) -> None: ...
-    with patch.object(paddle.Tensor, "set_value", nothing), patch.multiple(paddle, zeros_like=nothing,
-                                                                           full_like=nothing):
+    with patch.multiple(paddle.Tensor, set_value=nothing, scale_=nothing), patch.multiple(
+            paddle, zeros_like=nothing, full_like=nothing, ones_like=lambda *_: 1):
         for layer in net.sublayers():
             if not isinstance(layer, (paddle.nn.Linear, paddle.nn.Embedding)):
                 net._init_weights(layer)
