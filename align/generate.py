@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from convert.errors import BadInput
 
 from .decoding import starts
 from .decoding.continuations import ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
-from .decoding.feeding import Cached, Feed, Start, Whole
+from .decoding.feeding import MASK, PLACES, Cached, Feed, KeepsNothing, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
@@ -119,8 +119,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
         found = [_case(step, answer, name) for name in step.recorded if name in answer.recorded]
         missing = [name for name in step.recorded if name not in answer.recorded]
         notes += [*step.told.get("notes", []), *answer.told.get("notes", [])]
-        cases += [*found, *(Case(name, step.recorded[name], None, ()) for name in missing
-                            if name not in answer.told.get("left_out", ()))]
+        cases += [*found, *(Case(name, step.recorded[name], None, (), why=answer.told.get("failed", {}).get(name))
+                            for name in missing if name not in answer.told.get("left_out", ()))]
         diagnosis = diagnosis or explained(session, step, found)
         if step.told.get("prompts"):
             table = side_by_side(step.told["prompts"], found, spell, shown=not session.options.interactive)
@@ -316,23 +316,42 @@ def _answered(session: Session, step: Step) -> Step:
     takes = frozenset(step.told["takes"])
     taken = frozenset(name for name in takes if _is_taken(side.model, name))
     feed = Feed(session.run, taken, start)
-    answer = Step(told={"inputs_digest": step.told.get("inputs_digest"), "notes": [], "left_out": []})
-    keeps = getattr(side, "keeps", False)
+    answer = Step(told={"inputs_digest": step.told.get("inputs_digest"), "notes": [], "left_out": [], "failed": {}})
+    idle = "" if getattr(side, "keeps", False) else (
+        f"this {type(side.model).__name__} does not take past_key_values and use_cache as transformers' classes do")
     for name in step.recorded:
         cached = name.removesuffix(suffix).endswith(CACHED)
         strategy = _restored(step.told["strategies"][name.removesuffix(suffix).removesuffix(CACHED)])
-        if cached and not keeps:
+        if cached and idle:
             answer.told["left_out"].append(name)
             continue
         session.advance(f"{side.framework}, {name}")
-        side.sweep([partial(go_on, answer, name, (Cached if cached else Whole)(side, feed), start, strategy)])
-    if answer.told["left_out"] and not suffix:
-        answer.told["notes"].append(f"With cache nothing was run: this {type(side.model).__name__} does not take "
-                                    "past_key_values and use_cache as transformers' classes do.")
-    if "position_ids" in takes - taken and not suffix:
-        answer.told["notes"].append(f"This {type(side.model).__name__} takes no position_ids, which transformers gives "
-                                    "its own class; it is left to count for itself.")
+        try:
+            side.sweep([partial(go_on, answer, name, (Cached if cached else Whole)(side, feed), start, strategy)])
+        except KeepsNothing as error:
+            idle = str(error)
+            answer.told["left_out"].append(name)
+        except BadInput as error:  # without cache the same net did not fail
+            if not cached:
+                raise
+            answer.told["failed"][name] = str(error)
+    if not suffix:
+        answer.told["notes"] += _remarks(side, idle if answer.told["left_out"] else "", takes - taken)
     return answer
+
+
+def _remarks(side: Any, idle: str, unknown: Set[str]) -> list[str]:
+    """Why nothing was run with a cache, if nothing was, and what the net is not given that torch's is."""
+    name, told = type(side.model).__name__, []
+    if idle:
+        told.append(f"With cache nothing is compared: {idle}.")
+    withheld = sorted({MASK, PLACES} & getattr(side, "withheld", frozenset()))
+    if withheld:
+        told.append(f"With its cache, PaddleNLP's own generate gives its {name} no {' and no '.join(withheld)}.")
+    if PLACES in unknown:
+        told.append(f"This {name} takes no position_ids, which transformers gives its own class; it is left to count "
+                    "for itself.")
+    return told
 
 
 def go_on(answer: Step, name: str, net: Any, start: Start, strategy: Strategy) -> None:
