@@ -119,6 +119,15 @@ def test_a_mask_that_generate_withholds_is_told_and_seen_in_padded_rows(shop):
     assert rows[0][4] == "–" and all("(padded)" in row[1] for row in rows[1:])
 
 
+def test_texts_of_two_counts_that_part_are_a_verdict(shop):
+    """PaddleNLP's ChatGLM ties its head whatever the config says; its positions are two to a token."""
+    source = chatglm_fixtures.save_checkpoint(shop.root / "untied", dtype="float32", tie_word_embeddings=False,
+                                              architectures=["ChatGLMForConditionalGeneration"])
+    shop.convert("chatglm", source, "untied")
+    outcome = shop.align("generate", "untied", *TARGET, "--tokens", "4", "--strategy", "greedy", "--trust-remote-code")
+    assert outcome.code == 1 and "greedy" in outcome.failing, outcome.stderr
+
+
 # Planted --------------------------------------------------------------------------------------------------------------
 
 def wrongly_kept(monkeypatch, cls, change):
