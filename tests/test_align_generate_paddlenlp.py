@@ -181,9 +181,33 @@ def test_a_class_that_fails_with_its_cache_is_told_with_its_own_error(shop, monk
     assert outcome.tensor("greedy")["passed"]
 
 
+def without_keys(arguments):
+    return {name: value for name, value in arguments.items() if name not in ("cache", "past_key_values")}
+
+
 def test_a_class_that_keeps_nothing_is_told_and_not_called_aligned_with_a_cache(shop, monkeypatch):
-    wrongly_kept(monkeypatch, BloomForCausalLM, lambda beside: {
-        name: value for name, value in beside.items() if name not in ("cache", "past_key_values")})
-    outcome = greedy(shop, "bloom")
-    assert outcome.code == 0 and not asked(outcome)
-    assert "With cache nothing is compared: PaddleNLP's BloomForCausalLM gives nothing to keep" in told(outcome)
+    """Nor is one that is never given again what it keeps, as one without a prepare_inputs_for_generation of its own."""
+    with monkeypatch.context() as patch:
+        wrongly_kept(patch, BloomForCausalLM, without_keys)
+        outcomes = [greedy(shop, "bloom")]
+    monkeypatch.setattr(BloomForCausalLM, "prepare_inputs_for_generation", lambda net, input_ids, attention_mask, **_: {
+        "input_ids": input_ids, "attention_mask": attention_mask, "use_cache": True})
+    for outcome in (*outcomes, greedy(shop, "bloom")):
+        assert outcome.code == 0 and not asked(outcome)
+        assert "With cache nothing is compared: PaddleNLP's BloomForCausalLM keeps nothing" in told(outcome)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_recorded_apart_and_together_give_one_report(shop, monkeypatch, family):
+    """Where the class withholds a mask, and where it fails."""
+    if family == "bloom":
+        monkeypatch.setattr(BloomForCausalLM, "reorder_cache", None)
+    flags = (*TARGET, "--tokens", "4", "--strategy", "greedy", "beam")
+    together = shop.align("generate", family, *flags)
+    for only in (("--only", "reference"), ("--only", "candidate")):
+        assert shop.align("generate", family, *(flags if "reference" in only else TARGET), *only).code == 0
+    apart = shop.align("generate", family, *TARGET, "--compare")
+    assert together.code == apart.code == 1
+    assert family != "bloom" or "failed at" in apart.report["failures"][0]
+    for name in ("verdict", "tensors", "notes", "tables", "failures"):
+        assert together.report[name] == apart.report[name], name

@@ -31,7 +31,7 @@ def begun(net: Any, tensors: Mapping[str, Any]) -> Kept:
     if not net.config.is_encoder_decoder:
         return {IDS: ids, BESIDE: beside}
     text = beside.pop("decoder_input_ids")
-    with blame(net):
+    with _blamed(net):
         return {IDS: text, BESIDE: net.prepare_encoder_decoder_kwargs_for_generation(ids, beside)}
 
 
@@ -44,15 +44,15 @@ def longer(kept: Mapping[str, Any], tensors: Mapping[str, Any]) -> Kept:
 def answered(net: Any, kept: Mapping[str, Any]) -> tuple[Any, Kept, frozenset[str]]:
     """(Logits [rows, tokens, vocabulary], what is kept now, names that ``generate`` was given and the class was not).
 
-    :class:`KeepsNothing` where there is nothing to keep, BadInput where the class fails.
+    :class:`KeepsNothing` where the class gives no keys and values, or is not given them again; BadInput where it fails.
     """
-    with blame(net):
+    with _blamed(net):
         given = net.prepare_inputs_for_generation(kept[IDS], **kept[BESIDE])
         answer = net(**given)
         beside = net.update_model_kwargs_for_generation(
             answer, dict(kept[BESIDE]), is_encoder_decoder=net.config.is_encoder_decoder)
-    if all(beside.get(name) is None for name in HELD):
-        raise KeepsNothing(f"PaddleNLP's {type(net).__name__} gives nothing to keep")
+    if not _holds(beside) or (_holds(kept[BESIDE]) and not _holds(given)):
+        raise KeepsNothing(f"PaddleNLP's {type(net).__name__} keeps nothing from one token to the next")
     logits = answer if isinstance(answer, paddle.Tensor) else answer[0]
     return logits, {**kept, BESIDE: beside}, frozenset(
         name for name, value in kept[BESIDE].items() if name not in HELD and value is not None
@@ -62,12 +62,16 @@ def answered(net: Any, kept: Mapping[str, Any]) -> tuple[Any, Kept, frozenset[st
 def selected(net: Any, kept: Mapping[str, Any], places: Any) -> Kept:
     """What is kept of the rows at ``places``; of what goes with them, the same for all texts of a row, nothing changes.
     """
-    with blame(net):
+    with _blamed(net):
         held = {name: net.reorder_cache(kept[BESIDE][name], places) for name in HELD
                 if kept[BESIDE].get(name) is not None}
     return {IDS: paddle.index_select(kept[IDS], places), BESIDE: {**kept[BESIDE], **held}}
 
 
-def blame(net: Any) -> Any:
+def _holds(arguments: Mapping[str, Any]) -> bool:
+    return any(arguments.get(name) is not None for name in HELD)
+
+
+def _blamed(net: Any) -> Any:
     """What fails meanwhile is the fault of the class."""
     return blamed(f"PaddleNLP's {type(net).__name__}, with its cache,")
