@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from convert.errors import BadInput
 
 from .decoding import starts
 from .decoding.continuations import CACHED, ENDED, FEW, Case, case_of, judged, place_of_beams, sheet, side_by_side
-from .decoding.feeding import Cached, Feed, Start, Whole
+from .decoding.feeding import MASK, PLACES, Cached, Feed, KeepsNothing, Start, Whole
 from .decoding.margins import Measured, Replay, margin
 from .decoding.search import Strategy, stacked, without_early_end, write
 from .explanations.decoding import explained, mistakes_of
@@ -40,8 +40,10 @@ from .trace import Step
 
 GREEDY, BEAM, TOP_K, TOP_P, TEMPERATURE = STRATEGIES = ("greedy", "beam", "top-k", "top-p", "temperature")
 TOKENS, PAGED_TOKENS = 24, 4
-PENALTIES, FLATTENING, SEEDS = (0.5, 2.0, -2.0, -4.0), (1.0, 2.0, 4.0, 8.0, 16.0), 4
-"""Powers of the length for texts that end early, temperatures for few tokens, and how many seeds are tried for them."""
+ENDS, PENALTIES, FLATTENING, SEEDS = 3, (0.5, 2.0, -2.0, -4.0), (1.0, 2.0, 4.0, 8.0, 16.0), 4
+"""For texts that end early how many ends are tried, and which powers of the length; for few tokens which temperatures,
+and how many seeds.
+"""
 TO_BE_TOLD = {
     BEAM + ENDED: {"the power 0 ": "a length penalty of 0", "the power 1 ": "a length penalty of 1"},
     TOP_K + FEW: {"too many": "one token too many to draw from", "too few": "one token too few to draw from"},
@@ -125,8 +127,8 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
         found = [_case(step, answer, name) for name in step.recorded if name in answer.recorded]
         missing = [name for name in step.recorded if name not in answer.recorded]
         notes += [*step.told.get("notes", []), *answer.told.get("notes", [])]
-        cases += [*found, *(Case(name, step.recorded[name], None, ()) for name in missing
-                            if name not in answer.told.get("left_out", ()))]
+        cases += [*found, *(Case(name, step.recorded[name], None, (), why=answer.told.get("failed", {}).get(name))
+                            for name in missing if name not in answer.told.get("left_out", ()))]
         diagnosis = diagnosis or explained(session, step, found)
         if step.told.get("prompts"):
             table = side_by_side(step.told["prompts"], found, spell, shown=not session.options.interactive)
@@ -174,7 +176,7 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
     session.advance("torch's own noise")
     measured = _measured(side, feed, greedy.tokens)
     strategies = _strategies(session, ends, greedy)
-    strategies, known = _telling(strategies, session, carry_out, start)
+    strategies, known = _telling(strategies, session, carry_out, start, greedy, measured)
     known[GREEDY] = greedy
     step = Step(told={"notes": told, "prompts": list(texts), "takes": sorted(feed.takes), "suffix": suffix,
                       "measured": measured.tolist(), "mistakes": {}, "loop": {}, "strategies": {
@@ -197,10 +199,10 @@ def _recorded(session: Session, start: Start, told: list[str], texts: Sequence[s
 
 
 def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Callable[[Strategy, bool], Any],
-             start: Start) -> tuple[dict[str, Strategy], dict[str, Any]]:
-    """Strategies that are there to be judged, with the first power of the length, or the first seed, at which the
-    mistakes that they are there for lead to other texts, and what was generated so; where none does, the one at which
-    most of them do. With paging, where a token takes long, none is tried.
+             start: Start, greedy: Any, measured: np.ndarray) -> tuple[dict[str, Strategy], dict[str, Any]]:
+    """Strategies that are there to be judged, with the first end and power of the length, or the first seed, at which
+    the mistakes that they are there for lead to other texts, and what was generated so; where none does, the one at
+    which most of them do. With paging, where a token takes long, none is tried.
     """
     found, made = dict(strategies), {}
     if session.paged:
@@ -208,12 +210,14 @@ def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Calla
     tries: dict[str, list[dict[str, Any]]] = {name: [{"seed": strategy.seed + more} for more in range(SEEDS)]
                                               for name, strategy in strategies.items() if name.endswith(FEW)}
     if BEAM + ENDED in strategies and session.options.length_penalty is None:
-        tries[BEAM + ENDED] = [{"length_penalty": power} for power in PENALTIES]
+        beams = strategies[BEAM + ENDED]
+        tries[BEAM + ENDED] = [{"ends": (end,), "length_penalty": power}
+                               for end in _often_second(greedy, beams)[:ENDS] for power in PENALTIES]
     for name, several in tries.items():
         most = -1
         for tried in (replace(strategies[name], **changes) for changes in several):
             generated = carry_out(tried, False)
-            told = " ".join(words for words, _ in mistakes_of(generated, start, tried))
+            told = _shown(mistakes_of(generated, start, tried), *_closeness(generated, start, tried, measured))
             shown = sum(words in told for words in TO_BE_TOLD[name])
             if shown > most:
                 most, found[name], made[name] = shown, tried, generated
@@ -222,11 +226,29 @@ def _telling(strategies: dict[str, Strategy], session: Session, carry_out: Calla
     return found, made
 
 
+def _shown(mistakes: Sequence[tuple[str, Mapping[str, Any]]], margins: np.ndarray, noise: np.ndarray) -> str:
+    """What is told of those mistakes that part from torch in some row at a margin that counts, as does each before."""
+    def is_shown(row: int, place: int) -> bool:
+        return bool((margins[row, : place + 1] > noise[row, : place + 1]).all())
+    return " ".join(told for told, where in mistakes if any(
+        is_shown(int(row), place) for row, (place, _) in where.items()))
+
+
+def _closeness(found: Any, start: Start, strategy: Strategy, measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(margin, noise) of what was generated, as :func:`_margins` and :func:`_margins_of_beams` have them."""
+    if strategy.beams == 1:
+        return _margins(found, strategy, measured)
+    search = Measured(len(start.ids), strategy, measured)
+    write(Replay(found, strategy), start.ids, start.mask, strategy, beams=search)
+    return _margins_of_beams(search, len(start.ids))
+
+
 def _not_shown(step: Step, strategies: Mapping[str, Strategy]) -> list[str]:
     """A note where a mistake that a strategy is there to show would lead to no other text."""
     told = []
     for name in [name for name in TO_BE_TOLD if name in strategies]:
-        seen = " ".join(words for words, _ in step.told["mistakes"][name + step.told["suffix"]])
+        case = name + step.told["suffix"]
+        seen = _shown(step.told["mistakes"][case], step.view(MARGINS)[case], step.view(NOISE)[case])
         hidden = [called for words, called in TO_BE_TOLD[name].items()
                   if words not in seen and words != f"the power {strategies[name].length_penalty:g} "]
         if hidden:
@@ -335,23 +357,42 @@ def _answered(session: Session, step: Step) -> Step:
     takes = frozenset(step.told["takes"])
     taken = frozenset(name for name in takes if _is_taken(side.model, name))
     feed = Feed(session.run, taken, start)
-    answer = Step(told={"inputs_digest": step.told.get("inputs_digest"), "notes": [], "left_out": []})
-    keeps = getattr(side, "keeps", False)
+    answer = Step(told={"inputs_digest": step.told.get("inputs_digest"), "notes": [], "left_out": [], "failed": {}})
+    idle = "" if getattr(side, "keeps", False) else (
+        f"this {type(side.model).__name__} does not take past_key_values and use_cache as transformers' classes do")
     for name in step.recorded:
         cached = name.removesuffix(suffix).endswith(CACHED)
         strategy = _restored(step.told["strategies"][name.removesuffix(suffix).removesuffix(CACHED)])
-        if cached and not keeps:
+        if cached and idle:
             answer.told["left_out"].append(name)
             continue
         session.advance(f"{side.framework}, {name}")
-        side.sweep([partial(go_on, answer, name, (Cached if cached else Whole)(side, feed), start, strategy)])
-    if answer.told["left_out"] and not suffix:
-        answer.told["notes"].append(f"With cache nothing was run: this {type(side.model).__name__} does not take "
-                                    "past_key_values and use_cache as transformers' classes do.")
-    if "position_ids" in takes - taken and not suffix:
-        answer.told["notes"].append(f"This {type(side.model).__name__} takes no position_ids, which transformers gives "
-                                    "its own class; it is left to count for itself.")
+        try:
+            side.sweep([partial(go_on, answer, name, (Cached if cached else Whole)(side, feed), start, strategy)])
+        except KeepsNothing as error:
+            idle = str(error)
+            answer.told["left_out"].append(name)
+        except BadInput as error:  # without cache the same net did not fail
+            if not cached:
+                raise
+            answer.told["failed"][name] = str(error)
+    if not suffix:
+        answer.told["notes"] += _remarks(side, idle if answer.told["left_out"] else "", takes - taken)
     return answer
+
+
+def _remarks(side: Any, idle: str, unknown: Set[str]) -> list[str]:
+    """Why nothing was run with a cache, if nothing was, and what the net is not given that torch's is."""
+    name, told = type(side.model).__name__, []
+    if idle:
+        told.append(f"With cache nothing is compared: {idle}.")
+    withheld = sorted({MASK, PLACES} & getattr(side, "withheld", frozenset()))
+    if withheld:
+        told.append(f"With its cache, PaddleNLP's own generate gives its {name} no {' and no '.join(withheld)}.")
+    if PLACES in unknown:
+        told.append(f"This {name} takes no position_ids, which transformers gives its own class; it is left to count "
+                    "for itself.")
+    return told
 
 
 def go_on(answer: Step, name: str, net: Any, start: Start, strategy: Strategy) -> None:
@@ -395,7 +436,7 @@ def _strategies(session: Session, ends: tuple[int, ...], greedy: Any = None) -> 
     early = replace(beams, length_penalty=PENALTIES[0] if options.length_penalty is None else options.length_penalty)
     known = {
         GREEDY: plain, GREEDY + ENDED: _early(greedy, plain), BEAM: beams,
-        BEAM + ENDED: replace(early, ends=_second_best(greedy, beams), least=1),
+        BEAM + ENDED: replace(early, ends=tuple(_often_second(greedy, beams)[:1]), least=1),
         TOP_K: replace(drawing, top_k=options.top_k or 8), TOP_K + FEW: replace(few, top_k=3),
         TOP_P: replace(drawing, top_p=options.top_p or 0.9),
         TOP_P + FEW: replace(few, top_p=_share_of_few(greedy, few.temperature)),
@@ -421,13 +462,13 @@ def _early(greedy: Any, plain: Strategy) -> Strategy:
     return replace(plain, ends=(token,), least=place)
 
 
-def _second_best(greedy: Any, strategy: Strategy) -> tuple[int, ...]:
-    """A token that ends some beams and not others: most often among the best few of greedy steps, but not the best."""
+def _often_second(greedy: Any, strategy: Strategy) -> list[int]:
+    """Tokens that end some beams and not others: most often among the best few of greedy steps, but not the best."""
     logits = np.stack(greedy.logits[1:] or greedy.logits)
     order = (-logits).argsort(-1, kind="stable")[..., 1: strategy.beams + 1]
     counts = np.bincount(order.reshape(-1), minlength=logits.shape[-1])
     counts[strategy.pad] = 0
-    return (int(counts.argmax()),)
+    return (-counts).argsort(kind="stable").tolist()
 
 
 def _flattening(greedy: Any) -> float:

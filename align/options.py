@@ -21,7 +21,8 @@ def whole(text: str) -> int:
 
 
 def two_or_more(text: str) -> int:
-    return asked(text, int, lambda number: number >= 2, "2 or more; one iteration shows no error that a step makes")
+    return asked(text, int, lambda number: number >= 2, "enough: one iteration shows no error that a step makes; "
+                 "give 2 or more")
 
 
 def above_zero(text: str) -> float:

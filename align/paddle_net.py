@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import math
 import warnings
@@ -21,7 +22,7 @@ from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
 from .candidate import Candidate, Look, blamed
-from .decoding.feeding import rows_axis
+from .decoding.feeding import KeepsNothing, rows_axis
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
 from .lockstep import listener_here
@@ -99,7 +100,7 @@ class PaddleNet(Candidate):
 
     @property
     def keeps(self) -> bool:
-        """Whether the net takes ``past_key_values`` and ``use_cache`` as transformers' classes do."""
+        """Whether the net can be asked to keep keys and values: as transformers' classes, or in a way of its own."""
         return False
 
     def continued(self, arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -108,9 +109,8 @@ class PaddleNet(Candidate):
         with paddle.no_grad():
             result = self.call({**{name: paddle.to_tensor(array) for name, array in arrays.items()}, **kept,
                                 "use_cache": True})
-        if PAST not in result or result[PAST] is None:
-            raise BadInput(f"{type(self.model).__name__} takes {PAST} and use_cache, and gave no {PAST}, behind which "
-                           "a text could be continued. Return them, or take no such arguments.")
+        if result.get(PAST) is None:
+            raise KeepsNothing(f"this {type(self.model).__name__} gives nothing to keep")
         return self.run.batch_first("logits", result["logits"].numpy()), {
             argument: result[name] for name, argument in KEPT.items() if name in result}
 
@@ -186,7 +186,10 @@ class OwnNet(PaddleNet):
 
 
 class PaddleNLPNet(PaddleNet):
-    """PaddleNLP's class for the family, with its own loss."""
+    """PaddleNLP's class for the family, with its own loss and its own cache."""
+
+    withheld: frozenset[str] = frozenset()
+    """Arguments that PaddleNLP's ``generate`` is given and has not handed on to the class so far."""
 
     def _build(self) -> Any:
         cls = self._class()
@@ -224,6 +227,29 @@ class PaddleNLPNet(PaddleNet):
     def blamed(self) -> AbstractContextManager[None]:
         return blamed(f"PaddleNLP's {type(self.model).__name__}")
 
+    @property
+    def keeps(self) -> bool:
+        return "use_cache" in inspect.signature(self.model.forward).parameters
+
+    def continued(self, arrays: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """As PaddleNLP's own ``generate`` continues: see decoding/paddlenlp_side.py."""
+        import paddle
+
+        from .decoding import paddlenlp_side
+        tensors = {name: paddle.to_tensor(array) for name, array in arrays.items()}
+        with paddle.no_grad():
+            text = paddlenlp_side.longer(kept, tensors) if kept else paddlenlp_side.begun(
+                self.model, self.run.family.paddlenlp_inputs(tensors))
+            logits, found, withheld = paddlenlp_side.answered(self.model, text)
+        self.withheld |= withheld
+        return self.run.batch_first("logits", logits.numpy()), found
+
+    def selected(self, kept: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
+        import paddle
+
+        from .decoding import paddlenlp_side
+        return paddlenlp_side.selected(self.model, kept, paddle.to_tensor(rows))
+
     def token_loss(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         import paddle
         found = paddle.nn.functional.cross_entropy(
@@ -236,8 +262,8 @@ def _initialise_all_but_weights(net: Any) -> None:
     import paddle
 
     def nothing(*_: Any) -> None: ...
-    with patch.object(paddle.Tensor, "set_value", nothing), patch.multiple(paddle, zeros_like=nothing,
-                                                                           full_like=nothing):
+    with patch.multiple(paddle.Tensor, set_value=nothing, scale_=nothing), patch.multiple(
+            paddle, zeros_like=nothing, full_like=nothing, ones_like=lambda *_: 1):
         for layer in net.sublayers():
             if not isinstance(layer, (paddle.nn.Linear, paddle.nn.Embedding)):
                 net._init_weights(layer)

@@ -60,7 +60,11 @@ def test_nothing_that_the_reference_asks_is_left_unanswered(shop, monkeypatch):
     assert outcome.failing == [f"{block}.ln_1 (small input)" for block in blocks] + ["transformer.ln_f (small input)"]
 
 
-@pytest.mark.parametrize("head", fast(["GPTJForCausalLM", "BertForPreTraining", "BertForMaskedLM"], "GPTJForCausalLM"))
+PADDLENLP = ("GPTJForCausalLM", "BertForPreTraining", "BertForMaskedLM", "GPT2LMHeadModel", "OPTForCausalLM",
+             "BloomForCausalLM", "T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("head", fast(PADDLENLP, "GPTJForCausalLM"))
 def test_paged_equals_unpaged_for_paddlenlp(shop, head):
     pytest.importorskip("paddlenlp")
     run = shop.make(head, f"{head}-nlp", tokenizer=True)

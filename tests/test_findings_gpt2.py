@@ -79,7 +79,28 @@ def test_sequence_classification_counts_tokens_that_are_not_the_end_and_so_misse
     assert not np.allclose(pooled, scores[:, -1], atol=1e-4)
 
 
-def test_generation_drops_the_mask():
-    net = GPTLMHeadModel(GPTConfig(**PADDLE))
-    inputs = net.prepare_inputs_for_generation(paddle.to_tensor(IDS), attention_mask=paddle.ones([2, 12]))
-    assert inputs["attention_mask"] is None
+def test_generation_drops_the_mask_and_so_reads_padding():
+    """The class itself is right with its cache, padding or not, where it is given the mask."""
+    net = GPTLMHeadModel(GPTConfig(**PADDLE)).eval()
+    text, last = paddle.to_tensor(IDS), paddle.to_tensor(IDS[:, -1:])
+    padded = paddle.concat([paddle.full([2, 4], 2, "int64"), text], axis=1)
+    mask = paddle.concat([paddle.zeros([2, 4], "int64"), paddle.ones([2, 12], "int64")], axis=1)
+    places = paddle.concat([paddle.zeros([2, 4], "int64"), paddle.arange(12).expand([2, 12])], axis=1)
+    expected = net(paddle.concat([text, last], axis=1))[:, -1].numpy()
+
+    def behind(first, later):
+        """What comes behind one token more, by what the class keeps of the first pass."""
+        outputs = net(**first, use_cache=True)
+        return net(**later(outputs), use_cache=True)[0][:, -1].numpy()
+
+    def generating(outputs):
+        kept = net.update_model_kwargs_for_generation(outputs, {"attention_mask": mask, "position_ids": places})
+        found = net.prepare_inputs_for_generation(paddle.concat([padded, last], axis=1), **kept)
+        assert found["attention_mask"] is None
+        return {name: value for name, value in found.items() if name != "use_cache"}
+    right = behind({"input_ids": padded, "attention_mask": mask, "position_ids": places}, lambda outputs: {
+        "input_ids": last, "past_key_values": outputs[1], "position_ids": places[:, -1:] + 1,
+        "attention_mask": paddle.concat([mask, mask[:, -1:]], axis=1)})
+    wrong = behind({"input_ids": padded, "position_ids": places}, generating)
+    np.testing.assert_allclose(right, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(wrong - expected).max() > 1e-3

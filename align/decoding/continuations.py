@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """One strategy, with cache or without; ``candidate`` None where it was not recorded."""
+    """One strategy, with cache or without; ``candidate`` None where it was not recorded, for the reason ``why``."""
 
     name: str
     reference: np.ndarray
@@ -65,6 +65,7 @@ class Case:
     strategy: Strategy | None = None
     states: tuple[np.ndarray, np.ndarray] | None = None
     """Of a search, what both sides had under way, [steps, rows, beams, tokens]."""
+    why: str | None = None
 
 
 def case_of(name: str, strategy: Strategy, step: Step, answer: Step) -> Case:
@@ -128,7 +129,8 @@ def _padded_rows(step: Step) -> np.ndarray:
 def judged(case: Case, spell: Spell) -> TensorResult:
     """Passed where no row parts beyond the noise, and something was compared."""
     if case.candidate is None:
-        return missing(case.name, "candidate")
+        absent = missing(case.name, "candidate")
+        return absent if case.why is None else replace(absent, failure=f"{case.name}: {case.why}")
     settled = case.candidate.copy()
     for row in case.rows:
         if row.undecided:

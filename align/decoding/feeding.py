@@ -93,6 +93,10 @@ def rows_axis(run: Run) -> int:
     return int(any(run.family.time_first(name) for _, name in run.modules))
 
 
+class KeepsNothing(Exception):
+    """A net that can be asked to keep what it has computed gives nothing to keep; the message is told of that net."""
+
+
 class Keeping(Protocol):
     """A side that can keep what it has computed of a text, as keys and values."""
 

@@ -303,11 +303,14 @@ def _misfeedings(feed: Feed, cached: bool, strategy: Strategy) -> Iterator[tuple
             mask.ndim == 2 or later) else {}
 
     def counted(given: dict[str, np.ndarray], later: bool) -> dict[str, np.ndarray]:
+        if given[PLACES].ndim > 2:
+            return {}
         width = given["attention_mask"].shape[1]
         return {PLACES: places(np.ones((len(given[PLACES]), width), np.int64))[:, -given[PLACES].shape[1]:]}
+
     def further(found: np.ndarray, off: int) -> np.ndarray:
         """Of all tokens of a text those behind its start; one alone is such a one."""
-        length = found.shape[1]
+        length = found.shape[-1]
         return found + off * ((np.arange(length) >= feed.start.ids.shape[1]) | (length == 1))
     padded = any((mask == 0).any() for mask in (feed.start.mask, *feed.start.source.values()))
     if padded:
