@@ -123,6 +123,31 @@ def test_what_a_picture_goes_through_is_reordered_and_stays_the_same(name, call)
     assert len(seen) > 1 or name == "averages"
 
 
+@pytest.mark.parametrize("product", {
+    "linear": lambda x, w: torch.nn.functional.linear(x, w, w[:, 0]),
+    "matmul": lambda x, w: x @ w.T,
+    "addmm": lambda x, w: torch.addmm(w[:, 0], x, w.T),
+    "addmm of rows": lambda x, w: torch.addmm(x[:, :5], x, w.T),
+    "baddbmm": lambda x, w: torch.baddbmm(x[None, :, :5], x[None], w.T[None])[0],
+}.values())
+def test_for_odd_seeds_few_rows_are_computed_as_many_are(product):
+    """torch takes another kernel for few rows of float32, so a row's rounding depends on how many are with it."""
+    generator = torch.Generator().manual_seed(5)
+    x, w = torch.randn((4, 384), generator=generator), torch.randn((5, 384), generator=generator)
+    with Reordered(1):
+        few = product(x, w)
+    with Reordered(1):
+        many = product(x.repeat(16, 1), w)
+    assert few.shape == (4, 5) and few.is_contiguous() and torch.equal(few, many[:4])
+
+
+def test_one_row_without_rows_is_computed_too():
+    x, w = torch.ones(8), torch.ones((3, 8))
+    for seed in (1, 2):
+        with Reordered(seed):
+            assert torch.equal(torch.nn.functional.linear(x, w), torch.full((3,), 8.0))
+
+
 def test_without_the_mode_gptj_in_double_still_computes_in_float32():
     torch.manual_seed(0)
     model = GPTJForCausalLM(GPTJConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32))

@@ -318,14 +318,14 @@ class ReorderedGradients(Reordered):
 
     def _rows(self, size: int) -> Any:
         """A permutation [size] of tokens; of odd seeds their own order, begun anywhere, forwards or backwards."""
-        if not self.by_matmul:
+        if not self.other_way:
             return self._order(size)
         order = torch.arange(size).roll(self._lot(max(1, size)))
         return order.flip(0) if self._lot(2) else order
 
     def _spread(self, parameter: Any, rows: int) -> Any:
         """A ``parameter`` [width] that meets ``rows`` rows; of odd seeds for each row, [rows, width]."""
-        return _Shared.apply(parameter, rows) if self.by_matmul else parameter
+        return _Shared.apply(parameter, rows) if self.other_way else parameter
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
         rows, order, outputs = (self._rows(x.shape[:-1].numel()), self._order(x.shape[-1]),
@@ -340,9 +340,9 @@ class ReorderedGradients(Reordered):
         if len(shape) > 1:
             return super()._layer_norm(x, shape, weight, bias, eps, *rest)
         rows = self._rows(x.shape[:-1].numel())
-        by_itself = (None, None) if self.by_matmul else (weight, bias)
+        by_itself = (None, None) if self.other_way else (weight, bias)
         found = super()._layer_norm(x.reshape(-1, x.shape[-1])[rows], shape, *by_itself, eps)
-        if self.by_matmul:
+        if self.other_way:
             found = found if weight is None else found * self._spread(weight, len(rows))
             found = found if bias is None else found + self._spread(bias, len(rows))
         return found[torch.argsort(rows)].view(x.shape)
