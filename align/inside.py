@@ -17,8 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
+
+from convert.rules import Config
 
 from .parts import part_of_output
 from .runs import Run
@@ -36,11 +39,13 @@ class Places:
     modules: list[tuple[str, str]]
     found: list[Module]
     before: Mapping[str, str] = field(default_factory=dict)
+    gelu: bool = False
+    """Whether the activation is h / 2 (1 + …), with erf or with tanh."""
 
     @classmethod
     def of(cls, run: Run) -> Places:
         inside = {name: sublayers_of(run, name) for _, name in run.modules}
-        return cls(run.modules, [found for found in inside.values() if found], run.before)
+        return cls(run.modules, [found for found in inside.values() if found], run.before, is_gelu(run.config))
 
     @cached_property
     def sublayers(self) -> dict[str, str]:
@@ -51,6 +56,13 @@ class Places:
     def operations(self) -> dict[str, str]:
         """What is told of what arrives at a sublayer, or at a module ``before`` which something is to be judged."""
         return {**self.before, **self.sublayers}
+
+    @cached_property
+    def activated(self) -> dict[str, str]:
+        """By the sublayer at which what a gelu gave arrives, the one before, whose output the gelu was given."""
+        pairs = [pair for _, parts in self.found for pair in pairwise(parts)] if self.gelu else []
+        return {name: before for (_, before, _), (_, name, operation) in pairs
+                if operation.partition(",")[0].endswith("activation")}
 
     @cached_property
     def inside(self) -> set[str]:
@@ -76,6 +88,12 @@ class Places:
                   for (_, module), parts in self.found}
         return [told for _, module in self.modules
                 for told in (*([self.before[module]] if module in self.before else []), *inside.get(module, ()))]
+
+
+def is_gelu(config: Config) -> bool:
+    """Whether the config names a gelu; quick_gelu is h times a sigmoid."""
+    name = str(config.get("activation_function") or config.get("hidden_act") or "")
+    return "gelu" in name and "quick" not in name
 
 
 def small_input(array: np.ndarray) -> np.ndarray:

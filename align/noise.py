@@ -38,6 +38,9 @@ enough: of 2216 torch runs over 220 random models, held out of the pool, one in 
 The unit of a loss is not that of its value alone. -log softmax is the logarithm of a sum that begins with 1 (the
 largest score, shifted to 0), so its last digit is never below that of 1: for x, u x is read as u (x + base), base 1.
 Of a classifier that is sure and right, loss 1e-3, all torch runs round that logarithm alike, and to a relative 3e-5.
+Nor is the unit of a gelu that of its value: h / 2 (1 + erf(h / sqrt 2)) is |h| times a sum that begins with 1, so that
+where it goes to 0 on the left its last digit is that of h, and base is |h| there. Behind -5 torch gives some channels
+1e-8 from float64, and Paddle 0, which is 3e-7 from it.
 
 Arrays may be a gigabyte each (the gradient of a 6B model's head), so whatever is computed of their elements is computed
 in tiles, in float64. x is kept in float64, s in float32, which moves a ratio by less than 1e-6 of itself.
@@ -89,14 +92,15 @@ class NoiseFloor:
     float32, of its shape, M as ``largest``.
 
     ``few`` is max(eps, rho) S for a head of few elements, else 0. ``base`` is the magnitude of what a number of any
-    size is the difference of: 1 for the logarithm of a sum that begins with 1, else 0.
+    size is the difference of: 1 for the logarithm of a sum that begins with 1, |h| [rows, channels] for a gelu of h,
+    else 0.
     """
 
     oracle: np.ndarray
     spread: np.ndarray
     largest: float
     few: float = 0.0
-    base: float = 0.0
+    base: float | np.ndarray = 0.0
 
     @property
     def exact(self) -> bool:
@@ -107,7 +111,7 @@ class NoiseFloor:
     def relative(self) -> float:
         """max(T, u (rms(x) + base)) / rms(x): torch's own relative L2 error."""
         norm = _rms(self.oracle)
-        least = max(FLOOR_UNITS * EPS * (norm + self.base), self.few)
+        least = max(FLOOR_UNITS * EPS * (norm + _rms(_rows(self.base))), self.few)
         return max(_rms(self.spread), least) / norm if norm and not self.exact else 0.0
 
     def of_sum(self, terms: NoiseFloor) -> NoiseFloor:
@@ -122,22 +126,24 @@ class NoiseFloor:
         if self.few:
             return [Judgement(kind, "few", e / max(s, self.few), LIMITS[kind]["few"])]
         unit, least = (0.0, 0.0) if self.exact else (FLOOR_UNITS * EPS, EPS**2 * x)
+        base = _rows(self.base)
         ratios = {
-            "total": _ratio(e, max(s, unit * (x + self.base))),
-            "peak": _ratio(found.peaks[1], max(self.largest, unit * (found.peaks[0] + self.base))),
+            "total": _ratio(e, max(s, unit * (x + _rms(base)))),
+            "peak": _ratio(found.peaks[1], max(self.largest, unit * (found.peaks[0] + np.abs(base).max(initial=0.0)))),
         }
         rows, columns = found.by_row, found.by_channel
         length, channels = self.oracle.shape
         if channels >= ENOUGH:
             typical = _typical(rows[1], rows[0])
-            ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit))
-            floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * (rows[0] + self.base) + least)
+            scale = rows[0] + _rms_along(base, 1)
+            ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit * _typical(scale, rows[0])))
+            floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * scale + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
         elif channels == 1 and length >= ENOUGH:
             ratios["typical"] = self._typical_of_a_vector(np.abs(candidate.reshape(self.oracle.shape) - self.oracle),
                                                           unit)
         if length >= ENOUGH:
-            floor = np.maximum(found.spread_of_channels, unit * (columns[0] + self.base) + least)
+            floor = np.maximum(found.spread_of_channels, unit * (columns[0] + _rms_along(base, 0)) + least)
             ratios["channel"] = _largest_ratio(columns[2], floor)
         asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
@@ -148,7 +154,7 @@ class NoiseFloor:
         if live.sum() < ENOUGH:
             return 0.0
         x, s, e = (float(np.median(np.abs(array[live]))) for array in (self.oracle, self.spread, e))
-        return _ratio(e, max(s, unit * (x + self.base)))
+        return _ratio(e, max(s, unit * (x + float(np.median(np.abs(self.base))))))
 
 
 class Grown(NoiseFloor):
@@ -157,7 +163,7 @@ class Grown(NoiseFloor):
 
     def judge(self, candidate: np.ndarray, kind: Kind) -> list[Judgement]:
         error = candidate.astype(np.float64).reshape(self.oracle.shape) - self.oracle
-        unit = 0.0 if self.exact else FLOOR_UNITS * EPS * (_rms(self.oracle) + self.base)
+        unit = 0.0 if self.exact else FLOOR_UNITS * EPS * (_rms(self.oracle) + _rms(_rows(self.base)))
         return [Judgement(kind, "total", _ratio(_rms(error), max(_rms(self.spread), unit)), LIMITS[kind]["total"])]
 
 
@@ -275,8 +281,9 @@ def _finite(squares: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(squares), squares, np.nan)
 
 
-def _rows(array: np.ndarray) -> np.ndarray:
+def _rows(array: np.ndarray | float) -> np.ndarray:
     """[rows, channels]; a vector has one channel."""
+    array = np.asarray(array)
     return array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
 
 
@@ -287,6 +294,11 @@ def _norm(array: np.ndarray) -> float:
 
 def _rms(array: np.ndarray) -> float:
     return _norm(array) / float(np.sqrt(array.size)) if array.size else 0.0
+
+
+def _rms_along(array: np.ndarray, axis: int) -> np.ndarray:
+    """Of [rows, channels] over one of both."""
+    return np.sqrt(np.square(array, dtype=np.float64).mean(axis=axis))
 
 
 def _typical(error: np.ndarray, scale: np.ndarray) -> float:

@@ -297,6 +297,10 @@ class Pools:
             few = self._few(view, name) if is_few(recorded) else 0.0
             floors.setdefault(view, {})[name] = replace(pool.floor(), few=few)
         self._pools = {}
+        arriving, given = floors.get("arriving", {}), step.views.get("inside", {})
+        for name, before in self.places.activated.items():
+            if name in arriving and before in given and given[before].shape == arriving[name].oracle.shape:
+                arriving[name] = replace(arriving[name], base=np.abs(given[before]))
         return floors
 
     def _few(self, view: str, name: str) -> float:

@@ -248,8 +248,13 @@ def _read_step(file: Path) -> Step:
                 floors.setdefault((view, name), {})[part] = content[key]
     for (view, name), parts in floors.items():
         step.floors.setdefault(view, {})[name] = NoiseFloor(parts["oracle"], parts["spread"], *(
-            float(parts.get(part, 0.0)) for part in FLOOR[2:]))
+            _plain(parts.get(part, 0.0)) for part in FLOOR[2:]))
     return step
+
+
+def _plain(value: np.ndarray | float) -> np.ndarray | float:
+    """A number as a number."""
+    return value if np.ndim(value) else float(value)
 
 
 def require_comparable(reference: Provenance, candidate: Provenance, *, same_framework: bool = False) -> Provenance:

@@ -1,10 +1,12 @@
 """The yardstick: torch in other arithmetic, the pooled floor and its five tests, agreement of class scores."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from align_fixtures import Workshop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -28,8 +30,10 @@ from align import noise
 from align.compare import compare
 from align.forward import agreement, top_agreement
 from align.gradients.torch_side import ReorderedGradients
+from align.inside import Places
 from align.noise import EPS, NoiseFloor, Pool
 from align.oracle import Float64, Reordered
+from align.runs import load_run
 from align.tolerance import FORWARD
 
 IDS = torch.arange(24).reshape(2, 12) % 40
@@ -454,3 +458,39 @@ def test_a_channel_of_few_live_rows_is_judged_by_what_torchs_error_is_elsewhere(
     wrong = oracle.copy()
     wrong[:12, 7] += 1e-4
     assert channel(wrong).share > 10
+
+
+# A gelu's tail --------------------------------------------------------------------------------------------------------
+
+def gelu_floor(h, based=True):
+    """Of a gelu of h, float64 by formula, of which torch's runs are but 1e-9 off."""
+    exact = torch.nn.functional.gelu(torch.from_numpy(h)).numpy()
+    floor = NoiseFloor(exact, np.full(h.shape, 1e-9, np.float32), 1e-9)
+    return replace(floor, base=np.abs(h)) if based else floor
+
+
+@pytest.mark.parametrize("units, passed", [(1, True), (20, False)])
+def test_the_tail_of_a_gelu_is_as_exact_as_a_sum_that_begins_with_one(units, passed):
+    """h/2 (1 + erf): an erf that is so many units in the last place of 1 off."""
+    h = -np.random.default_rng(2).uniform(4.5, 5.5, (64, 32))
+    floor = gelu_floor(h)
+    given = floor.oracle + h / 2 * units * 2.0**-23
+    assert all(judged.passed for judged in floor.judge(given, "isolated")) is passed
+    assert not all(judged.passed for judged in gelu_floor(h, based=False).judge(given, "isolated"))
+
+
+def test_a_small_gelu_that_is_not_in_the_tail_is_judged_by_its_own_size():
+    h = np.random.default_rng(3).normal(size=(64, 32)) * 1e-3
+    floor = replace(gelu_floor(h), spread=np.full(h.shape, 1e-11, np.float32), largest=1e-11)
+    assert not all(judged.passed for judged in floor.judge(floor.oracle * (1 + 2e-6), "isolated"))
+    assert all(judged.passed for judged in floor.judge(floor.oracle * (1 + 1e-7), "isolated"))
+
+
+def test_which_sublayer_a_gelu_is_given(tmp_path):
+    for name, act, found_there in (("gelu", "gelu", True), ("relu", "relu", False), ("quick", "quick_gelu", False)):
+        shop = Workshop(tmp_path / name)
+        shop.make("BertForMaskedLM", "run", hidden_act=act)
+        found = Places.of(load_run("run", shop.reports)).activated
+        assert (found.get("bert.encoder.layers.0.linear2") == "bert.encoder.layers.0.linear1") is found_there
+        assert (found.get("cls.predictions.layer_norm") == "cls.predictions.transform") is found_there
+        assert bool(found) is found_there
