@@ -120,7 +120,7 @@ def _part(stage: str, reports: Path, is_outdated: bool) -> Part:
         files |= traces | {f"{name}_diff.log": reports / "traces" / f"{stage}_diff.txt"}
         lost = [one for one, source in files.items() if not source.is_file()]
         more = {f"{name}_{side}.log": reports / "traces" / f"{stage}_{side}.log" for side in ("torch", "paddle")}
-        files |= _there(more | {f"{name}.png": reports / f"{stage}.png"})
+        files |= _there(more | {f"{one}.png": reports / f"{stage}.png" for one in (name, stage)})
         absent = f"{', '.join(lost)}: not written; reprod_log is not installed" if lost else None
     return Part(stage, folder, _there(files), absent, report)
 
@@ -156,8 +156,10 @@ def _readme(reports: Path, parts: list[Part]) -> str:
     return "\n".join([
         MARK, f"# {first.get('run', reports.name)}: {first.get('head', 'model')}, torch against Paddle", "",
         "Laid out as PaddlePaddle's paper-reproduction guide asks. `*_torch.npy` and `*_paddle.npy` open with "
-        "`ReprodDiffHelper().load_info`; `*_diff.log` is its comparison of the two. The verdict is not taken from "
-        "that: it is `verdict` in each stage's `.json`, judged by torch's own rounding error, and told in its `.md`. "
+        "`ReprodDiffHelper().load_info`; `*_diff.log` is its comparison of the two, which asks for 1e-5 on average, "
+        "whatever the size of a figure: of a perplexity of 300 that is a rounding of float32. The verdict is not taken "
+        "from that: it is `verdict` in each stage's `.json`, judged by torch's own rounding error, and told in its "
+        "`.md`. "
         "`convert.md` says which weight became which, `index.html` shows everything on one page.", "",
         "| step | what | verdict | largest rel-L2 | files |", "| --- | --- | --- | --- | --- |", *map(_row, parts), "",
         *_absences(parts)]) + "\n"

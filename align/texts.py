@@ -135,6 +135,9 @@ def load_rows(dataset: str | None, split: str | None, limit: int, task: str = ""
     builder, options = BUILDERS.get(Path(path).suffix, (None, {}))
     if builder and not Path(path).is_file():
         raise BadInput(f"the data set {path} does not exist.")
+    if not builder and Path(path).is_file():
+        raise BadInput(f"the data set {path} is a file of no kind that is read; that can be told by its ending, one of "
+                       f"{', '.join(BUILDERS)}.")
     if builder and split:
         raise BadInput(f"--split {split}: {path} is a file, which has no splits; all of it is read. Leave it out.")
     split = split or SPLIT
@@ -151,11 +154,12 @@ def load_rows(dataset: str | None, split: str | None, limit: int, task: str = ""
 
 def _unavailable(error: Exception) -> str:
     """Why a set cannot be had; the library's own words where it is not for want of a connection."""
-    first = next(iter(str(error).splitlines()), "").rstrip(".")
+    cause = error.__cause__ or error
+    first = next(iter(str(cause).splitlines()), "").rstrip(".")
     if isinstance(error, (ConnectionError, *_offline())):
         return ("is not here, and the hub cannot be reached. Connect, set HF_ENDPOINT to a mirror, or give a file: "
                 "--dataset rows.jsonl")
-    return f"cannot be loaded: {type(error).__name__}: {first}."
+    return f"cannot be loaded: {type(cause).__name__}: {first}."
 
 
 def _offline() -> tuple[type[Exception], ...]:

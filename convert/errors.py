@@ -55,6 +55,9 @@ def guarded(command: Callable[[], int]) -> int:
         sys.stderr.close()
         return BAD_INPUT
     except SystemExit as error:  # of a family, a net or a set-up of the user's: its code is no verdict
+        if isinstance(error.__context__, BrokenPipeError):  # as rich ends where nobody reads on
+            sys.stderr.close()
+            return BAD_INPUT
         return _say(f"code that was run for this ended the program (exit {error.code}), as a script does that calls "
                     'its main. Put that under if __name__ == "__main__":', BAD_INPUT)
     except KeyboardInterrupt:

@@ -114,4 +114,7 @@ def test_a_set_with_nothing_to_score_is_refused(workshop, head, rows, told):
 def test_a_file_that_is_no_data_is_refused(workshop):
     (workshop.root / "broken.jsonl").write_text("{")
     outcome = workshop.align("metric", "BertModel", "--dataset", str(workshop.root / "broken.jsonl"))
-    assert outcome.code == 2 and "cannot be loaded" in outcome.stderr
+    assert outcome.code == 2 and "cannot be loaded" in outcome.stderr and "DatasetGeneration" not in outcome.stderr
+    (workshop.root / "notes.md").write_text("text")
+    outcome = workshop.align("metric", "BertModel", "--dataset", str(workshop.root / "notes.md"))
+    assert outcome.code == 2 and "is a file of no kind that is read" in outcome.stderr and ".jsonl" in outcome.stderr

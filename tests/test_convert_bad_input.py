@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -671,3 +673,14 @@ def test_a_storage_whose_own_count_is_another(source, refused):
     assert int.from_bytes(raw[place:place + 8], "little") == 640
     (source / "pytorch_model.bin").write_bytes(raw[:place] + (641).to_bytes(8, "little") + raw[place + 8:])
     refused(source, says=("pytorch_model.bin", "another size than announced"))
+
+
+def test_a_reader_who_stops_reading_is_no_error_to_tell():
+    """As ``| head -1`` does; rich ends the program then."""
+    read, write = os.pipe()
+    with subprocess.Popen([sys.executable, "-m", "convert.gptj", "--rules"], stdout=write, stderr=subprocess.PIPE,
+                          text=True) as process:
+        os.close(read)
+        os.close(write)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (2, "")
