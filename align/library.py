@@ -90,6 +90,7 @@ def assert_aligned(torch_module: Any, paddle_layer: Any, inputs: Given, names: N
     """Raise :class:`AssertionError`, with the first divergence and its figures, unless :func:`align_models` says
     ``aligned``.
     """
+    __tracebackhide__ = True  # pytest then ends its traceback at the test
     result = align_models(torch_module, paddle_layer, inputs, names, layouts=layouts)
     if result.verdict != ALIGNED:
         why = [f"Why: {result.diagnosis.sentence}"] if result.diagnosis else []
