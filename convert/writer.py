@@ -10,13 +10,14 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import struct
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 from typing import Any
 
 from .checkpoint import Matrix, read_json
@@ -108,6 +109,16 @@ class Staging:
 
     def __enter__(self) -> Staging:
         try:
+            with undisturbed():
+                self._enter()
+        except KeyboardInterrupt:
+            if self._lock is not None:
+                self.__exit__()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        try:
             self._made = [folder for folder in self._place.parents if not folder.exists()]
             self._place.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -118,9 +129,12 @@ class Staging:
             raise BadInput(f"another conversion is writing to {self.output} right now. Wait for it to end.") from error
         except OSError as error:
             raise BadInput(f"cannot write beside {self.output}: {error.strerror}. Nothing was written.") from error
-        return self
 
     def __exit__(self, *_: object) -> None:
+        with undisturbed():
+            self._leave()
+
+    def _leave(self) -> None:
         self._close()
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
@@ -198,6 +212,22 @@ class Staging:
     def _close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C meanwhile is heeded afterwards, so that what is tidied up is tidied up whole."""
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    heard: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *given: heard.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard and callable(before):
+            before(*heard[0])
 
 
 def refuse_overlap(source: Path, output: Path) -> None:

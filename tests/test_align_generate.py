@@ -264,13 +264,16 @@ def test_torch_that_parts_from_itself_with_its_cache_is_told():
 
 
 def test_the_seed_is_tried_for_that_tells_the_mistakes_apart(monkeypatch):
-    """Of four seeds the third; none where weights come in block by block."""
+    """Of four seeds the third; none where weights come in block by block, nor for what lies within the noise."""
     shown = {2: "one token too many is drawn, one token too few"}
-    monkeypatch.setattr(generate, "mistakes_of", lambda found, start, strategy: [(shown.get(strategy.seed, ""), {})])
+    monkeypatch.setattr(generate, "mistakes_of", lambda found, start, strategy: [
+        (shown.get(strategy.seed, ""), {"0": (1, 7)})])
     few = {"top-k-few": Strategy("top-k-few", 4, PAD, temperature=1.0, top_k=3)}
-    for paged, seed in ((False, 2), (True, 0)):
+    for paged, apart, seed in ((False, 1.0, 2), (False, 1e-4, 0), (True, 1.0, 0)):
+        monkeypatch.setattr(generate, "_closeness", lambda *given, apart=apart: (
+            np.array([[1.0, apart, 1.0]]), np.full((1, 3), 1e-3)))
         session = SimpleNamespace(paged=paged, options=SimpleNamespace(length_penalty=None))
-        found, _ = generate._telling(few, session, lambda strategy, cached: strategy.seed, None)
+        found, _ = generate._telling(few, session, lambda strategy, cached: strategy.seed, None, None, None)
         assert found["top-k-few"].seed == seed
 
 

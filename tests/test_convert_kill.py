@@ -18,7 +18,7 @@ from conftest import files_under
 from safetensors.torch import save_file
 from test_convert_memory import shapes
 
-from convert import gptj
+from convert import gptj, writer
 
 KILLS, INTERRUPTIONS = 16, 8
 FORKING = """
@@ -122,3 +122,26 @@ def test_the_output_is_absent_or_whole_and_a_rerun_identical(number, times, conv
         assert ".run.staging" in left and {re.sub("staging|lock|replaced", "", name) for name in left} == {".run."}
     else:
         assert codes <= {0, 130} and 130 in codes
+
+
+@pytest.mark.parametrize("when", ["entering", "leaving"])
+def test_an_interruption_amid_tidying_up_leaves_nothing(when, tmp_path, monkeypatch):
+    """Sent when the staging directory is removed: on the way in, before it is made, or on the way out."""
+    remove, sent = writer.shutil.rmtree, []
+
+    def interrupted(*given, **named):
+        if len(sent) == {"entering": 0, "leaving": 2}[when]:
+            signal.raise_signal(signal.SIGINT)
+        sent.append(given)
+        remove(*given, **named)
+    monkeypatch.setattr(writer.shutil, "rmtree", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    (tmp_path / "run").mkdir()
+    try:
+        with pytest.raises(KeyboardInterrupt), writer.Staging(tmp_path / "run") as staging:
+            (staging.path / "new").touch()
+            staging.publish()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["new"] * (when == "leaving")

@@ -635,7 +635,7 @@ def test_what_the_readme_shows(readme, tmp_path, monkeypatch, capsys):
     known: dict = {}
     exec(code, known)
     assert "1 has epsilon 1e-06 instead of 1e-05" in capsys.readouterr().out
-    assert (tmp_path / "reports/mine/forward.json").is_file() and code.count("\n") <= 12
+    assert (tmp_path / "reports/two-nets/forward.json").is_file() and code.count("\n") <= 12
     with pytest.raises(AssertionError, match="First divergence: 1"):
         known["assert_aligned"](known["mine"], known["ours"], known["inputs"])
 

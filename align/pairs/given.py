@@ -93,6 +93,7 @@ class Outline:
     probed: set[str] = field(default_factory=set)
     shapes: list[dict[str, tuple[int, ...]]] = field(default_factory=list)
     plan: Any = field(default_factory=lambda: SimpleNamespace(moves=()))
+    config: Mapping[str, Any] = field(default_factory=dict)
     target_config: Mapping[str, Any] = field(default_factory=dict)
     intended_config: Mapping[str, Any] = field(default_factory=dict)
     wiring: Mapping[str, Any] = field(default_factory=dict)
