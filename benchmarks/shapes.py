@@ -143,7 +143,7 @@ _BERT_BASE = Shape("BertForPreTraining", layers=12, hidden=768, heads=12, vocab=
 SCALES = {
     SMALL: Scale(
         SMALL, copied=_GPTJ_SMALL, large=None, float32=replace(_GPTJ_SMALL, layers=2, dtype="float32"),
-        zipped=replace(_GPTJ_SMALL, container="bin"), deep=replace(_GPTJ_SMALL, hidden=1536), layers=(2, 4, 8),
+        zipped=replace(_GPTJ_SMALL, container="bin"), deep=replace(_GPTJ_SMALL, hidden=1536), layers=(2, 4, 6),
         paged=_GPTJ_PAGED, fits=_GPTJ_PAGED, bert=replace(_BERT_BASE, layers=4, vocab=8192), gptj=_GPTJ_PLAIN,
         pairs=7, large_pairs=0, passes=1, starts=15),
     FULL: Scale(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..shapes import Scale, Shape
 ROWS, TOKENS = 2, 64
 MEGABYTES = 3000
 PERCENT = 5
+AGAIN = 3
 BESIDE = ("verdict", "sublayers", "values", "inputs_digest", "reference", "candidate")
 PASSES = "one torch-only and one Paddle-only paged pass"
 
@@ -88,12 +89,18 @@ def memory(bench: Bench, stage: str) -> Measured:
 
 
 def over_layers(bench: Bench) -> Measured:
-    """The growth of the peak from the fewest to the most layers."""
+    """How far peaks lie apart from the fewest to the most layers, each the least of a few runs.
+
+    When memory is given back hangs on which thread runs first: of a gigabyte that is 3 % to either side, now and then
+    6. What a layer leaves behind is in every run.
+    """
     peaks = {}
     for shape in deep(bench.scale):
-        peaks[shape.layers] = _paged(bench, shape).ran.peak_rss
+        again = [align(bench, shape, "on").ran.peak_rss for _ in range(0 if bench.scale.full else AGAIN)]
+        peaks[shape.layers] = min([_paged(bench, shape).ran.peak_rss, *again])
         bench.release(shape)
-    return growth(peaks)
+    found = growth(peaks)
+    return found if bench.scale.full else replace(found, notes=(*found.notes, f"Each the least of {AGAIN + 1} runs."))
 
 
 def same_numbers(bench: Bench) -> Measured:
