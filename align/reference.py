@@ -26,7 +26,7 @@ from .candidate import blamed
 from .inputs import Inputs, Rows
 from .inside import Places, small_input
 from .lockstep import heard_by, in_step, listener_here
-from .noise import ENOUGH, EPS, Pool, is_few
+from .noise import ENOUGH, EPS, NoiseFloor, Pool, is_few
 from .paging import Pages, divide, gates_of
 from .parts import whole
 from .remote import class_of, is_remote
@@ -297,11 +297,16 @@ class Pools:
             few = self._few(view, name) if is_few(recorded) else 0.0
             floors.setdefault(view, {})[name] = replace(pool.floor(), few=few)
         self._pools = {}
-        arriving, given = floors.get("arriving", {}), step.views.get("inside", {})
-        for name, before in self.places.activated.items():
-            if name in arriving and before in given and given[before].shape == arriving[name].oracle.shape:
-                arriving[name] = replace(arriving[name], base=np.abs(given[before]))
+        if "arriving" in floors:
+            floors["arriving"] = self._of_gelus(floors["arriving"], step.views.get("inside", {}))
         return floors
+
+    def _of_gelus(self, floors: Mapping[str, NoiseFloor], given: Arrays) -> dict[str, NoiseFloor]:
+        """``floors`` of what arrives at sublayers, those behind a gelu with what it was given as their base."""
+        based = {name: np.abs(given[before]) for name, before in self.places.activated.items()
+                 if name in floors and before in given}
+        return {name: replace(floor, base=based[name]) if name in based and based[name].shape == floor.oracle.shape
+                else floor for name, floor in floors.items()}
 
     def _few(self, view: str, name: str) -> float:
         """max(eps, rho) S of an output's heads, the largest where there are several, or of the head that is recorded

@@ -84,7 +84,7 @@ class Scale:
 
     ``deep`` and ``paged`` are the shapes that those counts are given to, for convert and for align; ``fits`` is
     aligned with all weights in memory too. ``pairs``, ``large_pairs`` and ``passes`` are numbers of repetitions of a
-    conversion, of one of ``large``, and of an alignment.
+    conversion, of one of ``large``, and of an alignment; ``peaks`` of those whose least peak says what paging holds.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Scale:
     large_pairs: int
     passes: int
     starts: int
+    peaks: int
 
     @property
     def full(self) -> bool:
@@ -143,12 +144,12 @@ _BERT_BASE = Shape("BertForPreTraining", layers=12, hidden=768, heads=12, vocab=
 SCALES = {
     SMALL: Scale(
         SMALL, copied=_GPTJ_SMALL, large=None, float32=replace(_GPTJ_SMALL, layers=2, dtype="float32"),
-        zipped=replace(_GPTJ_SMALL, container="bin"), deep=replace(_GPTJ_SMALL, hidden=1536), layers=(2, 4, 6),
+        zipped=replace(_GPTJ_SMALL, container="bin"), deep=replace(_GPTJ_SMALL, hidden=1536), layers=(2, 4, 8),
         paged=_GPTJ_PAGED, fits=_GPTJ_PAGED, bert=replace(_BERT_BASE, layers=4, vocab=8192), gptj=_GPTJ_PLAIN,
-        pairs=7, large_pairs=0, passes=1, starts=15),
+        pairs=7, large_pairs=0, passes=1, starts=15, peaks=4),
     FULL: Scale(
         FULL, copied=_GPTJ_6B, large=_GPTJ_6B.layered(28), float32=replace(_GPTJ_6B, dtype="float32"),
         zipped=replace(_GPTJ_6B, container="bin"), deep=_GPTJ_6B, layers=(4, 14, 28), paged=_GPTJ_6B.layered(28),
         fits=_GPTJ_6B.layered(2), bert=_BERT_BASE, gptj=_GPTJ_PLAIN,
-        pairs=9, large_pairs=3, passes=2, starts=31),
+        pairs=9, large_pairs=3, passes=2, starts=31, peaks=1),
 }

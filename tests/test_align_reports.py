@@ -50,6 +50,7 @@ def diverged(workshop):
 
 
 def test_a_log_is_told_now_and_then_what_is_being_done(workshop, monkeypatch):
+    monkeypatch.setattr(stage, "SILENCE", float("inf"))
     assert not re.search(r"^loss: ", workshop.align("loss", "gptj").stderr, re.M)
     monkeypatch.setattr(stage, "SILENCE", 0.0)
     assert re.search(r"^loss: .+ \(\d+ s\)$", workshop.align("loss", "gptj").stderr, re.M)

@@ -15,7 +15,6 @@ from ..shapes import Scale, Shape
 ROWS, TOKENS = 2, 64
 MEGABYTES = 3000
 PERCENT = 5
-AGAIN = 3
 BESIDE = ("verdict", "sublayers", "values", "inputs_digest", "reference", "candidate")
 PASSES = "one torch-only and one Paddle-only paged pass"
 
@@ -89,18 +88,18 @@ def memory(bench: Bench, stage: str) -> Measured:
 
 
 def over_layers(bench: Bench) -> Measured:
-    """How far peaks lie apart from the fewest to the most layers, each the least of a few runs.
+    """How far peaks lie apart from the fewest to the most layers, each the least of as many runs as the scale says.
 
     When memory is given back hangs on which thread runs first: of a gigabyte that is 3 % to either side, now and then
     6. What a layer leaves behind is in every run.
     """
     peaks = {}
     for shape in deep(bench.scale):
-        again = [align(bench, shape, "on").ran.peak_rss for _ in range(0 if bench.scale.full else AGAIN)]
+        again = [align(bench, shape, "on").ran.peak_rss for _ in range(1, bench.scale.peaks)]
         peaks[shape.layers] = min([_paged(bench, shape).ran.peak_rss, *again])
         bench.release(shape)
     found = growth(peaks)
-    return found if bench.scale.full else replace(found, notes=(*found.notes, f"Each the least of {AGAIN + 1} runs."))
+    return replace(found, notes=(*found.notes, f"Least of how many runs: {bench.scale.peaks}."))
 
 
 def same_numbers(bench: Bench) -> Measured:
