@@ -96,8 +96,6 @@ def _carry_out(stage: str, options: argparse.Namespace, done: Done) -> int:
         print(f"error: align.{stage} was ended by the system ({ended}). If memory is short, try --paging on.",
               file=sys.stderr)
         return errors.OUR_FAULT
-    if not (options.only or options.compare):
-        done.put(stage, code)
     return code
 
 

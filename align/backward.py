@@ -47,7 +47,7 @@ from .inputs import Inputs
 from .noise import NoiseFloor
 from .options import above_zero, positive, two_or_more
 from .recording import paired
-from .stage import Findings, RecordedStage, Session, main
+from .stage import Findings, RecordedStage, Session, chosen, main, spelled
 from .tasks import BARE
 from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
@@ -378,6 +378,9 @@ def _settings(session: Session) -> Settings:
 def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
     """The batch first, then two steps for each gate, from the last to the first."""
     from .gradients.torch_recompute import PagedTorchGradients
+    if given := spelled(chosen(STAGE, session.options)):
+        raise BadInput(f"{given}: weights come in block by block here, so that there is one iteration of one batch, "
+                       "without clipping and without a step. Leave it out, or give --paging off.")
     rows = ROWS if session.run.head.task in BARE else PAGED_ROWS  # of one pair the contrastive loss is 0
     batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), rows)[0][0]
     side = PagedTorchGradients(session.reference, session.run)
@@ -385,7 +388,7 @@ def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Itera
         "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [
             f"One iteration, of {batch.inputs.rows.batch} seeded rows, in eval mode: weights came in block by block, "
             "and each block was computed again on the way back.", YARDSTICK]})
-    yield from side.steps(batch, reordered)
+    yield from side.steps(batch, reordered, session.advance)
 
 
 def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> Iterator[Step]:
@@ -395,6 +398,13 @@ def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> It
     batch = Batch(Inputs(first.view("inputs")), first.view("labels"))
     yield Step(told={"inputs_digest": digest_of([[batch]])})
     yield from PagedPaddleGradients(session.candidate).answers(batch, steps)
+
+
+def _worst_told(judged: Mapping[str, TensorResult]) -> str:
+    worst = max(judged.values(), key=lambda result: (not result.passed, result.share or 0.0), default=None)
+    if worst is None or worst.share is None:
+        return "…"
+    return f"{worst.name} {'ok' if worst.passed else 'FAIL'}, {100 * worst.share:.0f} % of what torch's noise allows"
 
 
 def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
@@ -424,9 +434,11 @@ def _of_gates(session: Session, pairs: Iterable[tuple[Step, Step]], asked: Conta
         given.take_names_of(expected)
         floors = {name: (kind, floor) for kind, several in step.floors.items() for name, floor in several.items()}
         notes += expected.notes
-        found |= {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)
+        judged = {name: _judged(name, expected, given, floors) for name in _ordered(session, expected, given)
                   if (name in expected.arrays or name in given.arrays or name in expected.absent)
                   and (asked is None or name in asked)}
+        session.advance(_worst_told(judged))
+        found |= judged
         del expected, given, floors
         for one in (step, answer):
             one.views.clear()

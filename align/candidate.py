@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import re
 import sys
 import traceback
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from convert.errors import BadInput, FrameworkMissing
+from convert.errors import BadInput, FrameworkMissing, require
 
 from .inputs import Inputs
 from .inside import Places, small_input
@@ -206,6 +208,23 @@ def open_candidate(run: Run, target: str, device: str, paged: bool = False, *,
         from .own_net import open_own
         return open_own(run, target, device, paged, allow_same_framework, beside())
     raise BadInput(f"--target {target} is not one of {', '.join(TARGETS)} or package.module:build.")
+
+
+@contextmanager
+def paddlenlp_imported() -> Iterator[None]:
+    """PaddleNLP, without what it warns of when it is imported, and what its modules warn of when they are imported
+    inside; :class:`convert.errors.FrameworkMissing` where it is not there.
+    """
+    before = logging.root.manager.disable
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            require("paddlenlp")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

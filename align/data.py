@@ -58,7 +58,7 @@ from .texts import SPLIT, TOKENIZER_FILES
 from .trace import Step
 
 ROWS, TOKENS, BATCH = 64, 128, 8
-OF_A_SET, CHOOSING = ("split", "columns", "limit"), ("data", "split", "columns", "limit", "max_length", "batch_size")
+OF_A_SET = ("split", "columns", "limit")
 """The flags that say what is read of a set, and those that say what both sides are given."""
 CUT, DECODER, SPECIAL_IDS = "cut", "decoder", "special.ids"
 SUPPOSED = "supposed"
@@ -115,9 +115,6 @@ def _texts_step(session: Session) -> Step:
     return step
 
 
-CHOSEN = "what the sides are given is chosen where they are recorded, and that is done. Give it with --only"
-
-
 def _refuse_idle(session: Session) -> None:
     """:class:`BadInput` for a flag that would not be looked at."""
     options = session.options
@@ -126,9 +123,6 @@ def _refuse_idle(session: Session) -> None:
     if session.run.head.inputs == "pixels":
         _refuse(session, ("max_length", "batch_size", "tokenizer"), "this is for texts, and the inputs of "
                 f"{session.run.head.architecture} are pictures. Leave it out")
-    if options.only:
-        _refuse(session, ("tokenizer",), "the Paddle side's tokenizer is asked for where that side is recorded. Give "
-                "it with --only candidate")
 
 
 def _refuse(session: Session, names: Sequence[str], why: str) -> None:
@@ -143,8 +137,6 @@ OF_PROMPTS = ("the rules of the code that the checkpoint brings along, on transf
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """What PaddleNLP's tokenizer, or the user's, and Paddle's loader make of the same texts."""
-    if session.options.only:
-        _refuse(session, CHOOSING, CHOSEN)
     for step in steps:
         if session.run.head.inputs == "pixels":
             yield picture_data.candidate(session, step)
@@ -177,8 +169,6 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Special tokens, rows text by text, then the batches; the first difference is named by text and place."""
-    if session.options.compare:
-        _refuse(session, (*CHOOSING, "tokenizer"), CHOSEN)
     found: list[TensorResult] = []
     notes: list[str] = []
     named, diagnosis = None, None
@@ -406,7 +396,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 STAGE = RecordedStage("data", "Compare both tokenizers on the same texts, and both loaders on the same rows.",
-                      reference, candidate, judge, _flags, _lacking, weights=False)
+                      reference, candidate, judge, _flags, _lacking, of_candidate=("tokenizer",), weights=False)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from convert.cli import COMPANIONS
-from convert.errors import ALIGNED, DIVERGED
 from convert.report import versions
 
 from .runs import Run
@@ -26,8 +26,7 @@ BESIDE = ("config.json", *COMPANIONS, "*.py")
 class Done:
     """``key`` stands for everything that a stage of this run depends on, None where that is not known.
 
-    In ``directory`` a line each says which stage came to which exit code under which key, and what its report was; one
-    that was carried out anew by itself, perhaps with flags of its own, has another report and counts as not done.
+    In ``directory`` a line each says which stage came to which exit code under which key, and what its report was.
     """
 
     directory: Path
@@ -56,16 +55,21 @@ class Done:
         key, report, code = self._lines().get(stage, ("", "", ""))
         return int(code) if key == self.key and report == self._report(stage) and code.isdecimal() else None
 
-    def put(self, stage: str, code: int) -> None:
-        """Note how ``stage`` ended; what gave no verdict is not done."""
+    def forget(self, stage: str) -> None:
+        """``stage`` begins anew: until it comes to a verdict it is not done."""
         lines = self._lines()
-        lines.pop(stage, None)
+        if lines.pop(stage, None):
+            self._write(lines)
+
+    def put(self, stage: str, code: int) -> None:
+        """``stage`` came to a verdict, and its report is written."""
         report = self._report(stage)
-        if self.key and report and code in (ALIGNED, DIVERGED):
-            lines[stage] = (self.key, report, str(code))
-        if lines or (self.directory / FILE).exists():
-            text = "".join(f"{name} {' '.join(words)}\n" for name, words in lines.items())
-            (self.directory / FILE).write_text(text, "utf-8")
+        if self.key and report:
+            self._write(self._lines() | {stage: (self.key, report, str(code))})
+
+    def _write(self, lines: Mapping[str, tuple[str, str, str]]) -> None:
+        text = "".join(f"{name} {' '.join(words)}\n" for name, words in lines.items())
+        (self.directory / FILE).write_text(text, "utf-8")
 
     def _lines(self) -> dict[str, tuple[str, str, str]]:
         try:

@@ -41,8 +41,6 @@ def reference(session: Session) -> Iterator[Step]:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle's passes over the same inputs: one of its own, and three in which torch's activations are fed to it."""
-    if session.options.only == "candidate":
-        refuse_other_inputs(session)
     steps = iter(steps)
     first = next(steps, Step())
     inputs = Inputs(first.view("inputs"))
@@ -61,8 +59,6 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
 
     A module that torch's class does not have, such as the pooler of PaddleNLP's masked LM, is not compared.
     """
-    if session.options.compare:
-        refuse_other_inputs(session)
     return judged(session, pairs, _diagnosis, look_into)
 
 
@@ -331,13 +327,6 @@ def seeded_inputs(session: Session, stage: str) -> Inputs:
                     tokens=options.pixels or options.tokens or LENGTH)
     inputs.save(run.directory / "traces" / f"{stage}_inputs.npz")
     return inputs
-
-
-def refuse_other_inputs(session: Session) -> None:
-    """:class:`BadInput` for a flag that says what goes in, where that is recorded already."""
-    if session.options.rows or session.options.tokens or session.options.pixels:
-        raise BadInput("--rows, --tokens and --pixels choose the reference's inputs, which are recorded already. Give "
-                       "them with --only reference.")
 
 
 def flags(parser: argparse.ArgumentParser) -> None:

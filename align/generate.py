@@ -50,9 +50,6 @@ TO_BE_TOLD = {
     TOP_P + FEW: {"too many": "one token too many to draw from", "left out": "one token too few to draw from"}}
 """Of which mistakes a strategy is to lead to other texts: words of what is told of each, and its name."""
 MARGINS, NOISE, STATES, START = "margins", "noise", "states", "start"
-CHOOSING = ("strategy", "tokens", "rows", "prompt", "interactive", "beams", "length_penalty", "early_stopping",
-            "top_k", "top_p", "temperature", "seed")
-"""The flags that say what is continued, and how."""
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -109,8 +106,6 @@ def reference(session: Session) -> Iterator[Step]:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """What our loop makes of the same starts with the candidate's logits."""
-    if session.options.only:
-        _refuse_other(session)
     for step in steps:
         if START not in step.views:
             raise BadInput("the reference was recorded without its prompts, so the candidate cannot be fed them. "
@@ -120,8 +115,6 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Every row of every strategy: equal, parted within the noise, or parted beyond it."""
-    if session.options.compare:
-        _refuse_other(session)
     spell, cases, notes, tables, diagnosis = starts.spelling(session.run), [], [], [], None
     for step, answer in pairs:
         found = [_case(step, answer, name) for name in step.recorded if name in answer.recorded]
@@ -544,14 +537,6 @@ def _refuse_idle(session: Session) -> None:
     if idle:
         raise BadInput(f"--{idle[0].replace('_', '-')} is for a strategy that was not asked for: --strategy "
                        f"{' '.join(asked)}.")
-
-
-def _refuse_other(session: Session) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in CHOOSING
-             if getattr(session.options, name) not in (None, False)]
-    if given:
-        raise BadInput(f"{' and '.join(given)}: what is continued is chosen where the reference is recorded, and that "
-                       "is done. Give it with --only reference.")
 
 
 def _several(text: str) -> int:

@@ -40,7 +40,6 @@ EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mea
 TEXTS = ("piece_targets", "sentence_targets")
 LONGER, ROWS_TOGETHER = 8, 4
 ROWS, TOKENS, BATCH = 64, 128, 8
-CHOOSING = ("dataset", "split", "columns", "limit", "max_length", "stride", "prefix", "batch_size")
 """The flags that say what the models are fed."""
 
 
@@ -100,8 +99,6 @@ def _pictures(session: Session) -> Step:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle over the same batches."""
-    if session.options.only == "candidate":
-        _refuse_other_rows(session)
     for step in steps:
         if "examples" not in step.told:
             raise BadInput("the reference was recorded without its examples, so the candidate cannot be fed them. "
@@ -115,8 +112,6 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Predictions, scores and the metric's values."""
-    if session.options.compare:
-        _refuse_other_rows(session)
     tensors, notes, values = [], [], {}
     for step, answer in pairs:
         if not step.recorded:
@@ -172,13 +167,6 @@ def _refuse_idle(session: Session) -> None:
     if options.split and options.dataset is None:
         raise BadInput(f"--split {options.split} is of a set that --dataset names, and there is none. Give it, or "
                        "leave --split out.")
-
-
-def _refuse_other_rows(session: Session) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in CHOOSING if getattr(session.options, name) is not None]
-    if given:
-        raise BadInput(f"{' and '.join(given)}: what the sides are fed is chosen where the reference is recorded, and "
-                       "that is done. Give it with --only reference.")
 
 
 def _encoded(task: str, rows: Sequence[Row], encoder: Encoder, stride: int | None) -> list[Example]:

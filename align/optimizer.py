@@ -372,7 +372,7 @@ def _batches_of(step: Step, course: Course) -> list[list[Batch]]:
 
 
 STAGE = RecordedStage("optimizer", "Compare learning rates, and what optimizers make of parameters.", reference,
-                      candidate, judge, flags)
+                      candidate, judge, flags, of_candidate=("candidate_optimizer",))
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

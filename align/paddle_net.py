@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +19,7 @@ from convert.checkpoint import Checkpoint, cut, open_checkpoint, opened, read_co
 from convert.dtypes import to_float32
 from convert.errors import BadInput, require
 
-from .candidate import Candidate, Look, blamed
+from .candidate import Candidate, Look, blamed, paddlenlp_imported
 from .decoding.feeding import KeepsNothing, rows_axis
 from .inside import SMALL_VARIANCE
 from .lint import Description, describe, is_mask
@@ -210,10 +208,7 @@ class PaddleNLPNet(PaddleNet):
         if self.run.head.paddlenlp is None:
             raise BadInput(f"PaddleNLP has no counterpart of {self.run.head.architecture}. Leave --target out to "
                            "compare the net in models/.")
-        logging.getLogger("datasets").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            require("paddlenlp")
+        with paddlenlp_imported():
             package = self.run.family.paddlenlp or self.run.family.name
             module = importlib.import_module(f"paddlenlp.transformers.{package}.modeling")
         from paddlenlp.utils.log import logger

@@ -19,7 +19,7 @@ from convert.errors import BadInput
 
 from .candidate import Known
 from .compare import TensorResult, compare, missing
-from .forward import agreement, config_lint, flags, refuse_other_inputs, seeded_inputs
+from .forward import agreement, config_lint, flags, seeded_inputs
 from .inputs import Inputs, Rows
 from .lint import Description, differences
 from .lockstep import Walks
@@ -51,8 +51,6 @@ def reference(session: Session) -> Iterator[Step]:
 
 def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
     """Paddle's pass over the same inputs, each module when torch is done with its own."""
-    if session.options.only == "candidate":
-        refuse_other_inputs(session)
     steps, side, known = iter(steps), session.candidate, Known()
     first = next(steps, Step())
     inputs = Inputs(first.view("inputs"))
@@ -78,8 +76,6 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     """Every module and output of the one pass; the first that fails is the first bad place, for want of better."""
-    if session.options.compare:
-        refuse_other_inputs(session)
     found = Comparison(session.run)
     for step, answer in pairs:
         session.advance(found.add(step, answer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .stage import Findings, RecordedStage, Session, Stage
+from .stage import Findings, RecordedStage, Session, Stage, chosen, spelled
 from .trace import Provenance, Step, StepFiles, Trace, load_trace, require_comparable, write_reprod_diff
 
 Found = tuple[Findings, Provenance, Provenance]
@@ -67,6 +67,7 @@ def _compare(stage: RecordedStage, session: Session) -> Found:
         if value != usual:
             raise BadInput(f"--{flag} {value} is for running a model, and --compare runs none. Leave it out.")
     (left, theirs), (right, ours) = (_recorded(stage, session, side) for side in SIDES)
+    _refuse_chosen(stage, session, ())
     provenance = require_comparable(left.provenance, right.provenance,
                                     same_framework=session.options.allow_same_framework)
     session.evidence = provenance.weights_divergence, list(provenance.notes)
@@ -81,11 +82,13 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
         raise BadInput(f"align.{stage.name} has no side to record alone: run it where the Paddle side is, without "
                        "--only.")
     if session.options.only == "reference":
+        _refuse_candidates(stage, session)
         side, traces, then = SIDES[0], session.run.directory / "traces", "--only candidate"
         steps = stage.reference(session)
     else:
         side, traces, then = SIDES[1], session.reports / "traces", "--compare"
         recorded, files = _recorded(stage, session, SIDES[0])
+        _refuse_chosen(stage, session, (*stage.of_candidate, *stage.both))
         _weights_first(stage, session)
         steps = stage.candidate(session, files.read(recorded))
     recording, written = _Recording(traces), StepFiles(traces, stage.name, side)
@@ -96,6 +99,18 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
     saved = recording.trace(replace(provenance, steps_digest=written.digest)).save(traces, side)
     return (f"{stage.name}: {session.options.only} recorded, {len(recording.arrays)} tensors: {saved}\n"
             f"next: {_command(stage, session)} {then}")
+
+
+def _refuse_chosen(stage: RecordedStage, session: Session, still: Collection[str]) -> None:
+    """:class:`BadInput` for a flag of the stage's own, but for those that can ``still`` be given."""
+    if given := spelled(name for name in chosen(stage, session.options) if name not in still):
+        raise BadInput(f"{given}: what the sides are fed is chosen where the reference is recorded, and that is done. "
+                       "Give it with --only reference.")
+
+
+def _refuse_candidates(stage: RecordedStage, session: Session) -> None:
+    if given := spelled(name for name in chosen(stage, session.options) if name in stage.of_candidate):
+        raise BadInput(f"{given}: this is asked for where the Paddle side is recorded. Give it with --only candidate.")
 
 
 def _weights_first(stage: RecordedStage, session: Session) -> None:

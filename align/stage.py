@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .candidate import Candidate
     from .compare import TensorResult
     from .diagnose import Explanation
+    from .done import Done
     from .evidence import Inspection
     from .reference import Reference
     from .report import StageResult, Table
@@ -143,6 +144,10 @@ class RecordedStage:
     judge: Callable[[Session, Iterable[tuple[Step, Step]]], Findings]
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     lacking: Callable[[Run], str | None] = lambda run: None
+    of_candidate: Collection[str] = ()
+    """Which of its own flags are for the candidate; what others choose is chosen with the reference."""
+    both: Collection[str] = ()
+    """Which of them each side is told."""
     weights: bool = True
     """Whether a net is part of it; what is only about data reads no weights."""
     copies: int = 0
@@ -188,12 +193,37 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
             told = record(stage, _session(options, advance))
         print(told)
         return errors.ALIGNED
+    done = _done(stage, options)
+    done.forget(stage.name)
     result = run_stage(stage, options)
-    report = result.save(_session(options).reports)
+    code = errors.ALIGNED if result.verdict == ALIGNED else errors.DIVERGED
+    report = result.save(done.directory)
+    done.put(stage.name, code)
     result.print()
     print(f"report: {report}")
     _write_page(report.parent)
-    return errors.ALIGNED if result.verdict == ALIGNED else errors.DIVERGED
+    return code
+
+
+def _done(stage: Stage | RecordedStage, options: argparse.Namespace) -> Done:
+    """What ``python -m align`` need not repeat; a verdict under flags of the stage's own is not the one it asks for."""
+    from .done import Done
+    session = _session(options)
+    if options.compare or chosen(stage, options):
+        return Done(session.reports, None)
+    return Done.of(session.run, session.reports, options)
+
+
+def chosen(stage: Stage | RecordedStage, options: argparse.Namespace) -> list[str]:
+    """Those of the stage's own flags, as names in ``options``, that are not as when nothing is said."""
+    parser = argparse.ArgumentParser()
+    stage.flags(parser)
+    return [name for name, usual in vars(parser.parse_args([])).items() if getattr(options, name, usual) != usual]
+
+
+def spelled(names: Iterable[str]) -> str:
+    """``--max-length and --rows``, as on the command line."""
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _write_page(directory: Path) -> None:

@@ -425,7 +425,8 @@ def _refuse_paging(session: Session) -> None:
 
 
 STAGE = RecordedStage("train", "Fine-tune both sides on the same batches and compare their curves with torch's band.",
-                      reference, candidate, judge, flags, copies=COPIES)
+                      reference, candidate, judge, flags, of_candidate=("candidate_optimizer",),
+                      both=("checkpoint_every", "resume"), copies=COPIES)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

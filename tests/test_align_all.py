@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from align import done
 from align.done import FILE, Done
 from align.page import BESIDE, ORDER, stage_names
 from align.runs import load_run
+from align.stage import add_flags
 from align.submission import MARK, lay_out, require_free
 from convert import gptj
 from convert.errors import BadInput
@@ -49,9 +51,15 @@ def stubbed(tmp_path, monkeypatch):
     def run(command: list[str], **_):
         stage = command[2].removeprefix("align.")
         started.append(stage)
+        code = codes.get(stage, 0)
         (made.reports / "gptj" / f"{stage}.json").write_text(json.dumps({
-            "schema": SCHEMA, "stage": stage, "verdict": "diverged" if codes.get(stage) else "aligned"}))
-        return SimpleNamespace(returncode=codes.get(stage, 0))
+            "schema": SCHEMA, "stage": stage, "verdict": "diverged" if code else "aligned"}))
+        if code in (0, 1) and "--compare" not in command:
+            parser = argparse.ArgumentParser()
+            add_flags(parser)
+            options = parser.parse_args(command[3:])
+            Done.of(load_run("gptj", made.reports), made.reports / "gptj", options).put(stage, code)
+        return SimpleNamespace(returncode=code)
     monkeypatch.setattr(program.subprocess, "run", run)
     return SimpleNamespace(workshop=made, started=started, codes=codes, run=lambda *flags: program.run_all(
         ["--run", "gptj", "--reports", str(made.reports), *flags]))
@@ -122,6 +130,28 @@ def turned_over(file):
     """The last bit is another one."""
     held = file.read_bytes()
     file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+
+
+def test_what_was_carried_out_by_itself_is_not_repeated(workshop, monkeypatch, capfd):
+    """Unless it was asked for something else, or from recordings, or came to no verdict."""
+    arguments = ["--run", "gptj", "--reports", str(workshop.reports)]
+
+    def by_itself(*flags):
+        return import_module("align.forward").main(import_module("align.forward").STAGE, [*arguments, *flags])
+
+    def is_done():
+        run = load_run("gptj", workshop.reports)
+        return Done.of(run, run.directory, OPTIONS).code("forward") is not None
+    assert by_itself() == 0 and is_done()
+    monkeypatch.setattr(program, "stage_names", lambda: ["forward"])
+    assert program.run_all(arguments) == 0 and "as before" in capfd.readouterr().out
+    assert by_itself("--rows", "3") == 0 and not is_done()
+    assert by_itself() == 0 and is_done()
+    assert by_itself("--only", "reference") == by_itself("--only", "candidate") == by_itself("--compare") == 0
+    assert not is_done()
+    assert by_itself() == 0 and is_done()
+    monkeypatch.setattr("align.recording.findings_of", lambda *_: (_ for _ in ()).throw(BadInput("no")))
+    assert by_itself() == 2 and not is_done()
 
 
 @pytest.mark.parametrize("change", [

@@ -648,3 +648,8 @@ def test_a_floor_knows_the_noise_of_gradients(shop):
     floors = [tensor["floor"] for tensor in outcome.report["tensors"]
               if tensor["name"].endswith(".weight (iteration 1)")]
     assert floors and all(1e-8 < floor < 1e-4 for floor in floors)
+
+
+def test_flags_of_several_iterations_are_refused_where_weights_come_in_block_by_block(shop):
+    refused = shop.align("backward", "gptj", "--paging", "on", "--clip", "0.5", "--lr", "1e-2")
+    assert refused.code == 2 and "--clip and --lr: weights come in block by block here" in refused.stderr

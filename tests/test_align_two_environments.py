@@ -95,7 +95,7 @@ def test_inputs_are_chosen_where_the_reference_is_recorded(shop):
     recorded(shop)
     for flags in (("--only", "candidate", "--rows", "3"), ("--compare", "--tokens", "70")):
         refused = shop.align("forward", "bert", *flags)
-        assert refused.code == 2 and "--only reference" in refused.stderr
+        assert refused.code == 2 and f"{flags[-2]}: what the sides are fed is chosen" in refused.stderr
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -106,6 +106,20 @@ def test_rows_are_chosen_where_the_reference_is_recorded(shop, flags, told, then
     recorded(shop, stage="metric")
     refused = shop.align("metric", "bert", *then, *flags)
     assert refused.code == 2 and told in refused.stderr and "--only reference" in refused.stderr
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("optimizer", ("--updates", "3")), ("backward", ("--clip", "0.5")), ("train", ("--seed", "3"))])
+def test_how_weights_are_moved_is_chosen_where_the_reference_is_recorded(shop, stage, flags):
+    recorded(shop, stage=stage)
+    refused = shop.align(stage, "bert", "--only", "candidate", *flags)
+    assert refused.code == 2 and f"{flags[0]}: what the sides are fed is chosen" in refused.stderr
+
+
+@pytest.mark.parametrize("stage, flag", [("data", "--tokenizer"), ("optimizer", "--candidate-optimizer")])
+def test_what_is_asked_of_the_paddle_side_is_refused_where_torch_is_recorded(shop, stage, flag):
+    refused = shop.align(stage, "bert", "--only", "reference", flag, "my:build")
+    assert refused.code == 2 and f"{flag}: this is asked for where the Paddle side is recorded" in refused.stderr
 
 
 @pytest.mark.parametrize("flag, value", [("--device", "gpu:0"), ("--paging", "on")])

@@ -46,8 +46,11 @@ class PagedTorchGradients:
         self._gate_of = {name: next(gate for gate in self.gates if name.startswith(f"{gate}.")) for name in held}
         self._paddle = dict(run.modules)
 
-    def steps(self, batch: Batch, reordered: int) -> Iterator[Step]:
-        """Two steps for each gate, from the last to the first, and one for the parameters that several gates share.
+    def steps(self, batch: Batch, reordered: int, advance: Callable[[str], None] = lambda told: None,
+              ) -> Iterator[Step]:
+        """``advance`` is told what the passes go through.
+
+        Two steps for each gate, from the last to the first, and one for the parameters that several gates share.
 
         One is of the passes' own way; the other, of a recorded module, is fed what the plain pass was. Between them
         all passes halt once more, so that only one of the two is in memory. The plain pass goes last: what it gave need
@@ -58,8 +61,11 @@ class PagedTorchGradients:
             ReorderedGradients, range(1, reordered + 1)))]
         passes: list[Callable[[], None]] = [lambda one=one: self._pass(one, batch, one.mode) for one in pooled]
         passes.append(lambda: self._pass(plain, batch, nullcontext()))
+        seen: set[str] = set()
         with self._recomputed(), in_step(passes, self.side.enter) as walks:
             while walks.gate is not None:
+                advance(f"torch {walks.gate}{', backward' * (walks.gate in seen)}")
+                seen.add(walks.gate)
                 walks.advance()
                 if plain.passage is not None:
                     self.side.leave()

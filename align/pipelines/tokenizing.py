@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from convert.errors import BadInput, require
 from convert.traits import Prompts
 
 from .. import prompts
-from ..candidate import blamed, function_named
+from ..candidate import blamed, function_named, paddlenlp_imported
 from ..runs import Run
 from ..texts import TOKENIZER_FILES, load_tokenizer
 from .corpus import Text
@@ -161,19 +160,15 @@ def open_candidate(run: Run, given: str | None) -> Any:
 
 def quiet() -> None:
     """PaddleNLP, without what it says when it is imported and of tokens that are not set."""
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        require("paddle")
-        require("paddlenlp")
-    from paddlenlp.utils.log import logger
+    require("paddle")
+    with paddlenlp_imported():
+        from paddlenlp.utils.log import logger
     logger.set_level("CRITICAL")
 
 
 def paddlenlp_class(run: Run) -> Any:
     module, _, name = run.family.paddlenlp_tokenizer.partition(":")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with paddlenlp_imported():
         return getattr(importlib.import_module(f"paddlenlp.transformers.{module}"), name)
 
 
