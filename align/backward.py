@@ -30,7 +30,6 @@ from .diagnose import Explanation
 from .explanations.gradients import explained
 from .floor import YARDSTICK, Quantities, Quantity, floors_of, look_again
 from .gradients.batches import (
-    NEAR,
     ROWS,
     Batch,
     Course,
@@ -49,7 +48,7 @@ from .options import above_zero, positive, two_or_more
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, chosen, main, spelled
 from .tasks import BARE
-from .tolerance import CANCELLED, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
+from .tolerance import CANCELLED, NEAR, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
 
 ALONE = " (isolated)"

@@ -57,6 +57,9 @@ class TensorResult:
                 and all(error <= CEILING for error in measured))
 
 
+KINDS: tuple[Kind, ...] = ("propagated", "isolated")
+
+
 def compare(name: str, reference: np.ndarray, candidate: np.ndarray, allowed: float,
             isolated: np.ndarray | None = None, floors: Mapping[Kind, NoiseFloor] | None = None) -> TensorResult:
     """Judge ``candidate`` against ``reference``: passed when rel_l2 <= ``allowed``, in both runs of a block.
@@ -84,7 +87,7 @@ def compare(name: str, reference: np.ndarray, candidate: np.ndarray, allowed: fl
                                                    key=lambda found: found.rel_l2)
     failed = max((found for found in judgements if not found.passed), key=lambda found: found.share, default=None)
     passed = failed is None and worst.rel_l2 <= allowed and (allowed > 0 or worst.max_abs == 0)
-    kind = next((kind for kind in ("propagated", "isolated") if judgements and kind in floors), None)
+    kind = failed.kind if failed else next((kind for kind in KINDS if judgements and kind in floors), None)
     floor = floors[kind].relative if kind else None
     limit = floors[kind].relative * LIMITS[kind]["total"] if kind else allowed
     shown = propagated if failed and failed.kind == "propagated" else worst

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -31,6 +31,9 @@ BESIDE = {"quick"}
 CORE = ("weights", "forward", "metric", "loss")
 ALIGNED, DIVERGED, INCOMPLETE = "aligned", "diverged", "incomplete"
 SHOWN_FAILURES = 20
+
+
+PAGE = "index.html"
 
 
 def stage_names() -> list[str]:
@@ -214,12 +217,17 @@ def _within(name: str, module: str) -> bool:
 
 def write_page(directory: Path) -> Path:
     """Write ``index.html`` from the ``<stage>.json`` files of ``directory``; :class:`BadInput` when there are none."""
-    text = _template().render(_view(directory))
-    page = directory / "index.html"
-    staged = directory / ".index.html.staged"
+    text = drawn(directory)
+    page = directory / PAGE
+    staged = directory / f".{PAGE}.staged"
     staged.write_text(text, "utf-8")
     os.replace(staged, page)
     return page
+
+
+def drawn(directory: Path, left_out: Collection[str] = ()) -> str:
+    """The page as HTML, without the stages that are ``left_out``."""
+    return _template().render(_view(directory, left_out))
 
 
 @cache
@@ -232,9 +240,9 @@ def _template() -> Any:
     return environment.get_template("report.html.j2")
 
 
-def _view(directory: Path) -> dict[str, Any]:
+def _view(directory: Path, left_out: Collection[str]) -> dict[str, Any]:
     """What the template shows, decided here."""
-    stages = read_stages(directory)
+    stages = [stage for stage in read_stages(directory) if stage.name not in left_out]
     checked = [stage for stage in stages if stage.name != "convert"]
     conversion = next((stage.content for stage in stages if stage.name == "convert" and not stage.doubt), None)
     missing = [name for name in CORE if name not in {stage.name for stage in stages}]

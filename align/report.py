@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from convert.report import SCHEMA
 
 from .compare import Measures, TensorResult
+from .tolerance import CANCELLED
 
 if TYPE_CHECKING:
     from .diagnose import Explanation
     from .training.curves import Curves
 
 ALIGNED, DIVERGED = "aligned", "diverged"
+SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,13 @@ class StageResult:
             inside = f", inside it `{self.named}`" if within else ""
             return (f"First divergence: `{self.first_divergence}`{inside}; {good} of {len(self.tensors)} compared "
                     "tensors agree.")
-        worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures), default=0.0)
+        cancelled = [tensor for tensor in self.tensors if (tensor.floor or 0.0) > CANCELLED]
+        worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures
+                     and tensor not in cancelled), default=0.0)
+        beside = f" ({len(cancelled)} cancel but for rounding, and agree within torch's noise)" if cancelled else ""
         parts = f", and so do {len(self.sublayers)} parts of blocks" if self.sublayers else ""
         return (f"All {len(self.tensors)} tensors are equal, bit for bit." if self.stage == "weights" else
-                f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}{parts}.")
+                f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}{beside}{parts}.")
 
     def print(self) -> None:
         """The table in the terminal."""
@@ -184,12 +189,14 @@ class StageResult:
             table.add_column("tensor", overflow="fold")
             for name in ("rel-L2", *(("isolated", "noise", "used") if judged else ("max abs", "allowed")), ""):
                 table.add_column(name, justify="right")
-            for tensor in shown[:200]:
+            for tensor in shown[:SHOWN]:
                 more = (_number(tensor.isolated, "rel_l2"), _floor(tensor), _used(tensor)) if judged else (
                     _number(tensor.measures, "max_abs"), _allowed(tensor))
                 table.add_row(tensor.name, _number(tensor.measures, "rel_l2"), *more,
                               "[green]ok[/]" if tensor.passed else "[red]FAIL[/]")
             console.print(table)
+        if len(shown) > SHOWN:
+            console.print(f"… and {len(shown) - SHOWN} more, in {self.stage}.md")
         for table in self.tables:
             if table.shown:
                 table.print(console)
@@ -197,6 +204,8 @@ class StageResult:
             console.print(f"{name}: torch {left:.9g}, paddle {right:.9g}")
         for failure in self.failures[:10]:
             console.print(f"FAIL {failure}", markup=False)
+        if len(self.failures) > 10:
+            console.print(f"… and {len(self.failures) - 10} more, in {self.stage}.json")
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
         if self.diagnosis:

@@ -19,7 +19,7 @@ from typing import Any
 from convert.errors import BadInput
 from convert.report import SCHEMA
 
-from .page import ORDER, stage_names
+from .page import ORDER, PAGE, drawn, stage_names
 
 STEPS = {"weights": 1, "forward": 1, "data": 2, "metric": 2, "loss": 3, "backward": 4, "optimizer": 4, "train": 5,
          "generate": 5}
@@ -27,7 +27,7 @@ ASKED = {"forward": "forward", "metric": "metric", "loss": "loss", "backward": "
 """What the guide asks for, and calls so."""
 MARK = "<!-- laid out by python -m align --submission -->"
 README = "README.md"
-CONVERSION, PAGE = ("convert.json", "convert.md"), "index.html"
+CONVERSION = ("convert.json", "convert.md")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def lay_out(reports: Path, place: Path, outdated: Collection[str] = ()) -> Path:
             source = next((one for one in (reports / name, reports.parent / name) if one.is_file()), None)
             if source:
                 shutil.copyfile(source, staged / name)
-        if (reports / PAGE).is_file():
-            shutil.copyfile(reports / PAGE, staged / PAGE)
+        if any(part.report for part in parts):
+            (staged / PAGE).write_text(drawn(reports, outdated), "utf-8")
         (staged / README).write_text(_readme(reports, parts), "utf-8")
         if place.exists():
             shutil.rmtree(place)

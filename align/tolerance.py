@@ -80,6 +80,12 @@ QUICK_LARGEST = 0.1
 RATE = 1e-6
 RATE_UNIT = 2.0**-50
 
+# Of updates. SYSTEMATIC is how many units of rounding the operations of one may be off by, in all elements and each
+# time alike. NEAR is a share of the rms of what enters a relu: how near to its kink, 16 units of rounding, an element
+# is as good as on it, so that a gradient there is no evidence.
+SYSTEMATIC = 16
+NEAR = 2.0**-19
+
 # After a training. METRIC_AFTER is what a trained model's metric may differ by: absolute for a rate, relative for a
 # perplexity or a squared error. MOVED_MARGINS is a limit as those of LIMITS: within how many times what torch's own
 # runs move margins by a prediction may be another one. CHAOTIC is from where on torch's own loss is told to lie too far

@@ -372,3 +372,5 @@ def test_a_submission_holds_no_report_of_another_state(stubbed, tmp_path):
     assert handed_in() == {**dict.fromkeys(handed_in(), "–"), "weights": "aligned", "data": "aligned",
                            "forward": "diverged"}
     assert "may tell of another state of the run" in (place / "README.md").read_text("utf-8")
+    stages = re.findall(r'<h3 id="stage-\d+">(\w+)', (place / "index.html").read_text("utf-8"))
+    assert "forward" in stages and "loss" not in stages

@@ -12,6 +12,9 @@ from reprod_log import ReprodDiffHelper
 
 import models
 from align import stage
+from align.compare import TensorResult, compare
+from align.noise import NoiseFloor
+from align.report import StageResult
 
 TYPES = {"schema": str, "run": str, "family": str, "stage": str, "verdict": str, "first_divergence": (str, type(None)),
          "tensors": list, "reference": dict, "candidate": dict, "inputs_digest": (str, type(None)),
@@ -104,6 +107,29 @@ def test_a_divergence_is_told_in_json_markdown_and_terminal(diverged):
     assert outcome.report["first_divergence"] == "transformer.h.2"
     assert "diverged" in markdown.splitlines()[0] and "`transformer.h.2`" in markdown.splitlines()[2]
     assert "forward: diverged" in outcome.stdout and "FAIL transformer.h.2" in outcome.stdout
+
+
+def result_of(tensors):
+    sides = dict.fromkeys(("framework", "version", "weights_digest"), "–")
+    return StageResult("net", "gptj", "GPTJForCausalLM", "backward", "models", tensors, sides, sides, None, 1.0, 1)
+
+
+def test_more_failures_than_are_shown_are_counted(capsys):
+    failing = [TensorResult(f"h.{number}", (1,), "float32", 0.0, False, failure=f"h.{number}: bad")
+               for number in range(12)]
+    result_of(failing).print()
+    assert "… and 2 more, in backward.json" in capsys.readouterr().out
+
+
+def test_what_cancels_is_no_part_of_the_largest_error_that_is_told():
+    """The gradient of a key's bias is 0 by mathematics: 1.5e-9 against 0.5e-9 says nothing of how well two sides agree.
+    """
+    noisy = NoiseFloor(np.array([[1e-9, 1e-9]]), np.array([[1e-9, 1e-9]], np.float32), 1e-9)
+    zero = compare("bias", np.float32([1e-9, 1e-9]), np.float32([2e-9, 1e-9]), np.inf, None, {"propagated": noisy})
+    right = compare("weight", np.float32([1.0, 1.0]), np.float32([1.0, 1.0 + 2**-20]), np.inf)
+    assert zero.measures.rel_l2 > 0.5
+    told = result_of([right, zero]).summary()
+    assert "relative L2 at most 6.7e-07 (1 cancel but for rounding, and agree within torch's noise)" in told
 
 
 def test_nothing_else_ends_in_json(workshop, outcomes):

@@ -263,6 +263,14 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(flags, word, shop):
     assert outcome.code == 2 and word in outcome.stderr
 
 
+def test_labels_of_ones_own_that_the_head_does_not_have_are_refused(shop, tmp_path):
+    run = shop.make("BertForSequenceClassification", "classes", tokenizer=True)
+    (tmp_path / "stars.jsonl").write_text("".join(f'{{"text": "the house {n}", "label": {n}}}\n' for n in range(6)))
+    refused = shop.align("train", run, "--dataset", str(tmp_path / "stars.jsonl"), *SHORT)
+    assert refused.code == 2 and "has the label 2, and the head of this checkpoint the 2 classes 0 to 1" in (
+        refused.stderr)
+
+
 def test_a_report_says_so_where_no_step_shows_weight_decay(shop):
     """Two of three steps with a third and two of 1e-6: a decay of 0.01 is 1e-8 of a weight, rounding 6e-8."""
     outcome = shop.align("train", "gptj", *SHORT, "--warmup", "3", "--lr", "1e-6")
@@ -381,8 +389,10 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(optimizer
                 os.kill(os.getpid(), signal.SIGINT)
             return right(self)
         monkeypatch.setattr(cls, "step", step)
-    codes = [shop.align("train", "gptj", *flags, *["--resume"] * resumed).code for resumed in (False, True, True)]
+    ends = [shop.align("train", "gptj", *flags, *["--resume"] * resumed) for resumed in (False, True, True)]
+    codes, err = [end.code for end in ends], ends[-1].stderr
     assert codes == [130, 130, 0]
+    assert all(f"{side}: goes on behind step " in err for side in ("torch", "paddle"))
     again = json.loads((shop.reports / "gptj" / "train.json").read_text())
     assert again["tensors"] == whole.report["tensors"] and again["curves"] == whole.report["curves"]
     assert again["values"] == whole.report["values"]

@@ -20,8 +20,6 @@ ROWS, TOKENS = 4, 64
 TEMPERATURE = 1.0
 """Of a bare encoder's contrastive loss, as in loss.py."""
 OTHER, DRAWS = 100_000, 8
-NEAR = 2.0**-19
-"""Of the rms of what enters a relu: how near to its kink, 16 units of rounding, an element is as good as on it."""
 Gradients = dict[str, np.ndarray]
 
 

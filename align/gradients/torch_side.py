@@ -65,7 +65,7 @@ class TorchGradients:
     def nearest_kink(self, batch: Batch) -> float:
         """The smallest |x| / rms(x) of what enters a relu, infinite where there is none.
 
-        Rounding decides on which side of 0 an element lies that is nearer than :data:`NEAR`, and with it all of its
+        Rounding decides on which side of 0 an element lies that is nearer than ``NEAR``, and with it all of its
         gradient: there are two right ones.
         """
         if not any(isinstance(module, torch.nn.ReLU) for module in self.model.modules()):

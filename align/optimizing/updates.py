@@ -16,6 +16,7 @@ from ..gradients.batches import Batch, Settings, batches_of
 from ..inputs import SEED
 from ..noise import NoiseFloor
 from ..runs import Run
+from ..tolerance import SYSTEMATIC
 from .recipe import Recipe
 
 Arrays = Mapping[str, np.ndarray]
@@ -77,7 +78,6 @@ def own_batches(run: Run, course: Course) -> list[list[Batch]]:
 
 
 UNIT = 2.0**-24
-SYSTEMATIC = 16
 
 
 class Rounding:

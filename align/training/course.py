@@ -151,6 +151,7 @@ def _resumed(side: Trainer, kept: Checkpoint) -> Course:
         return Course()
     arrays, told = found
     side.load(_below("state/", arrays), told["state"])
+    print(f"{kept.name}: goes on behind step {len(arrays['curve/losses'])}.", file=sys.stderr)
     return Course(*(arrays[f"curve/{name}"].tolist() for name in CURVES), _below("moved/", arrays), told["drops"])
 
 

@@ -23,6 +23,7 @@ from .course import Settings
 
 ROWS, SHARE = 64, 4
 """How many rows are read, of which the last in ``SHARE`` is held out."""
+CLASSIFYING = ("sequence-classification", "image-classification", "token-classification")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def lessons_of(session: Session, settings: Settings, rows: int, tokens: int) -> 
         given = "as its tokenizer reads them" if encoder.tokenizer else (
             "as seeded ids, because the checkpoint has no tokenizer")
         told = f"{name}, {given}, at most {encoder.max_length} tokens each"
+    if options.dataset is not None:
+        _require_classes(examples, run)
     least = -(-len(examples) // SHARE)
     taught = len(examples) - least
     if taught < 1 or (run.head.task in BARE and taught < 2):  # of one pair the contrastive loss is 0
@@ -61,6 +64,18 @@ def lessons_of(session: Session, settings: Settings, rows: int, tokens: int) -> 
     notes = [f"Data: {len(examples)} rows of {told}. Trained on the first {taught}, in batches of {rows}; the metric "
              f"is measured on the last {least}."]
     return Lessons(steps, examples[taught:], notes)
+
+
+def _require_classes(examples: Sequence[Example], run: Run) -> None:
+    """:class:`BadInput` where a label of the user's own is none of the head's classes."""
+    classes = run.sizes.get("labels", 0)
+    if run.head.task not in CLASSIFYING or problem_of(run.config, classes) == "regression":
+        return
+    for label in (label for example in examples for name in ("label", "labels")
+                  for label in np.atleast_1d(example.targets.get(name, IGNORED)).tolist()):
+        if label != IGNORED and label not in range(classes):
+            raise BadInput(f"the data set has the label {label}, and the head of this checkpoint the {classes} classes "
+                           f"0 to {classes - 1}. Give rows with labels that it has.")
 
 
 def held_out_batches(examples: Sequence[Example], run: Run, rows: int) -> list[tuple[Inputs, Sequence[Example]]]:
