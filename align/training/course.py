@@ -107,6 +107,8 @@ def carry_out(side: Trainer, batches: Sequence[Sequence[Batch]], settings: Setti
               advance: Callable[[str], None]) -> Course:
     """Train ``side``, from where ``kept`` was left if that is asked for. A first Ctrl-C waits for the step to end."""
     course = _resumed(side, kept)
+    if course.done:
+        print(f"{kept.name}: goes on behind step {course.done} of {settings.steps}.", file=sys.stderr)
     with _asked_to_stop() as asked:
         while course.done < settings.steps:
             _take_step(side, batches[course.done], course)
@@ -151,7 +153,6 @@ def _resumed(side: Trainer, kept: Checkpoint) -> Course:
         return Course()
     arrays, told = found
     side.load(_below("state/", arrays), told["state"])
-    print(f"{kept.name}: goes on behind step {len(arrays['curve/losses'])}.", file=sys.stderr)
     return Course(*(arrays[f"curve/{name}"].tolist() for name in CURVES), _below("moved/", arrays), told["drops"])
 
 
