@@ -21,7 +21,7 @@ from .trace import Provenance, Step, StepFiles, Trace, load_trace, require_compa
 Found = tuple[Findings, Provenance, Provenance]
 Watch = Callable[[Step, Step], None]
 SIDES = ("torch", "paddle")
-LARGE = 1 << 20
+LARGE = 1 << 16
 
 
 def findings_of(stage: Stage | RecordedStage, session: Session) -> Found:

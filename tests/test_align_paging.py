@@ -142,9 +142,13 @@ def test_a_checkpoint_of_the_old_torch_format_cannot_be_paged_and_says_so(shop):
 
 @pytest.mark.full
 def test_memory_is_flat_in_the_number_of_layers(shop):
-    """A block of 1024 x 4096 is 50 MB in float32: eight more of them would be 400 MB on each side."""
+    """A block of 1024 x 4096 is 50 MB in float32: sixteen more of them would be 800 MB on each side.
+
+    Of 15 runs of 6 to 18 layers the peaks were 1,153 to 1,202 MB, in no order: how often the next block comes in just
+    when most is needed for this one. With two layers, where it comes in once, they were 1,124 to 1,133.
+    """
     peaks = []
-    for layers in (2, 10):
+    for layers in (6, 22):
         run = shop.make("GPTJForCausalLM", f"deep-{layers}", n_layer=layers, n_embd=1024, n_inner=4096, n_head=8,
                         rotary_dim=32)
         done = subprocess.run([sys.executable, "-m", "align.forward", "--run", run, "--reports", str(shop.reports),
@@ -152,7 +156,7 @@ def test_memory_is_flat_in_the_number_of_layers(shop):
                               cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads((shop.reports / run / "forward.json").read_text())["peak_rss_bytes"])
-    assert peaks[1] - peaks[0] < 400e6 / 8
+    assert peaks[1] - peaks[0] < 800e6 / 8
 
 
 # Gates and pages ------------------------------------------------------------------------------------------------------
