@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +51,9 @@ from .stage import Findings, RecordedStage, Session, chosen, main, spelled
 from .tasks import BARE
 from .tolerance import CANCELLED, NEAR, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
+
+if TYPE_CHECKING:
+    from .gradients.torch_recompute import PagedTorchGradients
 
 ALONE = " (isolated)"
 NORM, CLIPPED = "global norm", "clipped global norm"
@@ -376,6 +380,15 @@ def _settings(session: Session) -> Settings:
 
 def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Iterator[Step]:
     """The batch first, then two steps for each gate, from the last to the first."""
+    yield from _paged(session, lambda side, batch: side.steps(batch, reordered, session.advance))
+
+
+def _paged_isolated(session: Session, names: Collection[str]) -> Iterator[Step]:
+    """The batch first, then what the modules ``names`` give by themselves, by the runs of a second look."""
+    yield from _paged(session, lambda side, batch: side.isolated_again(batch, SECOND_LOOK, names, session.advance))
+
+
+def _paged(session: Session, steps: Callable[[PagedTorchGradients, Batch], Iterator[Step]]) -> Iterator[Step]:
     from .gradients.torch_recompute import PagedTorchGradients
     if given := spelled(chosen(STAGE, session.options)):
         raise BadInput(f"{given}: weights come in block by block here, so that there is one iteration of one batch, "
@@ -387,7 +400,7 @@ def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Itera
         "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [
             f"One iteration, of {batch.inputs.rows.batch} seeded rows, in eval mode: weights came in block by block, "
             "and each block was computed again on the way back.", YARDSTICK]})
-    yield from side.steps(batch, reordered, session.advance)
+    yield from steps(side, batch)
 
 
 def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> Iterator[Step]:
@@ -411,7 +424,10 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
     failing = {name: result for name, result in found.items() if not result.passed}
 
     def look() -> int:
-        stage = replace(STAGE, reference=lambda session: _paged_reference(session, SECOND_LOOK))
+        modules = _modules_of(session, failing)
+        reference = partial(_paged_isolated, names=modules) if modules else partial(
+            _paged_reference, reordered=SECOND_LOOK)
+        stage = replace(STAGE, reference=reference)
         again, _ = _of_gates(session, paired(stage, session), failing)
         found.update(again)
         return sum(not result.passed for result in found.values())
@@ -419,6 +435,14 @@ def _judged_by_gate(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Fin
     notes += look_again(session, "backward", doubtful, look)
     names = sorted(found, key=lambda name: not name.endswith(ALONE))
     return Findings([found[name] for name in names], [*notes, *_cancelled(found)])
+
+
+def _modules_of(session: Session, failing: Iterable[str]) -> set[str]:
+    """The modules that all these isolated gradients are of; none where one is not isolated, or of no module."""
+    modules = sorted((name for _, name in session.run.modules), key=len)
+    homes = {next((module for module in modules if f"{name.partition(' ')[0]}.".startswith(f"{module}.")), None)
+             if name.endswith(ALONE) else None for name in failing}
+    return set() if None in homes else homes
 
 
 def _of_gates(session: Session, pairs: Iterable[tuple[Step, Step]], asked: Container[str] | None = None,

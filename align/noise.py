@@ -114,6 +114,11 @@ class NoiseFloor:
         least = max(FLOOR_UNITS * EPS * (norm + _rms(_rows(self.base))), self.few)
         return max(_rms(self.spread), least) / norm if norm and not self.exact else 0.0
 
+    def distance(self, candidate: np.ndarray) -> float:
+        """The relative L2 error of a finite ``candidate``, of as many elements as the oracle has, against float64."""
+        norm, _, error = _Sums.of(self.oracle, self.spread, candidate.reshape(self.oracle.shape)).rms
+        return _ratio(error, norm)
+
     def of_sum(self, terms: NoiseFloor) -> NoiseFloor:
         """This floor of a single number, given that of the ``terms`` whose sum it is: s = hypot(D, I)."""
         spread = np.hypot(self.spread, _norm(terms.spread))

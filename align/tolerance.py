@@ -19,7 +19,9 @@ REPROD_LOG_MEAN = 1e-5
 # Ratios to the noise floor (see noise.py), fed the reference's input and in the model's own pass. CEILING is the
 # isolated error that no noisy reference lifts. It was 1e-5, the one bound here that was ever raised after a failure:
 # of a right model with a peaked softmax (hidden 8, one head), whose own error in torch is 1.9e-5 and in Paddle 2.1e-5.
-# Failures of two other right models led to T in the test few, and to the second look.
+# Failures of two other right models led to T in the test few, and to the second look. What a candidate is held to it
+# against is torch's float32 or, where that is further off, float64: in GPT-J-6B's shape the gradient of one norm was
+# 8e-5 from float64 in Paddle, and in torch itself more than 2e-4.
 CEILING = 1e-4
 CANCELLED = 1e-2
 FLOOR_UNITS = 0.5

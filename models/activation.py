@@ -67,8 +67,12 @@ def gelu_10(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor, slope: float = math.sqrt(2.0 / math.pi)) -> Tensor:
-    """0.5 x (1 + tanh(slope (x + 0.044715 x^3))), the approximation of Hendrycks and Gimpel 2016."""
-    return x * F.sigmoid(2.0 * slope * (x + 0.044715 * x * x * x))
+    """0.5 x (1 + tanh(slope (x + 0.044715 x^3))), the approximation of Hendrycks and Gimpel 2016.
+
+    f(x) = x + f(-x) on the right, where the gradient of a sigmoid near 1 would come of what 1 - sigmoid leaves.
+    """
+    left = paddle.where(x > 0, -x, x)
+    return relu(x) + left * F.sigmoid(2.0 * slope * (left + 0.044715 * left * left * left))
 
 
 def gelu_fast(x: Tensor) -> Tensor:

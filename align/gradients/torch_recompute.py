@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -74,6 +74,23 @@ class PagedTorchGradients:
         for one in pooled:
             pools.add(one.shared_gradients().named)
         yield self._step(plain.shared_gradients(), pools)
+
+    def isolated_again(self, batch: Batch, reordered: int, names: Collection[str],
+                       advance: Callable[[str], None] = lambda told: None) -> Iterator[Step]:
+        """A step for each of the modules ``names`` with the isolated gradients of its gate, of more runs: the plain
+        pass goes there and back once, and the others only through these.
+        """
+        pools = Pools()
+        plain = _Thorough(self, pools, [Float64(), *map(ReorderedGradients, range(1, reordered + 1))], names)
+        with self._recomputed(), in_step([lambda: self._pass(plain, batch, nullcontext())], self.side.enter) as walks:
+            while walks.gate is not None:
+                advance(f"torch {walks.gate}, a second look")
+                walks.advance()
+                passage = plain.take() if plain.passage is not None else Passage()
+                if passage.arriving.keys() & set(names):
+                    self.side.leave()
+                    yield self._step(passage, pools)
+        self.side.leave()
 
     def is_shared(self, name: str, calls: Counter[str]) -> bool:
         """Whether the parameter ``name`` is used by more than one of the ``calls`` of gates."""
@@ -256,6 +273,23 @@ class _Plain(_Listening):
         entering = {} if self.entering is None else {name: self.entering}
         self.passage = Passage(alone=self.by_itself(call, tensors, seeds, widened=False), entering=entering,
                                arriving={name: self.arriving})
+
+
+class _Thorough(_Plain):
+    """A plain pass in which those of the noise floor are made on the spot, fed what it was, at the gates ``names``."""
+
+    def __init__(self, gradients: PagedTorchGradients, pools: Pools, modes: Sequence[Any], names: Collection[str],
+                 ) -> None:
+        super().__init__(gradients)
+        self._others, self._names = [_Pooled(gradients, self, pools, mode) for mode in modes], names
+        for one in self._others:
+            one.calls = self.calls
+
+    def alone(self, call: _Call, tensors: Sequence[Any], seeds: Sequence[Any]) -> None:
+        if self.gradients.name_of(call.gate) in self._names:
+            for one in self._others:
+                one.alone(call, tensors, seeds)
+        super().alone(call, tensors, seeds)
 
 
 class _Pooled(_Listening):
