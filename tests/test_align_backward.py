@@ -27,11 +27,12 @@ from align.gradients.paddle_side import PaddleGradients, _Norm
 from align.gradients.torch_recompute import PagedTorchGradients
 from align.gradients.torch_side import ReorderedGradients, TorchGradients
 from align.inputs import Inputs
-from align.noise import NoiseFloor
+from align.noise import NoiseFloor, Pool
 from align.oracle import Float64
 from align.paddle_net import OwnNet
 from align.reference import Reference
 from align.runs import load_run
+from align.tolerance import SECOND_LOOK
 from models.gptj import GPTJBlock
 from models.layer import BatchNorm2D
 
@@ -309,6 +310,23 @@ def test_paged_gradients_are_those_of_the_whole_model_bit_for_bit(head, shop):
         wrong = [name for name in expected if paged[name].tobytes() != expected[name].tobytes()]
         assert all(is_near(paged[name], expected[name]) for name in wrong)
         assert not [name for name in wrong if not any(word in name for word in SUMS)]
+
+
+def test_a_second_look_at_isolated_gradients_runs_only_where_the_doubt_is(shop, monkeypatch):
+    """The plain pass is the same, so is float64, and twenty reordered runs are pooled with it."""
+    run = load_run("gptj", shop.reports)
+    batch = batches_of(run, Settings(1, 1, 1.0, 1.0), 2)[0][0]
+    name = "transformer.h.1"
+    first = next(step for step in PagedTorchGradients(Reference(run, True), run).steps(batch, 1)
+                 if name in step.view("arriving"))
+    pooled = []
+    right = Pool.add
+    monkeypatch.setattr(Pool, "add", lambda self, array: pooled.append(array.shape) or right(self, array))
+    [again] = PagedTorchGradients(Reference(run, True), run).isolated_again(batch, SECOND_LOOK, {name})
+    assert again.recorded.keys() == first.recorded.keys() and len(pooled) == (SECOND_LOOK + 1) * len(again.recorded)
+    for key, floor in again.floors["isolated"].items():
+        assert again.recorded[key].tobytes() == first.recorded[key].tobytes()
+        assert floor.oracle.tobytes() == first.floors["isolated"][key].oracle.tobytes()
 
 
 SUMS = ("embeddings.weight", "shared", "relative_attention_bias", "t5.encoder")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from align.compare import CHUNK, Measures, compare, measure
-from align.tolerance import EXACT, FORWARD
+from align.noise import NoiseFloor
+from align.tolerance import CEILING, EXACT, FORWARD
 
 finite = st.floats(-1e6, 1e6, width=32)
 vectors = arrays(np.float32, st.integers(1, 40), elements=finite)
@@ -89,6 +90,16 @@ def test_exact_lets_no_difference_pass(reference, candidate):
 @pytest.mark.parametrize("excess, passed", [(0.99, True), (1.01, False)])
 def test_the_limit_is_where_it_says(excess, passed):
     assert passes([1.0], [1.0 + excess * FORWARD]) is passed
+
+
+@pytest.mark.parametrize("torch, paddle, passed", [
+    (0.0, 0.9e-4, True), (0.0, 1.1e-4, False), (3e-4, 0.9e-4, True), (3e-4, 2.9e-4, True), (3e-4, -1.1e-4, False)])
+def test_a_ceiling_is_for_the_error_from_torch_or_from_float64(torch, paddle, passed):
+    """Of a number that is 1 in float64, where torch's runs are so far apart that the ratio to them allows anything."""
+    floor = NoiseFloor(np.ones((1, 1)), np.full((1, 1), 1e-3, np.float32), 1e-3)
+    reference, candidate = np.float32([1 + torch]), np.float32([1 + paddle])
+    found = compare("x", reference, candidate, CEILING, candidate, {"isolated": floor})
+    assert found.passed is passed and all(one.passed for one in found.judgements)
 
 
 @pytest.mark.parametrize("propagated, isolated, passed", [
