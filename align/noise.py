@@ -23,7 +23,8 @@ all, and luck decides how much its sums cancel; there it is
 
 alone, with h what enters the head's linear and rho the pooled relative error of h. Where torch's own propagated error
 is above FORWARD the model is chaotic: single rows and channels then grow their errors at will, in torch too, and only
-total and typical are asked.
+total and typical are asked. Where it is above CANCELLED, as of a gradient that is 0 but for rounding, there is nothing
+but rounding on either side, which has no distribution in common, and only total is asked.
 
 A single number, such as a mean loss L = sum over t of c_t, has no distribution either: K + 1 runs give K + 1 errors,
 all of which may by luck be small. So its s is
@@ -56,7 +57,7 @@ from typing import Literal
 
 import numpy as np
 
-from .tolerance import FLOOR_UNITS, FORWARD, LIMITS
+from .tolerance import CANCELLED, FLOOR_UNITS, FORWARD, LIMITS
 
 EPS = 2.0**-23
 ENOUGH = 16
@@ -150,7 +151,11 @@ class NoiseFloor:
         if length >= ENOUGH:
             floor = np.maximum(found.spread_of_channels, unit * (columns[0] + _rms_along(base, 0)) + least)
             ratios["channel"] = _largest_ratio(columns[2], floor)
-        asked = ratios.keys() & ROBUST if kind == "propagated" and self.relative > FORWARD else ratios.keys()
+        asked = ratios.keys()
+        if kind == "propagated" and self.relative > FORWARD:
+            asked &= ROBUST
+        if self.relative > CANCELLED:
+            asked &= {"total"}
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
 
     def _typical_of_a_vector(self, e: np.ndarray, unit: float) -> float:

@@ -329,6 +329,20 @@ def test_a_second_look_at_isolated_gradients_runs_only_where_the_doubt_is(shop, 
         assert floor.oracle.tobytes() == first.floors["isolated"][key].oracle.tobytes()
 
 
+def test_on_which_side_of_a_kink_an_element_lies_is_drawn_by_lot_where_rounding_decides_it():
+    """Of 1, -1, 0 and, half a unit of rounding from it, 3e-8 and -3e-8; their rms is 0.6."""
+    sides = set()
+    for seed in range(1, 33):
+        x = torch.tensor([1.0, -1.0, 0.0, 3e-8, -3e-8], requires_grad=True)
+        with ReorderedGradients(seed):
+            y = torch.nn.functional.relu(x)
+            y.sum().backward()
+        assert (y - torch.tensor([1.0, 0.0, 0.0, 3e-8, 0.0])).abs().max() <= 3e-8
+        assert x.grad[:3].tolist() == [1.0, 0.0, 0.0]
+        sides.add(tuple(x.grad[3:].tolist()))
+    assert sides == {(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)}
+
+
 SUMS = ("embeddings.weight", "shared", "relative_attention_bias", "t5.encoder")
 """Of what is used several times, or what comes before that, gradients are sums in another order."""
 

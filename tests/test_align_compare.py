@@ -102,6 +102,15 @@ def test_a_ceiling_is_for_the_error_from_torch_or_from_float64(torch, paddle, pa
     assert found.passed is passed and all(one.passed for one in found.judgements)
 
 
+@pytest.mark.parametrize("size, passed", [(3.5, True), (4.5, False)])
+def test_of_what_is_rounding_alone_only_the_size_is_asked(size, passed):
+    """64 elements that are 0 but for noise of 1: as large all over as no element of torch's is but for chance."""
+    noise = np.random.default_rng(5).normal(size=(64, 1))
+    floor = NoiseFloor(1e-9 * noise, np.ones((64, 1), np.float32), 3.0)
+    found = floor.judge(size * np.ones(64), "isolated")
+    assert [one.test for one in found] == ["total"] and found[0].passed is passed
+
+
 @pytest.mark.parametrize("propagated, isolated, passed", [
     (1.0, 1.0, True), (1.1, 1.0, False), (1.0, 1.1, False), (1.0, math.nan, False),
 ])

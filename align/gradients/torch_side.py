@@ -22,6 +22,7 @@ from ..lockstep import heard_by
 from ..oracle import CHUNK, MATMUL, Float64, Reordered, by_place, in_chunks
 from ..runs import Run
 from ..side import entering, fed, hooked, in_shape
+from ..tolerance import NEAR
 from ..torch_side import TorchSide, _is_floating, contrastive, tensors_of
 from .batches import TEMPERATURE, Batch, Course, Gradients, Isolated, Settings, in_paddle, norms_of, rows_of
 
@@ -286,7 +287,7 @@ class ReorderedGradients(Reordered):
     torch adds up the gradients of biases and norms in a tree, Paddle one token after the other, as odd seeds do. A sum
     of n nearly equal terms one after the other errs the same way at each, so by n and not by sqrt(n): of a bias behind
     a mean pool, 4 times as far as torch's tree. Tokens in a random order would hide that, so odd seeds leave neighbours
-    neighbours: see :meth:`_rows`.
+    neighbours: see :meth:`_rows`. And the gradient of a relu jumps: see :meth:`_relu`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
@@ -309,12 +310,23 @@ class ReorderedGradients(Reordered):
             rows = self._rows(args[0].numel())
             found = func(args[0].reshape(-1)[rows], *args[1:], **kwargs)
             return found[torch.argsort(rows)].view(*args[0].shape, -1)
+        if func in RELU and not kwargs.get("inplace", any(args[1:])):
+            return self._relu(args[0])
         if func in MULTIPLIED and _is_scale(args):
             scale, x = args if args[0].dim() == 1 else args[::-1]
             rows = self._rows(x.shape[:-1].numel())
             found = self._spread(scale, len(rows)) * x.reshape(-1, x.shape[-1])[rows]
             return found[torch.argsort(rows)].view(x.shape)
         return None
+
+    def _relu(self, x: Any) -> Any:
+        """max(0, x), but on which side of the kink an element lies that is nearer to it than ``NEAR`` is drawn by lot:
+        rounding decides that, of a step's weights not as of the next one's, and all of its gradient hangs on it.
+        """
+        values = x.detach()
+        far = NEAR * float(values.square().mean().sqrt()) if x.numel() else 0.0
+        shift = far * (2 * torch.rand(x.shape, generator=self.generator) - 1)
+        return torch.where((values + shift > 0) & (values != 0), x, torch.zeros_like(x))
 
     def _rows(self, size: int) -> Any:
         """A permutation [size] of tokens; of odd seeds their own order, begun anywhere, forwards or backwards."""
