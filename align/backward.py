@@ -49,7 +49,7 @@ from .options import above_zero, positive, two_or_more
 from .recording import paired
 from .stage import Findings, RecordedStage, Session, chosen, main, spelled
 from .tasks import BARE
-from .tolerance import CANCELLED, NEAR, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
+from .tolerance import CANCELLED, CEILING, NEAR, REORDERED_RUNS, SECOND_LOOK, gradient_ceiling
 from .trace import RECORDED, Step
 
 if TYPE_CHECKING:
@@ -198,8 +198,13 @@ def _judged(name: str, expected: _Side, given: _Side, floors: Mapping[str, tuple
 def _cancelled(found: Mapping[str, TensorResult]) -> list[str]:
     """Why some relative errors are large where all is well."""
     names = [name for name, result in found.items() if result.passed and (result.floor or 0.0) > CANCELLED]
-    return [f"{len(names)} gradients cancel to zero but for rounding, in torch as here, so that their relative error "
-            f"says nothing and only the ratio to torch's noise does: {names[0]} and the like."] if names else []
+    in_part = [name for name, result in found.items() if result.passed and name.endswith(ALONE)
+               and CEILING < (result.floor or 0.0) <= CANCELLED]
+    return [f"Gradients that {what}: {len(several)}, such as {several[0]}." for several, what in (
+        (names, "cancel to zero but for rounding, in torch as here, so that their relative error says nothing and only "
+                "the ratio to torch's noise does"),
+        (in_part, f"cancel in part, so that torch's own rounding is more than {CEILING:g} of them, and a smaller "
+                  "mistake would not show")) if several]
 
 
 def _one_sided(name: str, asked: str, expected: _Side, given: _Side) -> TensorResult:

@@ -43,6 +43,7 @@ class TensorResult:
     failure: str | None = None
     judgements: tuple[Judgement, ...] = ()
     floor: float | None = None
+    ceiling: float = CEILING
 
     @property
     def share(self) -> float | None:
@@ -54,7 +55,7 @@ class TensorResult:
         """Whether this is a failure by so little that too few runs of torch may be to blame."""
         measured = [found.rel_l2 for found in (self.isolated,) if found]
         return (not self.passed and self.share is not None and 1 < self.share <= DOUBTFUL
-                and all(error <= CEILING for error in measured))
+                and all(error <= self.ceiling for error in measured))
 
 
 KINDS: tuple[Kind, ...] = ("propagated", "isolated")
@@ -95,7 +96,8 @@ def compare(name: str, reference: np.ndarray, candidate: np.ndarray, allowed: fl
     limit = floors[kind].relative * LIMITS[kind]["total"] if kind else allowed
     shown = propagated if failed and failed.kind == "propagated" else worst
     return TensorResult(name, reference.shape, str(reference.dtype), limit, passed, propagated, alone,
-                        None if passed else _sentence(name, shown, allowed, failed), judgements, floor)
+                        None if passed else _sentence(name, shown, allowed, failed), judgements, floor,
+                        allowed if kind else CEILING)
 
 
 def missing(name: str, side: str) -> TensorResult:

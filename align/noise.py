@@ -12,7 +12,8 @@ and of K reordered ones are pooled, and Paddle's error is judged against the poo
     row      largest over rows of rms_c(e)                   max(hypot(rms_c(s), typical(s) rms_c(x)), u rms_c(x))
 
 with u = eps / 2, a fraction of a unit in the last place: nobody is asked to be more exact than that, nor, in a channel
-or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms. The last
+or row that torch rounds to exact zeros (a saturated gelu), than eps^2 of the whole tensor's rms; and a row that is no
+larger than that counts as 0 in typical (of a token that the last one attends to with 1e-40). The last
 three speak of distributions, and are asked only where there are enough rows or channels to have one. A channel of which
 a relu leaves fewer rows than that, k, has none: torch's error in it may be small by luck, so what torch's error is in
 all of the tensor that is not 0, t, is added: hypot(rms_r(s), t sqrt(k / r)). Where torch makes no error at all (a
@@ -140,9 +141,11 @@ class NoiseFloor:
         rows, columns = found.by_row, found.by_channel
         length, channels = self.oracle.shape
         if channels >= ENOUGH:
-            typical = _typical(rows[1], rows[0])
+            there = rows[0] > EPS**2 * x
+            typical = _typical(rows[1], rows[0], there)
             scale = rows[0] + _rms_along(base, 1)
-            ratios["typical"] = _ratio(_typical(rows[2], rows[0]), max(typical, unit * _typical(scale, rows[0])))
+            ratios["typical"] = _ratio(_typical(rows[2], rows[0], there),
+                                       max(typical, unit * _typical(scale, rows[0], there)))
             floor = np.maximum(np.hypot(rows[1], typical * rows[0]), unit * scale + least)
             ratios["row"] = _largest_ratio(rows[2], floor)
         elif channels == 1 and length >= ENOUGH:
@@ -311,8 +314,8 @@ def _rms_along(array: np.ndarray, axis: int) -> np.ndarray:
     return np.sqrt(np.square(array, dtype=np.float64).mean(axis=axis))
 
 
-def _typical(error: np.ndarray, scale: np.ndarray) -> float:
-    return float(np.median(np.divide(error, scale, out=np.zeros_like(error), where=scale > 0)))
+def _typical(error: np.ndarray, scale: np.ndarray, there: np.ndarray) -> float:
+    return float(np.median(np.divide(error, scale, out=np.zeros_like(error), where=there)))
 
 
 def _ratio(error: float, floor: float) -> float:

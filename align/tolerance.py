@@ -48,12 +48,13 @@ def loss_ceiling(value: np.ndarray, base: float) -> float:
 
 
 def gradient_ceiling(floor: float) -> float:
-    """The relative error that a gradient of torch's own input and output gradient may have, whatever torch's noise is.
+    """The relative error that a gradient of torch's own input and output gradient may have.
 
-    A gradient that is zero by mathematics (of the bias of a key) is noise alone on both sides: where torch's own
-    relative noise ``floor`` is above ``CANCELLED``, there is no such bound.
+    Gradients cancel, to nothing (of the bias of a key) or in part (of a norm before a peaked softmax), and torch's own
+    relative noise ``floor`` grows with that: where what that allows, looked at twice, is more than ``CEILING``, it is
+    what decides.
     """
-    return np.inf if floor > CANCELLED else CEILING
+    return max(CEILING, DOUBTFUL * LIMITS["isolated"]["total"] * floor)
 
 
 def quick_allowed(before: float) -> float:

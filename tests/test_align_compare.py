@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from align.compare import CHUNK, Measures, compare, measure
 from align.noise import NoiseFloor
-from align.tolerance import CEILING, EXACT, FORWARD
+from align.tolerance import CEILING, EXACT, FORWARD, gradient_ceiling
 
 finite = st.floats(-1e6, 1e6, width=32)
 vectors = arrays(np.float32, st.integers(1, 40), elements=finite)
@@ -100,6 +100,20 @@ def test_a_ceiling_is_for_the_error_from_torch_or_from_float64(torch, paddle, pa
     reference, candidate = np.float32([1 + torch]), np.float32([1 + paddle])
     found = compare("x", reference, candidate, CEILING, candidate, {"isolated": floor})
     assert found.passed is passed and all(one.passed for one in found.judgements)
+
+
+def test_rows_that_are_nothing_beside_the_others_are_not_asked_for_digits_of_their_own():
+    """16 rows of 1 and 48 of 1e-40, which torch has exactly and the candidate not at all."""
+    oracle = np.concatenate([np.ones((16, 8)), np.full((48, 8), 1e-40)])
+    floor = NoiseFloor(oracle, np.where(oracle == 1, 1e-7, 0).astype(np.float32), 1e-7)
+    candidate = np.where(oracle == 1, 1 + 1e-7, 0)
+    assert all(one.passed for one in floor.judge(candidate, "isolated"))
+    assert not all(one.passed for one in floor.judge(np.where(oracle == 1, 1 + 1e-6, 0), "isolated"))
+
+
+@pytest.mark.parametrize("floor, allowed", [(1e-7, 1e-4), (6e-6, 1e-4), (1e-3, 1.6e-2), (0.5, 8.0)])
+def test_a_gradient_that_cancels_is_held_to_torchs_noise(floor, allowed):
+    assert gradient_ceiling(floor) == pytest.approx(allowed)
 
 
 @pytest.mark.parametrize("size, passed", [(3.5, True), (4.5, False)])
