@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -390,10 +391,12 @@ def _paged_reference(session: Session, reordered: int = REORDERED_RUNS) -> Itera
 
 def _paged_isolated(session: Session, names: Collection[str]) -> Iterator[Step]:
     """The batch first, then what the modules ``names`` give by themselves, by the runs of a second look."""
-    yield from _paged(session, lambda side, batch: side.isolated_again(batch, SECOND_LOOK, names, session.advance))
+    yield from _paged(session, lambda side, batch: side.isolated_again(batch, SECOND_LOOK, names, session.advance),
+                      {"isolated": True})
 
 
-def _paged(session: Session, steps: Callable[[PagedTorchGradients, Batch], Iterator[Step]]) -> Iterator[Step]:
+def _paged(session: Session, steps: Callable[[PagedTorchGradients, Batch], Iterator[Step]],
+           told: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Step]:
     from .gradients.torch_recompute import PagedTorchGradients
     if given := spelled(chosen(STAGE, session.options)):
         raise BadInput(f"{given}: weights come in block by block here, so that there is one iteration of one batch, "
@@ -402,7 +405,7 @@ def _paged(session: Session, steps: Callable[[PagedTorchGradients, Batch], Itera
     batch = batches_of(session.run, Settings(1, 1, 1.0, 1.0), rows)[0][0]
     side = PagedTorchGradients(session.reference, session.run)
     yield Step({"inputs": dict(batch.inputs.arrays), "labels": dict(batch.labels)}, told={
-        "paged": True, "inputs_digest": digest_of([[batch]]), "notes": [
+        "paged": True, **told, "inputs_digest": digest_of([[batch]]), "notes": [
             f"One iteration, of {batch.inputs.rows.batch} seeded rows, in eval mode: weights came in block by block, "
             "and each block was computed again on the way back.", YARDSTICK]})
     yield from steps(side, batch)
@@ -414,7 +417,8 @@ def _paged_candidate(session: Session, first: Step, steps: Iterable[Step]) -> It
         raise BadInput("two torch models cannot be compared block by block. Use --paging off.")
     batch = Batch(Inputs(first.view("inputs")), first.view("labels"))
     yield Step(told={"inputs_digest": digest_of([[batch]])})
-    yield from PagedPaddleGradients(session.candidate).answers(batch, steps)
+    side = PagedPaddleGradients(session.candidate)
+    yield from (side.isolated if first.told.get("isolated") else side.answers)(batch, steps)
 
 
 def _worst_told(judged: Mapping[str, TensorResult]) -> str:

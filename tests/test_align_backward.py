@@ -328,6 +328,8 @@ def test_a_second_look_at_isolated_gradients_runs_only_where_the_doubt_is(shop, 
     monkeypatch.setattr(Pool, "add", lambda self, array: pooled.append(array.shape) or right(self, array))
     [again] = PagedTorchGradients(Reference(run, True), run).isolated_again(batch, SECOND_LOOK, {name})
     assert again.recorded.keys() == first.recorded.keys() and len(pooled) == (SECOND_LOOK + 1) * len(again.recorded)
+    [mine] = list(PagedPaddleGradients(OwnNet(run, paged=True)).isolated(batch, [again]))[:-1]
+    assert mine.recorded.keys() == again.recorded.keys()
     for key, floor in again.floors["isolated"].items():
         assert again.recorded[key].tobytes() == first.recorded[key].tobytes()
         assert floor.oracle.tobytes() == first.floors["isolated"][key].oracle.tobytes()

@@ -44,7 +44,13 @@ class PagedPaddleGradients:
 
     def answers(self, batch: Batch, steps: Iterable[Step]) -> Iterator[Step]:
         """For each of the reference's steps the gradients of the same names, and what is left in the end."""
-        listener = _Listener(self)
+        yield from self._answers(batch, steps, _Listener(self))
+
+    def isolated(self, batch: Batch, steps: Iterable[Step]) -> Iterator[Step]:
+        """The same of steps that ask for isolated gradients alone; no others are held."""
+        yield from self._answers(batch, steps, _Isolated(self))
+
+    def _answers(self, batch: Batch, steps: Iterable[Step], listener: _Listener) -> Iterator[Step]:
         with self._recomputed(), in_step([lambda: self._pass(listener, batch)], self.side.enter) as walks:
             for step in steps:
                 asked = step.view("arriving").keys() & self._modules
@@ -231,6 +237,14 @@ class _Listener:
             return
         for one in self.gradients.named(name, gradient.shape):
             self.found[f"{one}{suffix}"] = gradient
+
+
+class _Isolated(_Listener):
+    """Forgets what gates give on their own way."""
+
+    def _tell(self, name: str, gradient: np.ndarray | None, suffix: str) -> None:
+        if suffix == ALONE:
+            super()._tell(name, gradient, suffix)
 
 
 def _as(run: Any, name: str, array: np.ndarray, like: Any) -> Any:
