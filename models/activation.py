@@ -83,6 +83,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * F.sigmoid(1.702 * x)
 
 
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x) (Elfwing et al. 2017). The gradient of Paddle's own is -inf at -87 and NaN below -88."""
+    return x * F.sigmoid(x)
+
+
 def mish(x: Tensor) -> Tensor:
     """x tanh(log(1 + e^x)) (Misra 2019) = x sigmoid(x + log(1 + e^x / 2)), which cancels nowhere."""
     return x * F.sigmoid(x + paddle.log1p(0.5 * paddle.exp(paddle.clip(x, max=20.0))))
@@ -125,7 +130,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": relu2,
     "relu6": F.relu6,
     "sigmoid": F.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
+    "silu": silu,
+    "swish": silu,
     "tanh": tanh,
 }

@@ -32,6 +32,15 @@ def test_paddles_relu_hides_nan():
     assert paddle.nn.functional.relu(paddle.to_tensor(float("nan"))).item() == 0.0
 
 
+def test_the_gradient_of_paddles_silu_is_not_a_number_far_on_the_left():
+    x = np.array([-87.0, -89.0], "float32")
+    theirs, ours = torch.tensor(x, requires_grad=True), paddle.to_tensor(x, stop_gradient=False)
+    torch.nn.functional.silu(theirs).sum().backward()
+    paddle.nn.functional.silu(ours).sum().backward()
+    assert theirs.grad.abs().max() < 1e-35
+    assert np.isneginf(ours.grad.numpy()[0]) and np.isnan(ours.grad.numpy()[1])
+
+
 def test_paddles_max_pool_hides_nan():
     picture = np.zeros((1, 1, 2, 2), "float32")
     picture[0, 0, 0, 0] = np.nan
