@@ -59,7 +59,7 @@ from .trace import Step
 
 ROWS, TOKENS, BATCH = 64, 128, 8
 OF_A_SET = ("split", "columns", "limit")
-"""The flags that say what is read of a set, and those that say what both sides are given."""
+"""The flags that say what is read of a set."""
 CUT, DECODER, SPECIAL_IDS = "cut", "decoder", "special.ids"
 SUPPOSED = "supposed"
 

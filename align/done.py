@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ class Done:
 
     def _write(self, lines: Mapping[str, tuple[str, str, str]]) -> None:
         text = "".join(f"{name} {' '.join(words)}\n" for name, words in lines.items())
-        (self.directory / FILE).write_text(text, "utf-8")
+        staged = self.directory / f".{FILE}.staged"
+        staged.write_text(text, "utf-8")
+        os.replace(staged, self.directory / FILE)
 
     def _lines(self) -> dict[str, tuple[str, str, str]]:
         try:

@@ -40,7 +40,6 @@ EMBEDDINGS, TOKEN_NLL, RELATIVE = "embeddings", "token_nll", ("perplexity", "mea
 TEXTS = ("piece_targets", "sentence_targets")
 LONGER, ROWS_TOGETHER = 8, 4
 ROWS, TOKENS, BATCH = 64, 128, 8
-"""The flags that say what the models are fed."""
 
 
 def reference(session: Session) -> Iterator[Step]:

@@ -24,8 +24,8 @@ all, and luck decides how much its sums cancel; there it is
 
 alone, with h what enters the head's linear and rho the pooled relative error of h. Where torch's own propagated error
 is above FORWARD the model is chaotic: single rows and channels then grow their errors at will, in torch too, and only
-total and typical are asked. Where it is above CANCELLED, as of a gradient that is 0 but for rounding, there is nothing
-but rounding on either side, which has no distribution in common, and only total is asked.
+total and typical are asked. Where most elements are smaller than torch's error in them, as in a gradient that is 0 but
+for rounding, there is rounding alone on either side, which has no distribution in common, and only total is asked.
 
 A single number, such as a mean loss L = sum over t of c_t, has no distribution either: K + 1 runs give K + 1 errors,
 all of which may by luck be small. So its s is
@@ -116,10 +116,11 @@ class NoiseFloor:
         least = max(FLOOR_UNITS * EPS * (norm + _rms(_rows(self.base))), self.few)
         return max(_rms(self.spread), least) / norm if norm and not self.exact else 0.0
 
-    def distance(self, candidate: np.ndarray) -> float:
-        """The relative L2 error of a finite ``candidate``, of as many elements as the oracle has, against float64."""
-        norm, _, error = _Sums.of(self.oracle, self.spread, candidate.reshape(self.oracle.shape)).rms
-        return _ratio(error, norm)
+    @cached_property
+    def is_rounding(self) -> bool:
+        """Whether there is nothing but torch's rounding in most elements, as in a gradient that is 0 in exact numbers.
+        """
+        return self.relative > CANCELLED and _middle(self.spread) >= _middle(self.oracle) > 0
 
     def of_sum(self, terms: NoiseFloor) -> NoiseFloor:
         """This floor of a single number, given that of the ``terms`` whose sum it is: s = hypot(D, I)."""
@@ -157,7 +158,7 @@ class NoiseFloor:
         asked = ratios.keys()
         if kind == "propagated" and self.relative > FORWARD:
             asked &= ROBUST
-        if self.relative > CANCELLED:
+        if self.is_rounding:
             asked &= {"total"}
         return [Judgement(kind, test, ratios[test], LIMITS[kind][test]) for test in ratios if test in asked]
 
@@ -312,6 +313,11 @@ def _rms(array: np.ndarray) -> float:
 def _rms_along(array: np.ndarray, axis: int) -> np.ndarray:
     """Of [rows, channels] over one of both."""
     return np.sqrt(np.square(array, dtype=np.float64).mean(axis=axis))
+
+
+def _middle(array: np.ndarray) -> float:
+    """The median magnitude, of every n-th element where there are many."""
+    return float(np.median(np.abs(array.reshape(-1)[::1 + array.size // TILE])))
 
 
 def _typical(error: np.ndarray, scale: np.ndarray, there: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from .trace import Provenance, Step, StepFiles, Trace, load_trace, require_compa
 Found = tuple[Findings, Provenance, Provenance]
 Watch = Callable[[Step, Step], None]
 SIDES = ("torch", "paddle")
-LARGE = 1 << 16
+LARGE = 1 << 20
 
 
 def findings_of(stage: Stage | RecordedStage, session: Session) -> Found:
@@ -104,7 +104,7 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
 def _refuse_chosen(stage: RecordedStage, session: Session, still: Collection[str]) -> None:
     """:class:`BadInput` for a flag of the stage's own, but for those that can ``still`` be given."""
     if given := spelled(name for name in chosen(stage, session.options) if name not in still):
-        raise BadInput(f"{given}: what the sides are fed is chosen where the reference is recorded, and that is done. "
+        raise BadInput(f"{given}: what both sides do is chosen where the reference is recorded, and that is done. "
                        "Give it with --only reference.")
 
 

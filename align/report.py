@@ -171,7 +171,7 @@ class StageResult:
         cancelled = [tensor for tensor in self.tensors if (tensor.floor or 0.0) > CANCELLED]
         worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures
                      and tensor not in cancelled), default=0.0)
-        beside = f" ({len(cancelled)} cancel but for rounding, and agree within torch's noise)" if cancelled else ""
+        beside = f" ({len(cancelled)} that torch itself does not know to {CANCELLED:g} left out)" if cancelled else ""
         parts = f", and so do {len(self.sublayers)} parts of blocks" if self.sublayers else ""
         return (f"All {len(self.tensors)} tensors are equal, bit for bit." if self.stage == "weights" else
                 f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}{beside}{parts}.")

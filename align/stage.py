@@ -198,10 +198,10 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     result = run_stage(stage, options)
     code = errors.ALIGNED if result.verdict == ALIGNED else errors.DIVERGED
     report = result.save(done.directory)
-    done.put(stage.name, code)
     result.print()
     print(f"report: {report}")
     _write_page(report.parent)
+    done.put(stage.name, code)
     return code
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from convert.errors import BadInput
 from convert.report import SCHEMA
 
-from .page import ORDER, PAGE, drawn, stage_names
+from .page import BESIDE, ORDER, PAGE, drawn, stage_names
 
 STEPS = {"weights": 1, "forward": 1, "data": 2, "metric": 2, "loss": 3, "backward": 4, "optimizer": 4, "train": 5,
          "generate": 5}
@@ -90,7 +90,7 @@ def lay_out(reports: Path, place: Path, outdated: Collection[str] = ()) -> Path:
             if source:
                 shutil.copyfile(source, staged / name)
         if any(part.report for part in parts):
-            (staged / PAGE).write_text(drawn(reports, outdated), "utf-8")
+            (staged / PAGE).write_text(drawn(reports, {*outdated, *BESIDE}), "utf-8")
         (staged / README).write_text(_readme(reports, parts), "utf-8")
         if place.exists():
             shutil.rmtree(place)

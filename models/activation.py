@@ -71,7 +71,7 @@ def gelu_tanh(x: Tensor, slope: float = math.sqrt(2.0 / math.pi)) -> Tensor:
 
     f(x) = x + f(-x) on the right, where the gradient of a sigmoid near 1 would come of what 1 - sigmoid leaves.
     """
-    left = paddle.where(x > 0, -x, x)
+    left = paddle.clip(paddle.where(x > 0, -x, x), min=-30.0)
     return relu(x) + left * F.sigmoid(2.0 * slope * (left + 0.044715 * left * left * left))
 
 

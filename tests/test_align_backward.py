@@ -239,7 +239,7 @@ class OneArray:
 
 @pytest.mark.parametrize("off, noise, passed", [
     (5e-5, 2e-5, True), (2e-4, 2e-5, False), (2e-4, 1e-3, True), (5e-3, 1e-3, False), (2e-4, 2e-2, True)])
-def test_a_gradient_is_held_to_the_ceiling_unless_torchs_own_rounding_is_beyond_it(off, noise, passed):
+def test_a_gradient_is_held_to_torchs_noise_alone(off, noise, passed):
     """A right GPT-2 of 8 channels and one head was a false alarm with a ceiling there: its peaked softmax leaves of the
     gradient of a query what torch itself knows to 2e-3.
     """

@@ -526,8 +526,8 @@ def test_what_cannot_be_followed(workshop, bert, texts, own, tmp_path):
     for side in (("reference", "--data", texts), ("candidate",)):
         assert workshop.align("data", bert, "--only", *side).code == 0
     for flags, told in ((("--limit", "3"), "--limit: this is of a set that --data names"),
-                        (("--only", "candidate", "--data", texts), "--data: what the sides are fed is chosen"),
-                        (("--compare", "--max-length", "9"), "--max-length: what the sides are fed is chosen"),
+                        (("--only", "candidate", "--data", texts), "--data: what both sides do is chosen"),
+                        (("--compare", "--max-length", "9"), "--max-length: what both sides do is chosen"),
                         (("--only", "reference", *own("plain")), "--tokenizer: this is asked for where the Paddle"),
                         (("--data", texts, "--split", "train"), "--split train")):
         assert refused(workshop.align("data", bert, *flags), told)

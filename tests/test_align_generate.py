@@ -376,7 +376,7 @@ def test_recorded_apart_and_together_give_one_report_and_it_is_handed_in(shop, t
     assert "| Step5 | generate | aligned" in (place / "README.md").read_text("utf-8")
     assert shop.align("generate", "gpt2", *flags, "--only", "reference").code == 0
     refused = shop.align("generate", "gpt2", "--only", "candidate", "--tokens", "5")
-    assert refused.code == 2 and "--tokens: what the sides are fed is chosen where the reference" in refused.stderr
+    assert refused.code == 2 and "--tokens: what both sides do is chosen where the reference" in refused.stderr
     assert shop.align("generate", "gpt2", "--only", "candidate").code == 0
     apart = shop.align("generate", "gpt2", "--compare").report
     for name in ("verdict", "tensors", "notes", "tables", "inputs_digest", "reference", "candidate"):

@@ -95,12 +95,12 @@ def test_inputs_are_chosen_where_the_reference_is_recorded(shop):
     recorded(shop)
     for flags in (("--only", "candidate", "--rows", "3"), ("--compare", "--tokens", "70")):
         refused = shop.align("forward", "bert", *flags)
-        assert refused.code == 2 and f"{flags[-2]}: what the sides are fed is chosen" in refused.stderr
+        assert refused.code == 2 and f"{flags[-2]}: what both sides do is chosen" in refused.stderr
 
 
 @pytest.mark.parametrize("flags, told", [
-    (("--limit", "3"), "--limit: what the sides are fed is chosen where the reference is recorded"),
-    (("--max-length", "40", "--batch-size", "2"), "--max-length and --batch-size: what the sides are fed")])
+    (("--limit", "3"), "--limit: what both sides do is chosen where the reference is recorded"),
+    (("--max-length", "40", "--batch-size", "2"), "--max-length and --batch-size: what both sides do")])
 @pytest.mark.parametrize("then", [("--only", "candidate"), ("--compare",)])
 def test_rows_are_chosen_where_the_reference_is_recorded(shop, flags, told, then):
     recorded(shop, stage="metric")
@@ -113,7 +113,7 @@ def test_rows_are_chosen_where_the_reference_is_recorded(shop, flags, told, then
 def test_how_weights_are_moved_is_chosen_where_the_reference_is_recorded(shop, stage, flags):
     recorded(shop, stage=stage)
     refused = shop.align(stage, "bert", "--only", "candidate", *flags)
-    assert refused.code == 2 and f"{flags[0]}: what the sides are fed is chosen" in refused.stderr
+    assert refused.code == 2 and f"{flags[0]}: what both sides do is chosen" in refused.stderr
 
 
 @pytest.mark.parametrize("stage, flag", [("data", "--tokenizer"), ("optimizer", "--candidate-optimizer")])

@@ -48,9 +48,8 @@ class PagedTorchGradients:
 
     def steps(self, batch: Batch, reordered: int, advance: Callable[[str], None] = lambda told: None,
               ) -> Iterator[Step]:
-        """``advance`` is told what the passes go through.
-
-        Two steps for each gate, from the last to the first, and one for the parameters that several gates share.
+        """Two steps for each gate, from the last to the first, and one for the parameters that several gates share;
+        ``advance`` is told what the passes go through.
 
         One is of the passes' own way; the other, of a recorded module, is fed what the plain pass was. Between them
         all passes halt once more, so that only one of the two is in memory. The plain pass goes last: what it gave need
