@@ -5,7 +5,7 @@ of trained ones, converted and run through the real ``align.forward``, or with `
 ``align.backward`` or ``align.quick``. No failure is right here. ``align.forward`` is given GPT-J and BERT; its limits
 in ``align/tolerance.py`` and its tests were chosen with seeds 0 to 4 in sight and are proved on others. The others are
 given GPT-2, OPT and BLOOM, too; how the floor of a single number is pooled was chosen with seed 11 in sight, what is
-asked of gradients at kinks and of such as are rounding alone with seed 51. ``align.quick`` has no floor: how much of
+asked of gradients at kinks and of such as cancel with seeds 51 to 53. ``align.quick`` has no floor: how much of
 its one tolerance is used is told as ``fixed``.
 """
 
