@@ -44,6 +44,7 @@ class TensorResult:
     judgements: tuple[Judgement, ...] = ()
     floor: float | None = None
     ceiling: float = CEILING
+    """Above which isolated error a failure is not doubtful, whatever its share."""
 
     @property
     def share(self) -> float | None:

@@ -88,7 +88,7 @@ def record(stage: Stage | RecordedStage, session: Session) -> str:
     else:
         side, traces, then = SIDES[1], session.reports / "traces", "--compare"
         recorded, files = _recorded(stage, session, SIDES[0])
-        _refuse_chosen(stage, session, (*stage.of_candidate, *stage.both))
+        _refuse_chosen(stage, session, (*stage.of_candidate, *stage.of_both))
         _weights_first(stage, session)
         steps = stage.candidate(session, files.read(recorded))
     recording, written = _Recording(traces), StepFiles(traces, stage.name, side)

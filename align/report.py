@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .training.curves import Curves
 
 ALIGNED, DIVERGED = "aligned", "diverged"
-SHOWN = 200
+SHOWN, SHOWN_FAILURES = 200, 10
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class StageResult:
             inside = f", inside it `{self.named}`" if within else ""
             return (f"First divergence: `{self.first_divergence}`{inside}; {good} of {len(self.tensors)} compared "
                     "tensors agree.")
-        cancelled = [tensor for tensor in self.tensors if (tensor.floor or 0.0) > CANCELLED]
-        worst = max((tensor.measures.rel_l2 for tensor in self.tensors if tensor.measures
-                     and tensor not in cancelled), default=0.0)
-        beside = f" ({len(cancelled)} that torch itself does not know to {CANCELLED:g} left out)" if cancelled else ""
+        known = [tensor for tensor in self.tensors if (tensor.floor or 0.0) <= CANCELLED]
+        worst = max((tensor.measures.rel_l2 for tensor in known if tensor.measures), default=0.0)
+        unknown = len(self.tensors) - len(known)
+        beside = f" ({unknown} that torch itself does not know to {CANCELLED:g} left out)" if unknown else ""
         parts = f", and so do {len(self.sublayers)} parts of blocks" if self.sublayers else ""
         return (f"All {len(self.tensors)} tensors are equal, bit for bit." if self.stage == "weights" else
                 f"All {len(self.tensors)} compared tensors agree, relative L2 at most {worst:.1e}{beside}{parts}.")
@@ -202,10 +202,10 @@ class StageResult:
                 table.print(console)
         for name, (left, right) in self.values.items():
             console.print(f"{name}: torch {left:.9g}, paddle {right:.9g}")
-        for failure in self.failures[:10]:
+        for failure in self.failures[:SHOWN_FAILURES]:
             console.print(f"FAIL {failure}", markup=False)
-        if len(self.failures) > 10:
-            console.print(f"… and {len(self.failures) - 10} more, in {self.stage}.json")
+        if len(self.failures) > SHOWN_FAILURES:
+            console.print(f"… and {len(self.failures) - SHOWN_FAILURES} more, in {self.stage}.json")
         for note in self.notes:
             console.print(f"note: {note}", markup=False)
         if self.diagnosis:

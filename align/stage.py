@@ -146,7 +146,7 @@ class RecordedStage:
     lacking: Callable[[Run], str | None] = lambda run: None
     of_candidate: Collection[str] = ()
     """Which of its own flags are for the candidate; what others choose is chosen with the reference."""
-    both: Collection[str] = ()
+    of_both: Collection[str] = ()
     """Which of them each side is told."""
     weights: bool = True
     """Whether a net is part of it; what is only about data reads no weights."""

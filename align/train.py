@@ -426,7 +426,7 @@ def _refuse_paging(session: Session) -> None:
 
 STAGE = RecordedStage("train", "Fine-tune both sides on the same batches and compare their curves with torch's band.",
                       reference, candidate, judge, flags, of_candidate=("candidate_optimizer",),
-                      both=("checkpoint_every", "resume"), copies=COPIES)
+                      of_both=("checkpoint_every", "resume"), copies=COPIES)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))
