@@ -41,7 +41,8 @@ class Done:
         if ":" in options.target or options.family:
             return cls(directory, None)
         hasher = xxhash.xxh3_128()
-        for name in ("run", "target", "device", "paging", "allow_same_framework", "trust_remote_code"):
+        hasher.update(f"run {run.name}\n".encode())
+        for name in ("target", "device", "paging", "allow_same_framework", "trust_remote_code"):
             hasher.update(f"{name} {getattr(options, name)}\n".encode())
         for package, version in versions(*PACKAGES).items():
             hasher.update(f"{package} {version}\n".encode())

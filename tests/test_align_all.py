@@ -146,6 +146,8 @@ def test_what_was_carried_out_by_itself_is_not_repeated(workshop, monkeypatch, c
     monkeypatch.setattr(program, "stage_names", lambda: ["forward"])
     assert program.run_all(arguments) == 0 and "as before" in capfd.readouterr().out
     assert by_itself("--rows", "3") == 0 and not is_done()
+    arguments[:] = arguments[2:]
+    assert by_itself() == 0 and is_done()
     assert by_itself() == 0 and is_done()
     assert by_itself("--only", "reference") == by_itself("--only", "candidate") == by_itself("--compare") == 0
     assert not is_done()
