@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -42,8 +43,9 @@ BLOCK = 512 << 10
 RUN = 128 << 10
 WIDE = 32 << 10
 GAP = 8 << 10
-STRIP_ROWS = 64
-STRIP_PADDING = 64
+PANEL = 128
+SHEET = 2 << 20
+NEAR = 32 << 10
 LARGEST = 8
 CAST_BYTES = 16
 WHOLE_ROWS = sys.maxsize
@@ -257,39 +259,78 @@ def _turned(matrix: Matrix, buffers: Buffers, run: int, seen: Seen) -> Iterator[
     """The transpose of ``matrix``, which lies row by row."""
     high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run, buffers.tile)
     per_piece = max(1, CHUNK // matrix.dtype.size)
-    with buffers.borrow(buffers.tile) as buffer:
+    with buffers.borrow(buffers.tile) as tile:
         for columns in cut(range(matrix.columns), wide):
             for rows in cut(range(matrix.rows), high):
-                tile = _shaped(buffer, len(columns), len(rows), matrix.dtype)
-                for strip_rows, strip in _strips(matrix, rows, columns, buffers, seen):
-                    tile[:, strip_rows.start - rows.start: strip_rows.stop - rows.start] = strip.T
-                runs = tile.reshape(1, -1) if len(rows) == matrix.rows else tile
-                for column, values in zip(columns, runs, strict=False):
-                    start = column * matrix.rows + rows.start
-                    for part in cut(range(len(values)), per_piece):
-                        yield start + part.start, values[part.start: part.stop]
+                panels = _panels(tile, len(rows), len(columns), matrix.dtype)
+                for first, block in _blocks(matrix, rows, columns, buffers, seen):
+                    _distribute(block, first - rows.start, panels)
+                for across, along, sheet in _sheets(panels, columns, rows, buffers):
+                    runs = sheet.reshape(1, -1) if len(along) == matrix.rows else sheet
+                    for column, values in zip(across, runs, strict=False):
+                        start = column * matrix.rows + along.start
+                        for part in cut(range(len(values)), per_piece):
+                            yield start + part.start, values[part.start: part.stop]
 
 
-def _strips(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
-            seen: Seen) -> Iterator[tuple[range, np.ndarray]]:
-    """Columns of ``matrix``, 64 rows at a time, in padded rows; see the top for what is read along with them."""
+def _blocks(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
+            seen: Seen) -> Iterator[tuple[int, np.ndarray]]:
+    """``columns`` of some rows at a time, with the number of the first of these; see the top for what is read."""
     size, everything = matrix.dtype.size, range(matrix.columns)
     first, narrow = columns.start == 0, matrix.columns * size <= WIDE
     unwanted = (matrix.columns - len(columns)) * size
     read = everything if narrow and (first or unwanted <= GAP) else columns
     wanted = slice(columns.start - read.start, columns.stop - read.start)
-    with (buffers.borrow(max(BLOCK, WIDE, LARGEST)) as plain,
-          buffers.borrow(STRIP_ROWS * (max(WIDE, LARGEST) + STRIP_PADDING)) as padded):
-        for strip_rows in cut(rows, STRIP_ROWS):
-            strip = _shaped(padded, len(strip_rows), len(columns) + STRIP_PADDING // size,
-                            matrix.dtype)[:, : len(columns)]
-            for some in cut(strip_rows, BLOCK // (len(read) * size)):
-                block = _shaped(plain, len(some), len(read), matrix.dtype)
-                matrix.read(some, read, block)
-                if first or not narrow:
-                    seen(some.start * matrix.columns if read == everything else None, block.reshape(-1))
-                np.copyto(strip[some.start - strip_rows.start: some.stop - strip_rows.start], block[:, wanted])
-            yield strip_rows, strip
+    with buffers.borrow(max(BLOCK, WIDE, LARGEST)) as buffer:
+        for some in cut(rows, BLOCK // (len(read) * size)):
+            block = _shaped(buffer, len(some), len(read), matrix.dtype)
+            matrix.read(some, read, block)
+            if first or not narrow:
+                seen(some.start * matrix.columns if read == everything else None, block.reshape(-1))
+            yield some.start, block[:, wanted]
+
+
+def _panels(tile: np.ndarray, rows: int, columns: int, dtype: Dtype) -> list[np.ndarray]:
+    """A tile as panels, [panels, rows, columns of each]: those of ``PANEL`` bytes a row, and a narrower one behind."""
+    each = max(1, PANEL // dtype.size)
+    even = columns - columns % each
+    wide, narrow = (_shaped(part, rows, width, dtype) for part, width in (
+        (tile, even), (tile[rows * even * dtype.size:], columns - even)))
+    return [panels for panels in (wide.reshape(-1, rows, each), narrow[np.newaxis]) if panels.size]
+
+
+def _distribute(block: np.ndarray, row: int, panels: Sequence[np.ndarray]) -> None:
+    """Put the rows of ``block`` into the panels, beginning at ``row``; what a panel has of a row moves as one element."""
+    start = 0
+    for group in panels:
+        many, _, each = group.shape
+        stop, whole = start + many * each, f"V{each * group.itemsize}"
+        group.view(whole)[:, row: row + len(block), 0] = block[:, start:stop].view(whole).T
+        start = stop
+
+
+def _sheets(panels: Sequence[np.ndarray], columns: range, rows: range,
+            buffers: Buffers) -> Iterator[tuple[range, range, np.ndarray]]:
+    """The panels of a tile transposed, ``SHEET`` bytes at a time: which columns, which rows, and the values.
+
+    All rows where these fit, else some of one column.
+    """
+    with buffers.borrow(max(SHEET, LARGEST)) as buffer:
+        for panel in chain(*panels):
+            high, each = panel.shape
+            for across in cut(range(each), SHEET // (high * panel.itemsize)):
+                for along in cut(range(high), SHEET // panel.itemsize):
+                    part = panel[along.start: along.stop, across.start: across.stop]
+                    sheet = buffer[: part.nbytes].view(part.dtype).reshape(part.shape[::-1])
+                    _transpose(part, sheet, NEAR // (each * part.itemsize))
+                    yield (columns[across.start: across.stop], rows[along.start: along.stop], sheet)
+            columns = columns[each:]
+
+
+def _transpose(matrix: np.ndarray, out: np.ndarray, rows: int) -> None:
+    """``matrix`` transposed into ``out``, so many ``rows`` at a time."""
+    for some in cut(range(len(matrix)), rows):
+        out[:, some.start: some.stop] = matrix[some.start: some.stop].T
 
 
 def _shaped(buffer: np.ndarray, rows: int, columns: int, dtype: Dtype) -> np.ndarray:

@@ -31,7 +31,7 @@ SIZES = st.integers(0, 21)
 CONSTANTS = st.fixed_dictionaries({
     "TILES": st.tuples(st.integers(1, 700), st.integers(1, 700)), "CHUNK": st.integers(1, 300),
     "BLOCK": st.integers(1, 200), "RUN": st.integers(1, 90), "WIDE": st.integers(1, 60), "GAP": st.integers(0, 60),
-    "STRIP_ROWS": st.integers(1, 9), "STRIP_PADDING": st.integers(0, 80)})
+    "PANEL": st.integers(1, 40), "SHEET": st.integers(1, 300), "NEAR": st.integers(1, 60)})
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
 
@@ -257,7 +257,7 @@ def converted(moves, source, output, file_format="safetensors", shard_size=1 << 
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("stored", FLOATS)
 def test_every_cast_in_every_orientation_is_torchs(stored, target, file_format, tmp_path, monkeypatch):
-    for name, value in {"TILES": (640, 320), "CHUNK": 256, "RUN": 24, "WIDE": 32, "STRIP_ROWS": 4}.items():
+    for name, value in {"TILES": (640, 320), "CHUNK": 256, "RUN": 24, "WIDE": 32, "PANEL": 8, "SHEET": 100}.items():
         monkeypatch.setattr(stream, name, value)
     torch.manual_seed(0)
     shapes = {"tall": (37, 5), "wide": (5, 37), "square": (16, 16), "row": (1, 9), "column": (9, 1), "one": (1, 1)}
@@ -280,7 +280,7 @@ def test_every_cast_in_every_orientation_is_torchs(stored, target, file_format, 
 @pytest.mark.parametrize("shape,times", [((40, 24), 1), ((24, 40), 1), ((40, 100), 2)])
 def test_a_matrix_is_read_once_for_each_tile_and_never_for_its_digest(shape, times, tmp_path, monkeypatch):
     """The third does not fit into a tile, and what its second tile leaves out of a row is less than a call."""
-    for name, value in {"TILES": (2 * 40 * 60, 8), "WIDE": 256, "STRIP_ROWS": 8}.items():
+    for name, value in {"TILES": (2 * 40 * 60, 8), "WIDE": 256, "PANEL": 16}.items():
         monkeypatch.setattr(stream, name, value)
     values = torch.arange(shape[0] * shape[1], dtype=torch.int16).reshape(shape).view(torch.float16).nan_to_num(0, 0, 0)
     save_file({"it": values}, tmp_path / "some.safetensors")
@@ -339,7 +339,7 @@ causal_mask_of_tests = causal_mask()
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
 def test_reading_back_sees_every_single_bit(shape, tmp_path, monkeypatch):
     """Whatever one bit of the result is turned, in any tile, strip or padding: it is found."""
-    for name, value in {"TILES": (48, 24), "CHUNK": 32, "WIDE": 8, "STRIP_ROWS": 2}.items():
+    for name, value in {"TILES": (48, 24), "CHUNK": 32, "WIDE": 8, "PANEL": 4, "SHEET": 12, "NEAR": 8}.items():
         monkeypatch.setattr(stream, name, value)
     values = np.arange(48, dtype=np.float16).reshape(shape)
     save_file({"it": torch.from_numpy(values)}, tmp_path / "some.safetensors")
