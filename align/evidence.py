@@ -149,8 +149,8 @@ def _equal_in_parts(move: Move, source: Checkpoint, array: np.ndarray) -> bool:
 def _equal_rows(move: Move, source: Checkpoint, array: np.ndarray, rows: range) -> bool:
     """:func:`_equal_in_parts` of some rows of the source, in pieces that stay in the cache.
 
-    A transposed matrix is compared in strips of 64 rows of the source, each padded by 64 bytes, as in
-    ``convert/stream.py``: row by row of the net's, which lie in memory a power of two apart.
+    A transposed matrix is compared in strips of 64 rows of the source, each padded by 64 bytes: at power-of-two widths
+    the rows of an unpadded strip fall on the same cache sets and evict each other.
     """
     width = math.prod(move.source_shape[1:])
     some = max(1, PIECE // width)

@@ -1,9 +1,10 @@
 """Carrying out a plan in bounded memory: read, transpose, cast, hash, write, a piece at a time.
 
 Everything is a *flow*: the elements of a tensor in the order in which they are wanted, flat, in pieces of at most
-``CHUNK`` bytes, whatever order they lie in. A flow against the grain of its file goes through tiles: strips of 64 rows
-are read, put into rows padded by 64 bytes (at power-of-two widths the rows of an unpadded strip fall on the same
-cache sets and evict each other, which costs a factor of two to four) and transposed into the tile.
+``CHUNK`` bytes, whatever order they lie in. A flow against the grain of its file goes through tiles: rows are read and
+dealt out to *panels*, which hold ``PANEL`` bytes of each row, and every panel is transposed by itself into a *sheet*,
+``NEAR`` bytes at a time. So elements change places within the nearest cache, and what goes to memory and back moves 128
+bytes at a time; transposing 64 rows at a time right into the tile took twice as long.
 
 A tile holds whole rows of what is wanted, so that it is written in one run: writing runs of 8 KiB took five times
 as long a byte as writing a mebibyte at once. Only where rows are longer than ``RUN`` is a tile cut across them.
@@ -103,7 +104,7 @@ def chunks_of(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
 
 
 class Buffers:
-    """The memory of one thread for a tile and strips, used again: fresh memory costs its page faults every time.
+    """The memory of one thread for a tile and a sheet, used again: fresh memory costs its page faults every time.
 
     ``tile`` is how many bytes a tile has at most.
     """
@@ -264,7 +265,7 @@ def _turned(matrix: Matrix, buffers: Buffers, run: int, seen: Seen) -> Iterator[
             for rows in cut(range(matrix.rows), high):
                 panels = _panels(tile, len(rows), len(columns), matrix.dtype)
                 for first, block in _blocks(matrix, rows, columns, buffers, seen):
-                    _distribute(block, first - rows.start, panels)
+                    _deal(block, first - rows.start, panels)
                 for across, along, sheet in _sheets(panels, columns, rows, buffers):
                     runs = sheet.reshape(1, -1) if len(along) == matrix.rows else sheet
                     for column, values in zip(across, runs, strict=False):
@@ -299,7 +300,7 @@ def _panels(tile: np.ndarray, rows: int, columns: int, dtype: Dtype) -> list[np.
     return [panels for panels in (wide.reshape(-1, rows, each), narrow[np.newaxis]) if panels.size]
 
 
-def _distribute(block: np.ndarray, row: int, panels: Sequence[np.ndarray]) -> None:
+def _deal(block: np.ndarray, row: int, panels: Sequence[np.ndarray]) -> None:
     """Put the rows of ``block`` into the panels, beginning at ``row``; what a panel has of a row moves as one element."""
     start = 0
     for group in panels:

@@ -338,7 +338,7 @@ causal_mask_of_tests = causal_mask()
 
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
 def test_reading_back_sees_every_single_bit(shape, tmp_path, monkeypatch):
-    """Whatever one bit of the result is turned, in any tile, strip or padding: it is found."""
+    """Whatever one bit of the result is turned, in any tile, panel or sheet: it is found."""
     for name, value in {"TILES": (48, 24), "CHUNK": 32, "WIDE": 8, "PANEL": 4, "SHEET": 12, "NEAR": 8}.items():
         monkeypatch.setattr(stream, name, value)
     values = np.arange(48, dtype=np.float16).reshape(shape)

@@ -159,7 +159,7 @@ def test_sizes(text, nbytes):
 
 
 def test_large_tensors_go_through_in_pieces(torch_model, tmp_path, convert, monkeypatch):
-    """Tiles, strips and chunks far smaller than a tensor; widths that no strip divides."""
+    """Tiles and chunks far smaller than a tensor."""
     monkeypatch.setattr("convert.stream.TILES", (4096, 2048))
     monkeypatch.setattr("convert.stream.CHUNK", 512)
     model = torch_model("GPTJForCausalLM", n_embd=24, n_inner=150, vocab_size=131, n_head=3)

@@ -1,4 +1,4 @@
-"""The memory of a conversion: bounded by a strip, whatever the dtype, the container and the number of layers."""
+"""The memory of a conversion: bounded by a tile, whatever the dtype, the container and the number of layers."""
 
 from __future__ import annotations
 
