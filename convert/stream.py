@@ -6,14 +6,15 @@ dealt out to *panels*, which hold ``PANEL`` bytes of each row, and every panel i
 ``NEAR`` bytes at a time. So elements change places within the nearest cache, and what goes to memory and back moves 128
 bytes at a time; transposing 64 rows at a time right into the tile took twice as long.
 
-A tile holds whole rows of what is wanted, so that it is written in one run: writing runs of 8 KiB took five times
-as long a byte as writing a mebibyte at once. Only where rows are longer than ``RUN`` is a tile cut across them.
-For the first tile rows of at most ``WIDE`` bytes are read whole: so every element is hashed and checked in the order
-of the file, and nothing is read once more for it. For the other tiles they are read whole where less than ``GAP``
-bytes are unwanted: a call costs as much as reading these.
+The fewer tiles, the fewer times a file is read. A tile of whole rows of what is wanted is written in one run, and what
+is written is hashed on the way; where rows are so long that a few of them fill a tile, they are broken off: each
+break costs a call, worth ``BREAK`` bytes of reading, and the hash another reading. For the first tile rows of at most
+``WIDE`` bytes are read whole: so every element is hashed and checked in the order of the file, and nothing is read once
+more for it. For the other tiles they are read whole where less than ``GAP`` bytes are unwanted: a call costs as much as
+reading these.
 
-The fewer tiles, the fewer times a file is read. So the threads do not get tiles of equal size: the one with the large
-tile begins with the largest matrices against the grain, the other with what needs no tile, and they meet in between.
+The thread with the larger tile begins with the largest matrices against the grain, the other with what needs no tile,
+and they meet in between. The smaller tile holds a matrix of 4096 x 4096 in half precision.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from .plan import Check, Move, Plan
 from .rules import Filling
 from .writer import Layout, Staging
 
-TILES = (64 << 20, 12 << 20)
+TILES = (44 << 20, 32 << 20)
 CHUNK = 256 << 10
 BLOCK = 512 << 10
-RUN = 128 << 10
+BREAK = 64 << 10
 WIDE = 32 << 10
 GAP = 8 << 10
 PANEL = 128
@@ -49,7 +50,7 @@ SHEET = 1 << 20
 NEAR = 32 << 10
 LARGEST = 8
 CAST_BYTES = 16
-WHOLE_ROWS = sys.maxsize
+IN_ORDER = sys.maxsize
 FLOAT32 = BY_NAME["float32"]
 
 Advance = Callable[[int], None]
@@ -124,15 +125,15 @@ class Buffers:
             free.append(buffer)
 
 
-def flow(matrix: Elements, buffers: Buffers, *, run: int = WHOLE_ROWS,
+def flow(matrix: Elements, buffers: Buffers, *, break_cost: int = IN_ORDER,
          seen: Seen = lambda start, elements: None) -> Iterator[Piece]:
     """All elements of ``matrix`` in C order as (number of the first, elements); the memory of a piece is used again.
 
-    Who can take pieces out of order says how long a ``run`` of bytes each must be at least. ``seen`` is told every
-    element once, as it comes from the file and is still in the cache: with the number of the first in the order in
-    which the file has them, or None where they are not consecutive in it.
+    Who can take pieces out of order says how many bytes of reading a break in the order is worth. ``seen`` is told
+    every element once, as it comes from the file and is still in the cache: with the number of the first in the order
+    in which the file has them, or None where they are not consecutive in it.
     """
-    return _straight(matrix.flat, buffers, seen) if matrix.straight else _turned(matrix.T, buffers, run, seen)
+    return _straight(matrix.flat, buffers, seen) if matrix.straight else _turned(matrix.T, buffers, break_cost, seen)
 
 
 def cast_flow(pieces: Iterator[Piece], source: Dtype, target: Dtype) -> Iterator[Piece]:
@@ -183,16 +184,31 @@ def alike(moves: Iterable[Move]) -> list[list[Move]]:
                   key=lambda group: sum(-move.nbytes if move.transposed else move.nbytes for move in group))
 
 
-def tiling(rows: int, columns: int, size: int, run: int, nbytes: int) -> tuple[int, int]:
-    """Rows and columns of tiles of at most ``nbytes`` in which elements of ``size`` bytes are transposed, about equal.
+def tiling(rows: int, columns: int, size: int, break_cost: int, nbytes: int) -> tuple[int, int]:
+    """Rows and columns of tiles of at most ``nbytes``, about equal, in which elements of ``size`` bytes are transposed.
 
-    A column becomes a run of at least ``run`` bytes where it has so many; a row of a tile has at most ``WIDE``.
+    Of all such tiles those that cost the fewest bytes of reading, where every break in a row of what is wanted is worth
+    ``break_cost`` of them. A row of a tile has at most ``WIDE`` bytes.
     """
-    area = max(1, nbytes // size)
-    longest = min(rows, area, max(area // columns, _share(rows, max(1, rows * size // run))))
-    high = _share(rows, -(-rows // longest))
-    widest = max(1, min(columns, area // high, WIDE // size))
-    return high, _share(columns, -(-columns // widest))
+    area, widest = max(1, nbytes // size), max(1, min(columns, WIDE // size))
+
+    def cut_into(parts: int) -> tuple[int, int]:
+        high = _share(rows, parts)
+        return high, _share(columns, -(-columns // min(widest, area // high)))
+
+    def cost(tile: tuple[int, int]) -> int:
+        high, wide = tile
+        breaks = _share(rows, high) - 1
+        hashed_later = columns * size if breaks else 0
+        return rows * (_read_of_a_row(columns, wide, size) + hashed_later) + columns * breaks * break_cost
+
+    return min(map(cut_into, range(_share(rows, area), _share(rows, max(1, area // widest)) + 1)), key=cost)
+
+
+def _read_of_a_row(columns: int, wide: int, size: int) -> int:
+    """Bytes that the tiles read of a row, a call for a part of it counted as ``GAP`` bytes."""
+    row, part, tiles = columns * size, wide * size + GAP, _share(columns, wide)
+    return row + (tiles - 1) * min(row, part) if row <= WIDE else tiles * part
 
 
 def _share(whole: int, parts: int) -> int:
@@ -256,9 +272,9 @@ def _straight(matrix: Elements, buffers: Buffers, seen: Seen) -> Iterator[Piece]
                 yield start, piece
 
 
-def _turned(matrix: Matrix, buffers: Buffers, run: int, seen: Seen) -> Iterator[Piece]:
+def _turned(matrix: Matrix, buffers: Buffers, break_cost: int, seen: Seen) -> Iterator[Piece]:
     """The transpose of ``matrix``, which lies row by row."""
-    high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, run, buffers.tile)
+    high, wide = tiling(max(1, matrix.rows), max(1, matrix.columns), matrix.dtype.size, break_cost, buffers.tile)
     per_piece = max(1, CHUNK // matrix.dtype.size)
     with buffers.borrow(buffers.tile) as tile:
         for columns in cut(range(matrix.columns), wide):
@@ -386,7 +402,7 @@ class _Worker:
             if matrix.straight:
                 source.take(start, elements)
 
-        pieces = flow(move.turn(matrix), buffers, run=RUN, seen=seen)
+        pieces = flow(move.turn(matrix), buffers, break_cost=BREAK, seen=seen)
         results = cast_flow(pieces, move.source_dtype, move.dtype)
         if move.dtype != move.source_dtype:
             results = self._finite(results, move.dtype, f"{move.source} overflows {move.dtype.name}")

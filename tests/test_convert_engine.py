@@ -30,7 +30,7 @@ UINTS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 SIZES = st.integers(0, 21)
 CONSTANTS = st.fixed_dictionaries({
     "TILES": st.tuples(st.integers(1, 700), st.integers(1, 700)), "CHUNK": st.integers(1, 300),
-    "BLOCK": st.integers(1, 200), "RUN": st.integers(1, 90), "WIDE": st.integers(1, 60), "GAP": st.integers(0, 60),
+    "BLOCK": st.integers(1, 200), "BREAK": st.integers(1, 90), "WIDE": st.integers(1, 60), "GAP": st.integers(0, 60),
     "PANEL": st.integers(1, 40), "SHEET": st.integers(1, 300), "NEAR": st.integers(1, 60)})
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
@@ -95,8 +95,8 @@ def test_any_matrix_flows_in_the_order_of_its_rows(file, rows, columns, dtype, c
     matrix, expected = lying(file, dtype, rows, columns, *strides)
     wanted, right = (matrix.T, expected.T) if transpose else (matrix, expected)
     with with_constants(constants):
-        run = stream.RUN if out_of_order else stream.WHOLE_ROWS
-        found = gathered(flow(wanted, Buffers(), run=run), rows * columns, dtype)
+        cost = stream.BREAK if out_of_order else stream.IN_ORDER
+        found = gathered(flow(wanted, Buffers(), break_cost=cost), rows * columns, dtype)
         if not out_of_order:
             starts = [start for start, _ in flow(wanted, Buffers())]
             assert starts == sorted(starts)
@@ -110,7 +110,7 @@ def test_every_element_is_seen_once_and_in_the_order_of_the_file_where_it_says_s
     matrix, expected = lying(file, BY_NAME["float16"], rows, columns, columns, 1)
     seen = []
     with with_constants(constants):
-        for _ in flow(matrix.T if transpose else matrix, Buffers(), run=stream.RUN,
+        for _ in flow(matrix.T if transpose else matrix, Buffers(), break_cost=stream.BREAK,
                       seen=lambda start, some: seen.append((start, some.copy()))):
             pass
     everything = np.concatenate([some for _, some in seen]).view("u2")
@@ -124,21 +124,21 @@ def test_every_element_is_seen_once_and_in_the_order_of_the_file_where_it_says_s
 
 @given(rows=st.integers(1, 10**6), columns=st.integers(1, 10**6), size=st.sampled_from([1, 2, 4, 8]))
 def test_tiles_cover_the_matrix_and_fit(rows, columns, size):
-    for run, tile in product((stream.RUN, stream.WHOLE_ROWS), stream.TILES):
-        high, wide = tiling(rows, columns, size, run, tile)
+    for cost, tile in product((stream.BREAK, stream.IN_ORDER), stream.TILES):
+        high, wide = tiling(rows, columns, size, cost, tile)
         assert 1 <= high <= rows and 1 <= wide <= columns
         assert high * wide * size <= tile
         assert wide * size <= stream.WIDE
-        assert high == rows or wide == 1 or high * size >= min(run, rows * size // 2)
+        assert high == rows or wide == 1 or cost == stream.BREAK
 
 
-@pytest.mark.parametrize("rows,columns,size,tile", [
-    (4096, 4096, 2, (4096, 4096)), (16384, 4096, 2, (16384, 2048)), (4096, 16384, 2, (4096, 8192)),
-    (50400, 4096, 2, (50400, 586)), (4096, 4096, 4, (4096, 4096)),
-    (250_000, 4096, 2, (83_334, 373))])
-def test_tiles_of_gptj(rows, columns, size, tile):
-    """Whole rows of the target, also of its head; a vocabulary of a quarter million is cut across its rows."""
-    assert tiling(rows, columns, size, stream.RUN, 64 << 20) == tile
+@pytest.mark.parametrize("rows,columns,size,tile,small", [
+    (4096, 4096, 2, (4096, 4096), (4096, 4096)), (4096, 4096, 4, (4096, 2048), (4096, 2048)),
+    (16384, 4096, 2, (16384, 1366), (16384, 1024)), (4096, 16384, 2, (4096, 5462), (4096, 4096)),
+    (50400, 4096, 2, (16800, 1366), (10080, 1366))])
+def test_tiles_of_gptj(rows, columns, size, tile, small):
+    """Whole rows of the target, but for its head, of which few fill a tile."""
+    assert tuple(tiling(rows, columns, size, stream.BREAK, nbytes) for nbytes in stream.TILES) == (tile, small)
 
 
 @given(st.integers(-5, 50), st.integers(0, 60), st.integers(-1, 9))
@@ -257,7 +257,7 @@ def converted(moves, source, output, file_format="safetensors", shard_size=1 << 
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("stored", FLOATS)
 def test_every_cast_in_every_orientation_is_torchs(stored, target, file_format, tmp_path, monkeypatch):
-    for name, value in {"TILES": (640, 320), "CHUNK": 256, "RUN": 24, "WIDE": 32, "PANEL": 8, "SHEET": 100}.items():
+    for name, value in {"TILES": (640, 320), "CHUNK": 256, "BREAK": 24, "WIDE": 32, "PANEL": 8, "SHEET": 100}.items():
         monkeypatch.setattr(stream, name, value)
     torch.manual_seed(0)
     shapes = {"tall": (37, 5), "wide": (5, 37), "square": (16, 16), "row": (1, 9), "column": (9, 1), "one": (1, 1)}
