@@ -47,7 +47,8 @@ WIDE = 32 << 10
 GAP = 8 << 10
 PANEL = 128
 SHEET = 1 << 20
-NEAR = 32 << 10
+NEAR = 512 << 10
+GRAIN = 16
 LARGEST = 8
 CAST_BYTES = 16
 IN_ORDER = sys.maxsize
@@ -332,22 +333,30 @@ def _sheets(panels: Sequence[np.ndarray], columns: range, rows: range,
 
     All rows where these fit, else some of one column.
     """
-    with buffers.borrow(max(SHEET, LARGEST)) as buffer:
+    with buffers.borrow(max(SHEET, LARGEST)) as buffer, buffers.borrow(max(NEAR, PANEL, LARGEST)) as between:
         for panel in chain(*panels):
             high, each = panel.shape
             for across in cut(range(each), SHEET // (high * panel.itemsize)):
                 for along in cut(range(high), SHEET // panel.itemsize):
                     part = panel[along.start: along.stop, across.start: across.stop]
                     sheet = buffer[: part.nbytes].view(part.dtype).reshape(part.shape[::-1])
-                    _transpose(part, sheet, NEAR // (each * part.itemsize))
+                    for some in cut(range(len(part)), NEAR // (each * part.itemsize)):
+                        _transpose(part[some.start: some.stop], sheet[:, some.start: some.stop], between)
                     yield (columns[across.start: across.stop], rows[along.start: along.stop], sheet)
             columns = columns[each:]
 
 
-def _transpose(matrix: np.ndarray, out: np.ndarray, rows: int) -> None:
-    """``matrix`` transposed into ``out``, so many ``rows`` at a time."""
-    for some in cut(range(len(matrix)), rows):
-        out[:, some.start: some.stop] = matrix[some.start: some.stop].T
+def _transpose(matrix: np.ndarray, out: np.ndarray, between: np.ndarray) -> None:
+    """``matrix`` transposed into ``out``: first ``GRAIN`` bytes of a row at a time, then elements within these."""
+    rows, columns = matrix.shape
+    grain = max(1, GRAIN // matrix.itemsize)
+    if columns % grain:
+        out[...] = matrix.T
+        return
+    grains = between[: matrix.nbytes].view(matrix.dtype).reshape(-1, rows, grain)
+    whole = f"V{grain * matrix.itemsize}"
+    grains.view(whole)[..., 0] = matrix.view(whole).T
+    out.reshape(-1, grain, rows)[...] = grains.transpose(0, 2, 1)
 
 
 def _shaped(buffer: np.ndarray, rows: int, columns: int, dtype: Dtype) -> np.ndarray:

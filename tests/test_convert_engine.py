@@ -31,7 +31,8 @@ SIZES = st.integers(0, 21)
 CONSTANTS = st.fixed_dictionaries({
     "TILES": st.tuples(st.integers(1, 700), st.integers(1, 700)), "CHUNK": st.integers(1, 300),
     "BLOCK": st.integers(1, 200), "BREAK": st.integers(1, 90), "WIDE": st.integers(1, 60), "GAP": st.integers(0, 60),
-    "PANEL": st.integers(1, 40), "SHEET": st.integers(1, 300), "NEAR": st.integers(1, 60)})
+    "PANEL": st.integers(1, 40), "SHEET": st.integers(1, 300), "NEAR": st.integers(1, 60),
+    "GRAIN": st.integers(1, 20)})
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
 
