@@ -192,5 +192,7 @@ def _shown(arguments: Sequence[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "GLOG_minloglevel": "3", "TOKENIZERS_PARALLELISM": "false",
-                         "HF_HUB_OFFLINE": "1"}
+    """That of a user: byte code is kept, as it is wherever nobody forbids it."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {"PYTHONPATH": str(ROOT), "GLOG_minloglevel": "3", "TOKENIZERS_PARALLELISM": "false",
+                        "HF_HUB_OFFLINE": "1"}

@@ -9,9 +9,9 @@ bytes at a time; transposing 64 rows at a time right into the tile took twice as
 The fewer tiles, the fewer times a file is read. A tile of whole rows of what is wanted is written in one run, and what
 is written is hashed on the way; where rows are so long that a few of them fill a tile, they are broken off: each
 break costs a call, worth ``BREAK`` bytes of reading, and the hash another reading. For the first tile rows of at most
-``WIDE`` bytes are read whole: so every element is hashed and checked in the order of the file, and nothing is read once
+``CHUNK`` bytes are read whole: so every element is hashed and checked in the order of the file, and nothing is read once
 more for it. For the other tiles they are read whole where less than ``GAP`` bytes are unwanted: a call costs as much as
-reading these.
+reading these, for it hands the interpreter over to the other thread and waits for it.
 
 The thread with the larger tile begins with the largest matrices against the grain, the other with what needs no tile,
 and they meet in between. The smaller tile holds a matrix of 4096 x 4096 in half precision.
@@ -39,18 +39,16 @@ from .plan import Check, Move, Plan
 from .rules import Filling
 from .writer import Layout, Staging
 
-TILES = (44 << 20, 32 << 20)
-CHUNK = 256 << 10
-BLOCK = 512 << 10
+TILES = (43 << 20, 32 << 20)
+CHUNK = 512 << 10
 BREAK = 64 << 10
-WIDE = 32 << 10
-GAP = 8 << 10
+GAP = 64 << 10
 PANEL = 128
 SHEET = 1 << 20
 NEAR = 512 << 10
 GRAIN = 16
 LARGEST = 8
-CAST_BYTES = 16
+CAST_BYTES = 32
 IN_ORDER = sys.maxsize
 FLOAT32 = BY_NAME["float32"]
 
@@ -189,9 +187,9 @@ def tiling(rows: int, columns: int, size: int, break_cost: int, nbytes: int) -> 
     """Rows and columns of tiles of at most ``nbytes``, about equal, in which elements of ``size`` bytes are transposed.
 
     Of all such tiles those that cost the fewest bytes of reading, where every break in a row of what is wanted is worth
-    ``break_cost`` of them. A row of a tile has at most ``WIDE`` bytes.
+    ``break_cost`` of them. A row of a tile has at most ``CHUNK`` bytes.
     """
-    area, widest = max(1, nbytes // size), max(1, min(columns, WIDE // size))
+    area, widest = max(1, nbytes // size), max(1, min(columns, CHUNK // size))
 
     def cut_into(parts: int) -> tuple[int, int]:
         high = _share(rows, parts)
@@ -209,7 +207,7 @@ def tiling(rows: int, columns: int, size: int, break_cost: int, nbytes: int) -> 
 def _read_of_a_row(columns: int, wide: int, size: int) -> int:
     """Bytes that the tiles read of a row, a call for a part of it counted as ``GAP`` bytes."""
     row, part, tiles = columns * size, wide * size + GAP, _share(columns, wide)
-    return row + (tiles - 1) * min(row, part) if row <= WIDE else tiles * part
+    return row + (tiles - 1) * min(row, part) if row <= CHUNK else tiles * part
 
 
 def _share(whole: int, parts: int) -> int:
@@ -295,12 +293,12 @@ def _blocks(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
             seen: Seen) -> Iterator[tuple[int, np.ndarray]]:
     """``columns`` of some rows at a time, with the number of the first of these; see the top for what is read."""
     size, everything = matrix.dtype.size, range(matrix.columns)
-    first, narrow = columns.start == 0, matrix.columns * size <= WIDE
+    first, narrow = columns.start == 0, matrix.columns * size <= CHUNK
     unwanted = (matrix.columns - len(columns)) * size
     read = everything if narrow and (first or unwanted <= GAP) else columns
     wanted = slice(columns.start - read.start, columns.stop - read.start)
-    with buffers.borrow(max(BLOCK, WIDE, LARGEST)) as buffer:
-        for some in cut(rows, BLOCK // (len(read) * size)):
+    with buffers.borrow(max(CHUNK, LARGEST)) as buffer:
+        for some in cut(rows, CHUNK // (len(read) * size)):
             block = _shaped(buffer, len(some), len(read), matrix.dtype)
             matrix.read(some, read, block)
             if first or not narrow:
