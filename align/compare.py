@@ -147,7 +147,7 @@ def _sentence(name: str, found: Measures, allowed: float, failed: Judgement | No
     else:
         told = f"allowed {allowed:.1e}" if allowed else "equality is asked"
     where = f"worst at {list(found.worst)}: " if found.worst else ""
-    return f"{name}: rel-L2 {found.rel_l2:.1e}, {told}; {where}{ours:.6g} vs {theirs:.6g}"
+    return f"{name}: rel-L2 {found.rel_l2:.1e}, {told}; {where}{ours:.6g} instead of {theirs:.6g}"
 
 
 def _times(ratio: float) -> str:

@@ -198,7 +198,9 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
                      "that differ, not the optimizer. See align.backward.")
     if left_out:
         notes.append(f"Left out, as the set-up of the candidate's is another: {', '.join(left_out)}.")
+    told = {one.kind: one for one in reversed(why) if one}
     first_why = next((one for one in why if one), None)
+    notes += [f"Besides: {one.sentence}" for one in reversed(told.values()) if one.kind != first_why.kind]
     return Findings(list(found.values()), notes, diagnosis=first_why, caveat=_caveat(unseen))
 
 

@@ -238,6 +238,16 @@ def test_a_mistake_of_a_set_up_is_caught_and_explained(shop, fault):
     assert {(one.regularizer, one.optimize_attr["learning_rate"], one.need_clip) for one in held} == {(None, 1.0, True)}
 
 
+def test_of_two_mistakes_both_are_told(shop):
+    fault = next(fault for fault in FAULTS if fault.how == "a_tenth_and_all_decay")
+    session = session_of(shop.root, (*fault.flags, "--candidate-optimizer", MISTAKE + fault.how))
+    steps = recorded(shop.root, fault.flags)
+    found = stage.judge(session, zip(steps, stage.candidate(session, iter(steps)), strict=True))
+    assert "the base rate is 0.0001 rather than 0.001" in found.diagnosis.sentence
+    besides, = (note for note in found.notes if note.startswith("Besides: "))
+    assert "biases and norms" in besides and "rather than 0.01" not in besides
+
+
 def test_no_earlier_stage_sees_a_wrong_optimizer(shop, monkeypatch):
     right = paddle.optimizer.AdamW.__init__
     monkeypatch.setattr(paddle.optimizer.AdamW, "__init__", lambda self, *given, apply_decay_param_fun=None, **named:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def explained_rates(recipe: Recipe, expected: np.ndarray, given: np.ndarray) -> 
     if given.shape != expected.shape or not np.isfinite(given).all():
         return None
     largest = max(float(np.abs(expected).max(initial=0.0)), float(np.abs(given).max(initial=0.0)))
-    for kind, told, schedule in _mistaken_schedules(recipe, len(given)):
+    for kind, told, schedule in chain(_mistaken_schedules(recipe, len(given)), _other_rate(recipe, expected, given)):
         supposed = np.array([schedule(done) for done in range(len(given))])
         if np.all(np.abs(supposed - given) <= np.maximum(RATE * np.abs(supposed), RATE_UNIT * largest)):
             before, after = (float(np.abs(given - one).max() / largest) for one in (expected, supposed))
@@ -124,6 +125,14 @@ def _other_shapes(recipe: Recipe) -> Iterator[tuple[str, str, Schedule]]:
         if kind != recipe.schedule:
             yield "schedule-kind", f"the schedule is {kind} rather than {recipe.schedule}", (
                 lambda done, kind=kind: rate_of(recipe, done, kind=kind))
+
+
+def _other_rate(recipe: Recipe, expected: np.ndarray, given: np.ndarray) -> Iterator[tuple[str, str, Schedule]]:
+    """The schedule of another base rate, by least squares."""
+    if expected.any():
+        rate = recipe.lr * float(expected @ given / (expected @ expected))
+        yield "base-rate", (f"the base rate is {rate:.4g} rather than {recipe.lr:g}"), lambda done: rate_of(
+            replace(recipe, lr=rate), done)
 
 
 # Updates --------------------------------------------------------------------------------------------------------------
@@ -243,6 +252,8 @@ def explained(case: Case) -> Explanation | None:
         told = (f"{len(case.failing)} parameters are not updated at all, as if they were not among the optimizer's "
                 f"({', '.join(name.partition(' ')[0] for name in case.failing[:SHOWN])})")
         return case.explanation("not-updated", told, {name: case.start[name] for name in case.names})
+    if _all_fit(case, right):  # of the rates that the candidate had
+        return None
     groups = _wrong_groups(case, right)
     if groups:
         return groups
@@ -289,6 +300,8 @@ def _wrong_groups(case: Case, right: Variant) -> Explanation | None:
 def _mistakes(right: Variant) -> Iterator[tuple[str, str, Variant]]:
     recipe, many = right.recipe, right.recipe.accumulate
     if recipe.weight_decay:
+        yield "decay-group", "all parameters decay, also biases and norms, which torch leaves out", replace(
+            right, everywhere=True)
         for decay, told in (
                 ("l2", "weight decay is added to the gradient (L2), as in Adam, rather than decoupled from it"),
                 ("decoupled", "weight decay is decoupled, as in AdamW, rather than added to the gradient"),

@@ -128,6 +128,7 @@ EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "epsilon in the root": ("epsilon-inside-root",),
     "epsilon of the optimizer": ("epsilon",),
     "schedule": ("schedule",),
+    "base rate": ("base-rate",),
     "schedule ahead": ("schedule-ahead",),
     "schedule behind": ("schedule-behind",),
     "schedule missing": ("schedule-missing",),

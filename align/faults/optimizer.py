@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -115,6 +116,16 @@ def noam_from_zero(net: Any) -> Any:
 def no_schedule(net: Any) -> Any:
     """A rate that stays."""
     return _adamw(net, rate=RECIPE.lr)
+
+
+def a_tenth(net: Any) -> Any:
+    """The right schedule of another rate."""
+    return _adamw(net, rate=schedule_of(replace(RECIPE, lr=RECIPE.lr / 10)))
+
+
+def a_tenth_and_all_decay(net: Any) -> Any:
+    """Two mistakes at once: of the rates one is told, of the decay the other."""
+    return _adamw(net, rate=schedule_of(replace(RECIPE, lr=RECIPE.lr / 10)), decays=lambda name: True)
 
 
 def clipped_first(net: Any) -> tuple[Any, Loop]:
@@ -277,6 +288,8 @@ FAULTS = (
     _fault("decay ends where Paddle ends it", default_end, "schedule end", RATES),
     _fault("Noam counted from 0", noam_from_zero, "schedule behind", RATES, "--schedule", "noam"),
     _fault("a rate that stays", no_schedule, "schedule missing", RATES),
+    _fault("a tenth of the rate", a_tenth, "base rate", RATES),
+    _fault("a tenth of the rate, and all decays", a_tenth_and_all_decay, "base rate", (*RATES, *BIASES)),
     _fault("clipped before accumulation", clipped_first, "clipped too early", EVERYTHING),
     _fault("clipped group by group", clipped_in_groups, "clipping", EVERYTHING),
     _fault("not clipped", not_clipped, "clipping", EVERYTHING),

@@ -22,6 +22,6 @@ def judged_rates(name: str, expected: Mapping[str, np.ndarray], given: Mapping[s
     wrong = np.flatnonzero(np.abs(ours - theirs) > allowed)
     failure = None if not wrong.size else (
         f"{name}: {wrong.size} of {ours.size} rates differ by more than {RATE:g}; first at update {wrong[0] + 1}: "
-        f"{ours[wrong[0]]:.9g} vs {theirs[wrong[0]]:.9g}")
+        f"{ours[wrong[0]]:.9g} instead of {theirs[wrong[0]]:.9g}")
     return TensorResult(name, theirs.shape, str(theirs.dtype), RATE, not wrong.size, measure(theirs, ours), None,
                         failure)
