@@ -84,9 +84,9 @@ class Inspection:
         """The first parameter that differs, or None, and a sentence on how it is known."""
         run, candidate = self._session.run, self._session.candidate
         dtype = run.conversion.dtype
-        rounded = "" if dtype == "keep" else f" rounded to {dtype}, on both sides,"
+        rounded = "" if dtype == "keep" else f" rounded to {dtype}, on both sides"
         if self._comparison is None and self._verified == candidate.weights_digest:
-            return None, [f"Weights: equal to the source{rounded} bit by bit, as align.weights found for this very "
+            return None, [f"Weights: equal to the source{rounded}, bit by bit, as align.weights found for this very "
                           "digest."]
         candidate.show_rest()
         results, _ = self._comparison.results() if self._comparison else compare_weights(run, candidate)

@@ -123,10 +123,11 @@ def load_tokenizer(directory: Path) -> Any | None:
         raise BadInput(f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
-def load_rows(dataset: str | None, split: str | None, limit: int, task: str = "") -> tuple[str, list[Row]]:
+def load_rows(dataset: str | None, split: str | None, limit: int, task: str = "",
+              flag: str = "--dataset") -> tuple[str, list[Row]]:
     """(name, rows): at most ``limit``, in order. Raises :class:`BadInput` when the set cannot be had.
 
-    Without ``dataset``, what ships with the project for ``task``.
+    Without ``dataset``, what ships with the project for ``task``. ``flag`` is the one that names it.
     """
     if dataset is None:
         file, name = SHIPPED.get(task, PASSAGES)
@@ -138,9 +139,12 @@ def load_rows(dataset: str | None, split: str | None, limit: int, task: str = ""
     if not builder and Path(path).is_file():
         raise BadInput(f"the data set {path} is a file of no kind that is read; that can be told by its ending, one of "
                        f"{', '.join(BUILDERS)}.")
+    if builder and not Path(path).stat().st_size:
+        raise BadInput(f"the data set {path} is empty. Give a file with at least one row.")
     if builder and split:
         raise BadInput(f"--split {split}: {path} is a file, which has no splits; all of it is read. Leave it out.")
     split = split or SPLIT
+    name = dataset if builder else f"{dataset} ({split})"
     with _silent():
         import datasets
         datasets.disable_progress_bars()
@@ -148,17 +152,17 @@ def load_rows(dataset: str | None, split: str | None, limit: int, task: str = ""
             loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split, **options) if builder else
                       datasets.load_dataset(path, configuration or None, split=split))
         except Exception as error:
-            raise BadInput(f"the data set {dataset} (split {split}) {_unavailable(error)}") from error
-    return f"{dataset} ({split})", list(loaded.select(range(min(limit, len(loaded)))))
+            raise BadInput(f"the data set {name} {_unavailable(error, flag)}") from error
+    return name, list(loaded.select(range(min(limit, len(loaded)))))
 
 
-def _unavailable(error: Exception) -> str:
+def _unavailable(error: Exception, flag: str) -> str:
     """Why a set cannot be had; the library's own words where it is not for want of a connection."""
     cause = error.__cause__ or error
     first = next(iter(str(cause).splitlines()), "").rstrip(".")
     if isinstance(error, (ConnectionError, *_offline())):
         return ("is not here, and the hub cannot be reached. Connect, set HF_ENDPOINT to a mirror, or give a file: "
-                "--dataset rows.jsonl")
+                f"{flag} rows.jsonl")
     return f"cannot be loaded: {type(cause).__name__}: {first}."
 
 
@@ -189,7 +193,7 @@ def columns(rows: Sequence[Row], **kinds: type) -> None:
     for number, row in enumerate(rows):
         for name, kind in kinds.items():
             if name not in row:
-                raise BadInput(f"this head's metric needs the column {name}; the set has {', '.join(row)}. Rename one "
+                raise BadInput(f"the column {name} is needed; the set has {', '.join(row)}. Rename one "
                                f"with --columns {name}=NAME.")
             if not isinstance(row[name], (int, float) if kind is float else kind):
                 raise BadInput(f"row {number} of the data set has {name} = {row[name]!r}; {KINDS[kind]} is needed.")

@@ -10,6 +10,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mode
 from types import ModuleType
 from typing import Any
 
@@ -170,19 +171,24 @@ def _inside(norms: tuple[str, str], qkv: Sequence[str], out: str, up: str, down:
 
 def _config(header: Mapping[str, Any], n_head: int, words: str, positions: str, block: str, up: str,
             conv1d_weights: bool) -> Config:
-    """GPT-2's config.json as far as shapes show it; ``n_head`` is taken at its word."""
+    """GPT-2's config.json as far as shapes show it, of the blocks as most of them have it; ``n_head`` is taken at its
+    word.
+    """
     shapes = {}
     for name in (f"{words}.weight", f"{positions}.weight", f"{block.format(i=0)}.{up}.weight"):
         if name not in header or len(header[name].shape) != 2:
             raise BadInput(f"there is no matrix {name} in the checkpoint, whose tensors are named as in "
                            f"{', '.join(list(header)[:3])}. Correct the names in the family file.")
         shapes[name] = header[name].shape
-    (vocabulary, hidden), (length, _), inner = shapes.values()
-    layer = re.compile(re.escape(block).replace(r"\{i\}", r"(\d+)") + r"\..+")
-    numbers = [int(found.group(1)) for found in map(layer.fullmatch, header) if found]
+    (vocabulary, hidden), (length, _), _ = shapes.values()
+    layer = re.compile(re.escape(block).replace(r"\{i\}", r"(\d+)") + r"\.(.+)")
+    found = [match for match in map(layer.fullmatch, header) if match]
+    numbers = [int(match.group(1)) for match in found]
+    inner = mode(header[match.group()].shape[-1 if conv1d_weights else 0] for match in found
+                 if match.group(2) in (f"{up}.weight", f"{up}.bias"))
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocabulary, "n_positions": length,
-        "n_embd": hidden, "n_layer": 1 + max(numbers), "n_head": n_head, "n_inner": inner[-1 if conv1d_weights else 0],
+        "n_embd": hidden, "n_layer": 1 + max(numbers), "n_head": n_head, "n_inner": inner,
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
         "attn_pdrop": 0.0, "tie_word_embeddings": True, "bos_token_id": vocabulary - 1, "eos_token_id": vocabulary - 1,
     }

@@ -26,6 +26,8 @@ from .errors import BadInput
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 FOLLOWED_BY_DESCRIPTOR, DATA_DESCRIPTOR = 8, b"PK\x07\x08"
 NAME_TABLE = "StructuredToParameterName@@"
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""What a training's checkpoint calls the weights that it keeps beside its optimizer's state."""
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -132,7 +134,8 @@ def read_pdparams(path: Path) -> dict[str, StoredTensor]:
     state.pop(NAME_TABLE, None)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Array):
-            raise BadInput(f"{path.name}: {name!r} is a {type(value).__name__}; a name and a tensor are needed.")
+            raise BadInput(f"{path.name}: {name!r} is a {type(value).__name__}; names and tensors are needed, "
+                           "nothing else. Save net.state_dict() alone.")
     return {name: array.described(path.name, name) for name, array in state.items()}
 
 
@@ -145,7 +148,7 @@ def cut_short(path: Path, promised: int) -> str:
 
 def _refuse(file: str, module: str, name: str) -> None:
     raise BadInput(f"{file} wants to run code ({module}.{name}) while it is loaded. Nothing of it was run. "
-                   "Get the weights as safetensors instead.")
+                   "Get the weights as safetensors, or as torch.save(net.state_dict(), …) writes them.")
 
 
 class _DataUnpickler(pickle._Unpickler):
@@ -221,13 +224,14 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _tensors_of(state: Any, path: Path) -> dict[str, StoredTensor]:
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping):
         raise BadInput(f"{path.name} holds a {type(state).__name__}, not a dictionary of tensors.")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
-            raise BadInput(f"{path.name}: {name!r} is a {type(value).__name__}; a name and a tensor are needed.")
+            raise BadInput(f"{path.name}: {name!r} is a {type(value).__name__}; names and tensors are needed, "
+                           "nothing else. Save net.state_dict() alone.")
     return dict(state)
 
 

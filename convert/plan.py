@@ -228,7 +228,9 @@ def _attempt(family: Family, head: Head, config: Config, header: Header, dtype: 
                          for names in (unclaimed, pour.unfilled))
     faults = pour.faults + pour.doubled + [one.sentence for one in wrong] + _unclaimed(rules, unknown)
     if unfilled:
-        faults.append(f"{_count(unfilled, 'target tensor')} that no source tensor fills: {_some(unfilled)}.")
+        absent = pour.absent.get(unfilled[0], unfilled[0])
+        wanted = f"; {absent} is not in the source" if absent != unfilled[0] else ""
+        faults.append(f"{_count(unfilled, 'target tensor')} that no source tensor fills: {_some(unfilled)}{wanted}.")
     if faults:
         return _Faulty(family, head, faults, len(unclaimed))
     moved = {name for move in pour.moves for name in move.sources}
@@ -246,6 +248,7 @@ class _Pouring:
         self.checks: list[Check] = []
         self.dropped: list[tuple[str, str]] = []
         self.unfilled: list[str] = []
+        self.absent: dict[str, str] = {}
         self.faults: list[str] = []
         self.movers: dict[str, list[Rule]] = {}
         self.droppers: dict[str, list[Rule]] = {}
@@ -287,6 +290,8 @@ class _Pouring:
             self._make(rule)
         else:
             self.unfilled += rule.targets
+            absent = next(names[0] for names, held in zip(rule.sources, spelled, strict=True) if not held)
+            self.absent |= dict.fromkeys(rule.targets, absent)
 
     def _move(self, rule: Rule, present: tuple[str, ...]) -> None:
         infos = [self.header[name] for name in present]

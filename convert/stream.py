@@ -9,9 +9,9 @@ bytes at a time; transposing 64 rows at a time right into the tile took twice as
 The fewer tiles, the fewer times a file is read. A tile of whole rows of what is wanted is written in one run, and what
 is written is hashed on the way; where rows are so long that a few of them fill a tile, they are broken off: each
 break costs a call, worth ``BREAK`` bytes of reading, and the hash another reading. For the first tile rows of at most
-``CHUNK`` bytes are read whole: so every element is hashed and checked in the order of the file, and nothing is read once
-more for it. For the other tiles they are read whole where less than ``GAP`` bytes are unwanted: a call costs as much as
-reading these, for it hands the interpreter over to the other thread and waits for it.
+``CHUNK`` bytes are read whole: so every element is hashed and checked in the order of the file, and nothing is read
+once more for it. For the other tiles they are read whole where less than ``GAP`` bytes are unwanted: a call costs as
+much as reading these, for it hands the interpreter over to the other thread and waits for it.
 
 The thread with the larger tile begins with the largest matrices against the grain, the other with what needs no tile,
 and they meet in between. The smaller tile holds a matrix of 4096 x 4096 in half precision.
@@ -316,7 +316,7 @@ def _panels(tile: np.ndarray, rows: int, columns: int, dtype: Dtype) -> list[np.
 
 
 def _deal(block: np.ndarray, row: int, panels: Sequence[np.ndarray]) -> None:
-    """Put the rows of ``block`` into the panels, beginning at ``row``; what a panel has of a row moves as one element."""
+    """Put ``block`` into the panels, beginning at ``row``; what a panel has of a row moves as one element."""
     start = 0
     for group in panels:
         many, _, each = group.shape

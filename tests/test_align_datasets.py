@@ -44,7 +44,7 @@ def metric(workshop, head, rows, *flags, name="rows.jsonl"):
 def test_a_local_file(workshop, head, name):
     outcome = metric(workshop, head, ROWS, name=name)
     assert all_aligned({"metric": outcome})
-    assert any(f"5 rows of {workshop.root / name} (test)" in note for note in outcome.report["notes"])
+    assert any(f"5 rows of {workshop.root / name}" in note for note in outcome.report["notes"])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -100,7 +100,7 @@ def test_a_row_of_another_kind_is_named(workshop, head, spoilt, told):
 
 
 @pytest.mark.parametrize("head, rows, told", [
-    ("BertForSequenceClassification", [{"text": "x"}], "this head's metric needs the column label; the set has text"),
+    ("BertForSequenceClassification", [{"text": "x"}], "the column label is needed; the set has text"),
     ("BertModel", ROWS[:1], "nothing to score"),
     ("GPTJForCausalLM", [{"text": "x"}], "nothing to score"),
     ("GPTJForCausalLM", [{"text": ""}], "no row to evaluate on"),
@@ -115,6 +115,9 @@ def test_a_file_that_is_no_data_is_refused(workshop):
     (workshop.root / "broken.jsonl").write_text("{")
     outcome = workshop.align("metric", "BertModel", "--dataset", str(workshop.root / "broken.jsonl"))
     assert outcome.code == 2 and "cannot be loaded" in outcome.stderr and "DatasetGeneration" not in outcome.stderr
+    (workshop.root / "empty.txt").touch()
+    outcome = workshop.align("metric", "BertModel", "--dataset", str(workshop.root / "empty.txt"))
+    assert outcome.code == 2 and "is empty. Give a file with at least one row" in outcome.stderr
     (workshop.root / "notes.md").write_text("text")
     outcome = workshop.align("metric", "BertModel", "--dataset", str(workshop.root / "notes.md"))
     assert outcome.code == 2 and "is a file of no kind that is read" in outcome.stderr and ".jsonl" in outcome.stderr

@@ -185,8 +185,8 @@ def test_pictures_are_recorded_for_the_other_environment_and_give_the_same_repor
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--columns", "label=thing"), "needs the column image"),
-    (("--columns", "image=photo"), "needs the column label"),
+    (("--columns", "label=thing"), "the column image is needed"),
+    (("--columns", "image=photo"), "the column label is needed"),
     (("--columns", "image=thing,label=thing"), "row 0 of the data set has an image that is no picture"),
     (("--columns", "image=photo,label=photo"), "a whole number is needed")])
 def test_a_set_that_cannot_be_used_is_told_in_a_sentence(shop, parquet, flags, says):

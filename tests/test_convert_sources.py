@@ -42,6 +42,15 @@ def in_a_trainers_bin(model, directory):
                                             model.state_dict().items()}})
 
 
+def in_a_checkpoint_of_a_training(model, directory):
+    """As nanoGPT keeps it: the weights under "model", beside the optimizer's state and the number of the step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    saved(model, directory, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 1,
+                             "config": {"compile": True, "lr": 1e-3, "name": None}})
+
+
 def in_columns(model, directory):
     """Every matrix transposed in storage, so that its strides are not those of C order."""
     state = {name: value.t().contiguous().t() if value.ndim == 2 else value
@@ -73,7 +82,8 @@ def in_slices(model, directory):
 
 
 WAYS = [in_one_safetensors, in_safetensors_shards, in_one_bin, in_bin_shards, in_a_bin_older_than_zip,
-        in_a_trainers_bin, in_columns, in_one_storage, in_one_storage_older_than_zip, in_slices]
+        in_a_trainers_bin, in_a_checkpoint_of_a_training, in_columns, in_one_storage, in_one_storage_older_than_zip,
+        in_slices]
 
 
 @pytest.fixture

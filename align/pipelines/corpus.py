@@ -51,7 +51,7 @@ def _long() -> list[Text]:
 
 def own(dataset: str, split: str | None, limit: int, mapping: str | None) -> tuple[str, list[Text]]:
     """(name, texts) of the user's set: its column ``text``, and ``next`` where a row has one to make a pair."""
-    name, rows = load_rows(dataset, split, limit)
+    name, rows = load_rows(dataset, split, limit, flag="--data")
     renamed_rows: list[Row] = renamed(rows, mapping)
     columns(renamed_rows, text=str)
     if not renamed_rows:

@@ -100,8 +100,10 @@ def reference(session: Session) -> Step:
     if channels not in (1, 3):
         raise BadInput(f"pictures have 3 channels, or 1 if grey; this model takes {channels}, so there is nothing to "
                        "compare.")
-    name, rows = ("pictures that are drawn by paddle-parity", drawn(COUNT, run.sizes["labels"])) if (
-        options.data is None) else load_rows(options.data, options.split, options.limit or ROWS)
+    if options.data is None:
+        name, rows = "pictures that are drawn by paddle-parity", drawn(COUNT, run.sizes["labels"])
+    else:
+        name, rows = load_rows(options.data, options.split, options.limit or ROWS, flag="--data")
     rows = renamed(rows, options.columns)
     columns(rows, image=object)
     if not rows:

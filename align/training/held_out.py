@@ -96,8 +96,8 @@ def _judged(name: str, expected: float, found: float, allowed: float) -> TensorR
     difference, size = abs(found - expected), abs(expected) or 1.0
     passed = difference <= allowed
     measures = Measures(difference, difference, difference / size, 1.0, (), (expected, found))
-    told = None if passed else (f"{name}{SUFFIX}: {found:.6g} instead of {expected:.6g}, off by {difference:.2g}, allowed "
-                                f"{allowed:.2g}")
+    told = None if passed else (f"{name}{SUFFIX}: {found:.6g} instead of {expected:.6g}, off by {difference:.2g}, "
+                                f"allowed {allowed:.2g}")
     return TensorResult(f"{name}{SUFFIX}", (), "float64", allowed / size, passed, measures, failure=told)
 
 
