@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .training.curves import Curves
 
 ALIGNED, DIVERGED = "aligned", "diverged"
-SHOWN, SHOWN_FAILURES = 200, 10
+SHOWN, SHOWN_FAILURES = 40, 10
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ class StageResult:
         from rich import box
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
         shown = self.tensors if self.stage != "weights" else [tensor for tensor in self.tensors if not tensor.passed]
         if shown:
@@ -189,14 +190,14 @@ class StageResult:
             table.add_column("tensor", overflow="fold")
             for name in ("rel-L2", *(("isolated", "noise", "used") if judged else ("max abs", "allowed")), ""):
                 table.add_column(name, justify="right")
-            for tensor in shown[:SHOWN]:
+            for tensor in _most_telling(shown):
                 more = (_number(tensor.isolated, "rel_l2"), _floor(tensor), _used(tensor)) if judged else (
                     _number(tensor.measures, "max_abs"), _allowed(tensor))
-                table.add_row(tensor.name, _number(tensor.measures, "rel_l2"), *more,
+                table.add_row(Text(tensor.name), _number(tensor.measures, "rel_l2"), *more,
                               "[green]ok[/]" if tensor.passed else "[red]FAIL[/]")
             console.print(table)
         if len(shown) > SHOWN:
-            console.print(f"… and {len(shown) - SHOWN} more, in {self.stage}.md")
+            console.print(f"… and {len(shown) - SHOWN} more that differ less, in {self.stage}.md")
         for table in self.tables:
             if table.shown:
                 table.print(console)
@@ -213,6 +214,14 @@ class StageResult:
         color = "green" if self.verdict == ALIGNED else "red"
         console.print(f"[bold {color}]{self.stage}: {self.verdict}[/]. ", end="")
         console.print(self.summary().replace("`", ""), markup=False)
+
+
+def _most_telling(tensors: Sequence[TensorResult]) -> list[TensorResult]:
+    """``SHOWN`` of them at most, in the order of execution: what failed, and what uses the largest share of a limit."""
+    def weight(number: int) -> tuple[bool, float, float]:
+        tensor = tensors[number]
+        return not tensor.passed, tensor.share or 0.0, tensor.measures.rel_l2 if tensor.measures else 0.0
+    return [tensors[number] for number in sorted(sorted(range(len(tensors)), key=weight, reverse=True)[:SHOWN])]
 
 
 def _tensor_json(tensor: TensorResult) -> dict[str, Any]:

@@ -109,10 +109,12 @@ def _tell(drafted: Draft, options: argparse.Namespace, output: Path | None) -> N
                  (drafted.torch_left, "torch", "dropped"), (drafted.paddle_left, "Paddle", "made")) if count]
     fault = f"As it is, the plan is not whole: {drafted.fault}" if drafted.fault else (
         "As it is, the plan is whole: no tensor of either checkpoint is without a rule.")
-    print(f"{output or 'draft'}: {many} rules, {sure} of them sure, {many - sure} to check.\n"
+    others = drafted.text.count("# check:") - (many - sure)
+    besides = f", and {others} other {'mark' if others == 1 else 'marks'} to check" if others else ""
+    print(f"{output or 'draft'}: {many} rules, {sure} of them sure, {many - sure} to check{besides}.\n"
           f"{'; '.join(alone) or 'Every tensor has a counterpart'}.\n{fault}\n"
           f"next: read what is marked `check`, then\n"
-          f"      python -m convert --family {name} --source {options.torch} --output out/draft --dry-run",
+          f"      python -m convert --family {name} --source {options.torch} --output out/mine --dry-run",
           file=sys.stderr)
 
 

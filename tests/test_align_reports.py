@@ -12,7 +12,7 @@ from reprod_log import ReprodDiffHelper
 
 import models
 from align import stage
-from align.compare import TensorResult, compare
+from align.compare import Measures, TensorResult, compare
 from align.noise import NoiseFloor
 from align.report import StageResult
 
@@ -119,6 +119,20 @@ def test_more_failures_than_are_shown_are_counted(capsys):
                for number in range(12)]
     result_of(failing).print()
     assert "… and 2 more, in backward.json" in capsys.readouterr().out
+
+
+def test_of_many_tensors_those_that_failed_or_differ_most_are_shown(capsys):
+    tensors = [TensorResult(f"h.{number}", (1,), "float32", 0.0, number != 70,
+                            Measures(0.0, 0.0, number / 1e3, 1.0, (), (0.0, 0.0))) for number in range(90)]
+    result_of(tensors).print()
+    told = capsys.readouterr().out
+    names = re.findall(r"^ *h\.(\d+) ", told, re.M)
+    assert list(map(int, names)) == list(range(50, 90)) and "… and 50 more that differ less, in backward.md" in told
+
+
+def test_a_name_is_shown_as_it_is(capsys):
+    result_of([TensorResult("greedy [prompt 2]", (1,), "float32", 0.0, True)]).print()
+    assert "greedy [prompt 2]" in capsys.readouterr().out
 
 
 def test_what_cancels_is_no_part_of_the_largest_error_that_is_told():
