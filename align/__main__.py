@@ -74,6 +74,8 @@ def _run_all(options: argparse.Namespace) -> int:
         if codes[name] and not options.keep_going:
             break
     _tell(codes, passed_by, options)
+    if (page := directory / "index.html").is_file() and not options.only:
+        print(f"page: {page}")
     if options.submission:
         outdated = [name for name in stage_names() if codes.get(name) not in (errors.ALIGNED, errors.DIVERGED)
                     and done.code(name) is None]

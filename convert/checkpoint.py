@@ -19,7 +19,7 @@ import numpy as np
 
 from .dtypes import Dtype, by_code
 from .errors import BadInput
-from .pickles import StoredTensor, cut_short, read_pdparams, read_torch_legacy, read_torch_zip
+from .pickles import StoredTensor, cut_short, read_pdparams, read_torch_legacy, read_torch_zip, remedy
 
 MAX_HEADER = 100_000_000
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
@@ -414,7 +414,7 @@ def _read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(MAX_HEADER, size - 8):
             raise BadInput(f"{file.name} is not a whole safetensors file: it announces a header of {length:,} bytes "
-                           f"and has {size:,} in all. Download it again.")
+                           f"and has {size:,} in all. {remedy(file)}")
         text = handle.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_repeats)
@@ -423,7 +423,7 @@ def _read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
                    for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadInput(f"{file.name} has a damaged header ({type(error).__name__}: {error}). "
-                       "Download it again.") from error
+                       f"{remedy(file)}") from error
     tensors = {name: _safetensors_info(file, 8 + length, name, *entry) for name, entry in entries.items()}
     end = _check_cover(file, 8 + length, tensors)
     if end != size:

@@ -36,11 +36,13 @@ class FrameworkMissing(Exception):
 def require(framework: str) -> None:
     """Import ``framework`` or raise :class:`FrameworkMissing` with the command that installs it."""
     try:
-        __import__(framework)
+        module = __import__(framework)
     except ImportError as error:
         raise FrameworkMissing(
             f"{framework} cannot be imported ({error}). Install it: {FRAMEWORKS[framework]}"
         ) from error
+    if framework == "paddle":
+        module.disable_signal_handler()  # it prints a C++ traceback where a command is ended by kill
 
 
 def guarded(command: Callable[[], int]) -> int:

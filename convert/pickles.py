@@ -25,6 +25,8 @@ from .errors import BadInput
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 FOLLOWED_BY_DESCRIPTOR, DATA_DESCRIPTOR = 8, b"PK\x07\x08"
+MARKER = "paddle_parity.json"
+"""What a conversion leaves about itself beside its result."""
 NAME_TABLE = "StructuredToParameterName@@"
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """What a training's checkpoint calls the weights that it keeps beside its optimizer's state."""
@@ -68,7 +70,7 @@ def read_torch_zip(path: Path) -> dict[str, StoredTensor]:
         def region(key: str, elements: int, size: int) -> Region:
             entry = records.get(f"{root}data/{key}")
             if entry is None:
-                raise BadInput(f"{path.name} has no record data/{key}; the file is damaged. Download it again.")
+                raise BadInput(f"{path.name} has no record data/{key}; the file is damaged. {remedy(path)}")
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise BadInput(f"{path.name} has compressed records; torch.save does not write such files.")
             return _record(file, archive, entry, elements * size)
@@ -143,7 +145,12 @@ def cut_short(path: Path, promised: int) -> str:
     """The sentence for a file whose size is not what its header promises."""
     actual = path.stat().st_size
     problem = "is cut short" if actual < promised else "is longer than it should be"
-    return (f"{path.name} {problem}: its header promises {promised:,} bytes, it has {actual:,}. Download it again.")
+    return (f"{path.name} {problem}: its header promises {promised:,} bytes, it has {actual:,}. {remedy(path)}")
+
+
+def remedy(path: Path) -> str:
+    """What helps against a damaged file."""
+    return "Convert again, with --overwrite." if (path.parent / MARKER).is_file() else "Download it again."
 
 
 def _refuse(file: str, module: str, name: str) -> None:

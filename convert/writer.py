@@ -23,10 +23,9 @@ from typing import Any
 from .checkpoint import Matrix, read_json
 from .dtypes import Dtype
 from .errors import BadInput
-from .pickles import NAME_TABLE
+from .pickles import MARKER, NAME_TABLE
 from .plan import Move
 
-MARKER = "paddle_parity.json"
 DTYPES_OF_SAFETENSORS = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 """In the order in which safetensors lays tensors into a file."""
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

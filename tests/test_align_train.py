@@ -393,6 +393,7 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(optimizer
     codes, err = [end.code for end in ends], ends[-1].stderr
     assert codes == [130, 130, 0]
     assert "torch-plain: goes on behind step 4 of 4." in err and "candidate-paddle: goes on behind step 2 of 4." in err
+    assert "nothing of it is kept, so it begins" in ends[1].stderr
     again = json.loads((shop.reports / "gptj" / "train.json").read_text())
     assert again["tensors"] == whole.report["tensors"] and again["curves"] == whole.report["curves"]
     assert again["values"] == whole.report["values"]

@@ -175,7 +175,10 @@ def test_the_sentence_for_a_file_cut_short_has_both_sizes(source, refused):
     file = source / "model.safetensors"
     size = file.stat().st_size
     os.truncate(file, size - 4)
-    refused(source, says=f"model.safetensors is cut short: its header promises {size:,} bytes, it has {size - 4:,}.")
+    refused(source, says=f"model.safetensors is cut short: its header promises {size:,} bytes, it has {size - 4:,}. "
+                         "Download it again.")
+    (source / "paddle_parity.json").write_text("{}")
+    refused(source, says="Convert again, with --overwrite.")
 
 
 def test_a_padded_file(source, refused):

@@ -150,6 +150,8 @@ CURVES = ("losses", "norms", "rates")
 def _resumed(side: Trainer, kept: Checkpoint) -> Course:
     found = kept.load()
     if found is None:
+        if kept.resume:
+            print(f"{kept.name}: nothing of it is kept, so it begins at its first step.", file=sys.stderr)
         return Course()
     arrays, told = found
     side.load(_below("state/", arrays), told["state"])
