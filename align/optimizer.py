@@ -34,7 +34,7 @@ from .optimizing.rates import judged_rates
 from .optimizing.recipe import KINDS, RATES, SCHEDULES, Recipe, decayed
 from .optimizing.updates import GIVEN, Course, Rounding, courses_of, own_batches, with_rounding
 from .options import above_zero, below_one, not_below_zero, positive, whole
-from .stage import Findings, RecordedStage, Session, main
+from .stage import Findings, RecordedStage, Session, chosen, main, spelled
 from .tolerance import REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
 
@@ -43,6 +43,9 @@ RATES_OF = "learning-rate"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 BEHIND, START = "behind", "start"
 UPDATES, DECAY = "updates", "weight decay"
+OWNERS = {**dict.fromkeys(("momentum", "nesterov"), {"momentum"}),
+          **dict.fromkeys(("beta1", "beta2", "epsilon"), {"adam", "adamw"})}
+"""Which optimizers know a flag that not all know."""
 LONG, LONG_WARMUP, BEYOND = 1000, 100, 50
 """Updates of the schedules that are compared by themselves, those that warm up, and how many behind the last."""
 COPIES = 17
@@ -326,6 +329,10 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
     warmup = steps // 3 if options.warmup is None else options.warmup
     alone = [options.optimizer or "adamw"]
     names = alone if options.optimizer or options.candidate_optimizer else KINDS
+    idle = [flag for flag in chosen(STAGE, options) if flag in OWNERS and not OWNERS[flag] & {*names}]
+    if idle:
+        raise BadInput(f"{spelled(idle[:1])} is of {' and '.join(sorted(OWNERS[idle[0]]))}, and {names[0]} is what is "
+                       "compared. Leave it out, or give --optimizer.")
     return [Recipe(name, options.lr or RATES[name], options.schedule or "linear", steps, warmup, options.clip or None,
                    options.accumulate, options.weight_decay, options.momentum, options.nesterov, options.beta1,
                    options.beta2, options.epsilon) for name in names]

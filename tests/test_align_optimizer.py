@@ -280,6 +280,7 @@ def test_of_a_model_larger_than_memory_rows_are_updated(shop):
     (("--updates", "1", "--steps", "9", "--warmup", "3"), "the rate is 0 in all 1 updates"),
     (("--optimizer", "adamw", "--lr", "1e-12", *SHORT), "by more than rounding"),
     (("--optimizer", "adamw", "--epsilon", "0", *SHORT), "--epsilon above 0"),
+    (("--optimizer", "sgd", "--beta1", "0.8"), "--beta1 is of adam and adamw, and sgd is what is compared"),
     (("--optimizer", "sgd", "--lr", "1e38", *SHORT), "smaller --lr")])
 def test_what_moves_no_weight_or_none_to_a_number_is_refused(flags, word, shop):
     """Rows of an embedding that no token is have gradients of 0, and 0 / (sqrt(0) + 0) is no number."""
