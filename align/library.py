@@ -140,8 +140,9 @@ def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
                               else pairing.torch.array(weight.torch), weight.layout)
         wanted = pairing.paddle.shape(weight.paddle)
         if array.shape != wanted and not array.size == np.prod(wanted) == 1:
-            raise BadInput(f"{weight.torch} {list(pairing.torch.shape(weight.torch))} does not fit {weight.paddle} "
-                           f"{list(wanted)}.")
+            raise BadInput(f"torch's {weight.torch} {list(pairing.torch.shape(weight.torch))} does not fit Paddle's "
+                           f"{weight.paddle} {list(wanted)}, where it would be {list(array.shape)}: one of the two nets "
+                           "has another width.")
         array = np.array(array.reshape(wanted), order="C")
         held = pairing.paddle.array(weight.paddle).dtype
         if array.dtype != held:
@@ -337,7 +338,7 @@ def _arrays(inputs: Given) -> tuple[dict[str, np.ndarray], list[str]]:
         raise BadInput("inputs is empty: a model that is fed nothing shows nothing.")
     wide = [name for name, array in arrays.items() if array.dtype == np.float64]
     arrays |= {name: arrays[name].astype(np.float32) for name in wide}
-    return arrays, [f"Inputs in float64 were rounded to float32, for both sides: {', '.join(wide)}."] * bool(wide)
+    return arrays, [f"Inputs in float64 were rounded to float32, for both sides: {', '.join(f'input {name}' for name in wide)}."] * bool(wide)
 
 
 def _array(name: str, given: Any) -> np.ndarray:
@@ -351,6 +352,8 @@ def _array(name: str, given: Any) -> np.ndarray:
                        f"{', '.join(DTYPES)}.")
     if not array.size:
         raise BadInput(f"input {name} is empty, {list(array.shape)}: a model that is fed nothing shows nothing.")
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        raise BadInput(f"input {name} holds NaN, and what comes of NaN shows nothing.")
     return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 

@@ -565,12 +565,23 @@ def test_a_square_matrix_of_no_known_layer_is_never_guessed(layout):
     ours, theirs = TorchRaw(), PaddleRaw(layout == "transposed")
     with pytest.raises(BadInput, match=r'layouts=\{"table": "same"\}'):
         load_weights(ours, theirs)
+    with pytest.raises(BadInput, match="table is said to be 'tranposed'; same or transposed is needed"):
+        load_weights(ours, theirs, layouts={"table": "tranposed"})
+    with pytest.raises(BadInput, match="tabel is no parameter of the Paddle layer. The nearest: table"):
+        load_weights(ours, theirs, layouts={"tabel": layout})
     load_weights(ours, theirs, layouts={"table": layout})
     assert align_models(ours, theirs, (drawn(4, 6),), layouts={"table": layout}).verdict == "aligned"
     told = align_models(ours, theirs, (drawn(4, 6),))
     assert any("table is square" in note for note in told.notes)
     other = {"same": "transposed", "transposed": "same"}[layout]
     assert align_models(ours, theirs, (drawn(4, 6),), layouts={"table": other}).first_divergence == "table"
+
+
+def test_an_input_that_holds_nan_is_refused():
+    x = drawn(2, 6)
+    x[1, 2] = np.nan
+    with pytest.raises(BadInput, match="input 0 holds NaN"):
+        align_models(Torch(lambda x: x * 3), Paddle(lambda x: x * 3), (x,))
 
 
 def test_numbers_in_the_other_order_of_bytes_are_the_same_numbers():

@@ -27,6 +27,7 @@ Layout = Literal["same", "transposed"]
 CALLED_OTHERWISE = {"running_mean": "_mean", "running_var": "_variance"}
 TORCH_ONLY = "num_batches_tracked"
 SHOWN = 6
+LAYOUTS = ("same", "transposed")
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,10 @@ class Pairing:
                     raise BadInput(f"names: {path} is said to be {name}, which the Paddle layer does not have."
                                    f"{_near(name, self.paddle)}")
         for name, layout in self._layouts.items():
-            if name not in self.paddle.tensors or layout not in ("same", "transposed"):
-                raise BadInput(f"layouts: {name}: {layout}; Paddle's name of a parameter and same or transposed is "
-                               f"needed.{_near(name, self.paddle)}")
+            if name not in self.paddle.tensors:
+                raise BadInput(f"layouts: {name} is no parameter of the Paddle layer.{_near(name, self.paddle)}")
+            if layout not in LAYOUTS:
+                raise BadInput(f"layouts: {name} is said to be {layout!r}; {' or '.join(LAYOUTS)} is needed.")
 
     def _told(self, path: str) -> Told:
         """What the map says of ``path``: itself, or the longest module that it lies in; else the same path."""
