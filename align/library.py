@@ -141,8 +141,8 @@ def _turned(pairing: Pairing) -> Iterator[tuple[Weight, np.ndarray]]:
         wanted = pairing.paddle.shape(weight.paddle)
         if array.shape != wanted and not array.size == np.prod(wanted) == 1:
             raise BadInput(f"torch's {weight.torch} {list(pairing.torch.shape(weight.torch))} does not fit Paddle's "
-                           f"{weight.paddle} {list(wanted)}, where it would be {list(array.shape)}: one of the two nets "
-                           "has another width.")
+                           f"{weight.paddle} {list(wanted)}, where it would be {list(array.shape)}: one of the two "
+                           "nets has another width.")
         array = np.array(array.reshape(wanted), order="C")
         held = pairing.paddle.array(weight.paddle).dtype
         if array.dtype != held:
@@ -338,7 +338,8 @@ def _arrays(inputs: Given) -> tuple[dict[str, np.ndarray], list[str]]:
         raise BadInput("inputs is empty: a model that is fed nothing shows nothing.")
     wide = [name for name, array in arrays.items() if array.dtype == np.float64]
     arrays |= {name: arrays[name].astype(np.float32) for name in wide}
-    return arrays, [f"Inputs in float64 were rounded to float32, for both sides: {', '.join(f'input {name}' for name in wide)}."] * bool(wide)
+    told = f"Inputs in float64 were rounded to float32, for both sides: {', '.join(f'input {name}' for name in wide)}."
+    return arrays, [told] * bool(wide)
 
 
 def _array(name: str, given: Any) -> np.ndarray:

@@ -43,8 +43,8 @@ RATES_OF = "learning-rate"
 ISOLATED, PROPAGATED = "isolated", "propagated"
 BEHIND, START = "behind", "start"
 UPDATES, DECAY = "updates", "weight decay"
-OWNERS = {**dict.fromkeys(("momentum", "nesterov"), {"momentum"}),
-          **dict.fromkeys(("beta1", "beta2", "epsilon"), {"adam", "adamw"})}
+ADAMS = ("adam", "adamw")
+OWNERS = {"momentum": ("momentum",), "nesterov": ("momentum",), "beta1": ADAMS, "beta2": ADAMS, "epsilon": ADAMS}
 """Which optimizers know a flag that not all know."""
 LONG, LONG_WARMUP, BEYOND = 1000, 100, 50
 """Updates of the schedules that are compared by themselves, those that warm up, and how many behind the last."""
@@ -329,9 +329,9 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
     warmup = steps // 3 if options.warmup is None else options.warmup
     alone = [options.optimizer or "adamw"]
     names = alone if options.optimizer or options.candidate_optimizer else KINDS
-    idle = [flag for flag in chosen(STAGE, options) if flag in OWNERS and not OWNERS[flag] & {*names}]
+    idle = [flag for flag in chosen(STAGE, options) if flag in OWNERS and not {*OWNERS[flag]} & {*names}]
     if idle:
-        raise BadInput(f"{spelled(idle[:1])} is of {' and '.join(sorted(OWNERS[idle[0]]))}, and {names[0]} is what is "
+        raise BadInput(f"{spelled(idle[:1])} is of {' and '.join(OWNERS[idle[0]])}, and {names[0]} is what is "
                        "compared. Leave it out, or give --optimizer.")
     return [Recipe(name, options.lr or RATES[name], options.schedule or "linear", steps, warmup, options.clip or None,
                    options.accumulate, options.weight_decay, options.momentum, options.nesterov, options.beta1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -95,6 +95,13 @@ class OwnPaddleNet(_OwnNet, PaddleNet):
     def __init__(self, run: Run, device: str, paged: bool, target: Target, built: Any) -> None:
         self.target, self.built = target, built
         super().__init__(run, device, paged)
+        self._require_names([move.target for move in run.plan.moves], list(built.state_dict()))
+
+    def _require_names(self, wanted: Sequence[str], held: Sequence[str]) -> None:
+        if not {*wanted} & {*held}:
+            raise BadInput(f"{self.target.name}: the net has no parameter {wanted[0]}; it has "
+                           f"{', '.join(held[:3]) or 'none at all'}. Its parameters are to have the result's names, "
+                           "which --rules of the conversion prints.")
 
     @property
     def keeps(self) -> bool:

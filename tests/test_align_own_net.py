@@ -555,9 +555,12 @@ def test_batch_norms_of_the_two_frameworks_agree_but_for_the_variance_that_they_
     ("paper_net:nothing", "NoneType"), ("paper_net:short", "is called with the config"),
     ("paper_net:tuples", "a mapping"), ("paper_net:absent", "cannot be imported"),
     ("no_such_module:build", "cannot be imported"), ("other", "is not one of"),
-    ("unreadable_net:build", "cannot be imported (SyntaxError"), ("failing_net:build", "(RuntimeError: no weights)")])
+    ("unreadable_net:build", "cannot be imported (SyntaxError"), ("failing_net:build", "(RuntimeError: no weights)"),
+    ("inner_net:build", "the net has no parameter transformer.wte.weight; it has wte.weight, ")])
 def test_what_cannot_be_used_is_told_in_a_sentence(forward, tmp_path, target, says):
     (tmp_path / "unreadable_net.py").write_text("def build(config, directory:\n")
+    (tmp_path / "inner_net.py").write_text(
+        "import models\ndef build(config, directory):\n    return models.from_pretrained(directory).transformer\n")
     (tmp_path / "failing_net.py").write_text("raise RuntimeError('no weights')\n")
     code, said = forward(target)
     assert code == 2

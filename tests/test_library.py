@@ -567,7 +567,7 @@ def test_a_square_matrix_of_no_known_layer_is_never_guessed(layout):
         load_weights(ours, theirs)
     with pytest.raises(BadInput, match="table is said to be 'tranposed'; same or transposed is needed"):
         load_weights(ours, theirs, layouts={"table": "tranposed"})
-    with pytest.raises(BadInput, match="tabel is no parameter of the Paddle layer. The nearest: table"):
+    with pytest.raises(BadInput, match=r"tabel is no parameter of the Paddle layer\. The nearest: table"):
         load_weights(ours, theirs, layouts={"tabel": layout})
     load_weights(ours, theirs, layouts={"table": layout})
     assert align_models(ours, theirs, (drawn(4, 6),), layouts={"table": layout}).verdict == "aligned"
