@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.errors import BadInput
 from convert.report import SCHEMA
 
 from .compare import Measures, TensorResult
@@ -95,9 +96,14 @@ class StageResult:
         return [tensor.failure for tensor in [*self.tensors, *self.sublayers] if tensor.failure]
 
     def save(self, directory: Path | str) -> Path:
-        """Write ``<stage>.json`` and ``<stage>.md``; returns the Markdown's path."""
+        """Write ``<stage>.json`` and ``<stage>.md``; returns the Markdown's path. :class:`BadInput` where a file is in
+        the way."""
         reports = Path(directory)
-        reports.mkdir(parents=True, exist_ok=True)
+        try:
+            reports.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise BadInput(f"{reports} cannot be made a directory: {error.strerror}. Give another place for the "
+                           "report.") from error
         (reports / f"{self.stage}.json").write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False), "utf-8")
         (reports / f"{self.stage}.md").write_text(self.markdown(), "utf-8")
         if self.curves:

@@ -15,6 +15,7 @@ from align import stage
 from align.compare import Measures, TensorResult, compare
 from align.noise import NoiseFloor
 from align.report import StageResult
+from convert.errors import BadInput
 
 TYPES = {"schema": str, "run": str, "family": str, "stage": str, "verdict": str, "first_divergence": (str, type(None)),
          "tensors": list, "reference": dict, "candidate": dict, "inputs_digest": (str, type(None)),
@@ -128,6 +129,13 @@ def test_of_many_tensors_those_that_failed_or_differ_most_are_shown(capsys):
     told = capsys.readouterr().out
     names = re.findall(r"^ *h\.(\d+) ", told, re.M)
     assert list(map(int, names)) == list(range(50, 90)) and "… and 50 more that differ less, in backward.md" in told
+
+
+def test_a_report_that_cannot_be_saved_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BadInput, match="cannot be made a directory"):
+            result_of([]).save(place)
 
 
 def test_a_name_is_shown_as_it_is(capsys):
