@@ -339,7 +339,8 @@ def _arrays(inputs: Given) -> tuple[dict[str, np.ndarray], list[str]]:
     wide = [name for name, array in arrays.items() if array.dtype == np.float64]
     arrays |= {name: arrays[name].astype(np.float32) for name in wide}
     told = f"Inputs in float64 were rounded to float32, for both sides: {', '.join(f'input {name}' for name in wide)}."
-    return arrays, [told] * bool(wide)
+    broken = [name for name, array in arrays.items() if array.dtype.kind == "f" and np.isnan(array).any()]
+    return arrays, [told] * bool(wide) + [f"Input {name} holds NaN." for name in broken]
 
 
 def _array(name: str, given: Any) -> np.ndarray:
@@ -353,8 +354,6 @@ def _array(name: str, given: Any) -> np.ndarray:
                        f"{', '.join(DTYPES)}.")
     if not array.size:
         raise BadInput(f"input {name} is empty, {list(array.shape)}: a model that is fed nothing shows nothing.")
-    if array.dtype.kind == "f" and np.isnan(array).any():
-        raise BadInput(f"input {name} holds NaN, and what comes of NaN shows nothing.")
     return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 

@@ -201,9 +201,11 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
                      "that differ, not the optimizer. See align.backward.")
     if left_out:
         notes.append(f"Left out, as the set-up of the candidate's is another: {', '.join(left_out)}.")
-    told = {one.kind: one for one in reversed(why) if one}
-    first_why = next((one for one in why if one), None)
-    notes += [f"Besides: {one.sentence}" for one in reversed(told.values()) if one.kind != first_why.kind]
+    causes: dict[str, Explanation] = {}
+    for one in filter(None, why):
+        causes.setdefault(one.sentence.partition(": ")[0], one)
+    first_why, *others = [*causes.values()] or [None]
+    notes += [f"Besides: {one.sentence}" for one in others if one.kind != first_why.kind]
     return Findings(list(found.values()), notes, diagnosis=first_why, caveat=_caveat(unseen))
 
 
@@ -331,8 +333,8 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
     names = alone if options.optimizer or options.candidate_optimizer else KINDS
     idle = [flag for flag in chosen(STAGE, options) if flag in OWNERS and not {*OWNERS[flag]} & {*names}]
     if idle:
-        raise BadInput(f"{spelled(idle[:1])} is of {' and '.join(OWNERS[idle[0]])}, and {names[0]} is what is "
-                       "compared. Leave it out, or give --optimizer.")
+        raise BadInput(f"{spelled(idle)}: that is of {' and '.join(OWNERS[idle[0]])}, and {names[0]} is what is "
+                       "compared. Leave it out.")
     return [Recipe(name, options.lr or RATES[name], options.schedule or "linear", steps, warmup, options.clip or None,
                    options.accumulate, options.weight_decay, options.momentum, options.nesterov, options.beta1,
                    options.beta2, options.epsilon) for name in names]

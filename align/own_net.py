@@ -95,7 +95,7 @@ class OwnPaddleNet(_OwnNet, PaddleNet):
     def __init__(self, run: Run, device: str, paged: bool, target: Target, built: Any) -> None:
         self.target, self.built = target, built
         super().__init__(run, device, paged)
-        self._require_names([move.target for move in run.plan.moves], list(built.state_dict()))
+        self._require_names([move.target for move in run.plan.moves if move.rule.moves], list(built.state_dict()))
 
     def _require_names(self, wanted: Sequence[str], held: Sequence[str]) -> None:
         if not {*wanted} & {*held}:

@@ -416,13 +416,13 @@ def called(model: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         result = model(**tensors, **({"return_dict": True} if hasattr(model, "config_class") else {}))
     except Exception as error:
-        ours = any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:])
-        if ours or not (isinstance(error, (RuntimeError, IndexError, ValueError)) or is_remote(model)):
-            raise  # by a hook of ours, or because of how it is called, not by the model
-        if "can't allocate memory" in str(error):
+        if any(word in str(error) for word in ("can't allocate memory", "out of memory")):
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
             raise BadInput(f"torch's own {type(model).__name__} has too little memory for its inputs ({shapes}). Give "
                            "fewer rows or tokens.") from error
+        ours = any(frame.filename.startswith(OURS) for frame in traceback.extract_tb(error.__traceback__)[1:])
+        if ours or not (isinstance(error, (RuntimeError, IndexError, ValueError)) or is_remote(model)):
+            raise  # by a hook of ours, or because of how it is called, not by the model
         raise BadInput(f"torch's own {type(model).__name__} fails on this checkpoint, so there is nothing to "
                        f"compare with: {next(iter(str(error).splitlines()), '')}.") from error
     if not hasattr(result, "items"):

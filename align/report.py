@@ -203,7 +203,9 @@ class StageResult:
                               "[green]ok[/]" if tensor.passed else "[red]FAIL[/]")
             console.print(table)
         if len(shown) > SHOWN:
-            console.print(f"… and {len(shown) - SHOWN} more that differ less, in {self.stage}.md")
+            failed = max(0, sum(not tensor.passed for tensor in shown) - SHOWN)
+            console.print(f"… and {len(shown) - SHOWN} more{f', {failed} of them FAIL' * bool(failed)}, "
+                          f"in {self.stage}.md")
         for table in self.tables:
             if table.shown:
                 table.print(console)
@@ -223,10 +225,15 @@ class StageResult:
 
 
 def _most_telling(tensors: Sequence[TensorResult]) -> list[TensorResult]:
-    """``SHOWN`` of them at most, in the order of execution: what failed, and what uses the largest share of a limit."""
-    def weight(number: int) -> tuple[bool, float, float]:
+    """``SHOWN`` of them at most, in the order of execution: the first that failed, others that did, and what uses the
+    largest share of a limit.
+    """
+    first = next((number for number, tensor in enumerate(tensors) if not tensor.passed), 0)
+
+    def weight(number: int) -> tuple[bool, bool, float, float]:
         tensor = tensors[number]
-        return not tensor.passed, tensor.share or 0.0, tensor.measures.rel_l2 if tensor.measures else 0.0
+        error = tensor.measures.rel_l2 if tensor.measures else math.inf
+        return number == first, not tensor.passed, tensor.share or (0.0 if tensor.measures else math.inf), error
     return [tensors[number] for number in sorted(sorted(range(len(tensors)), key=weight, reverse=True)[:SHOWN])]
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from .dtypes import Dtype, by_code
-from .errors import BadInput
-from .pickles import StoredTensor, cut_short, read_pdparams, read_torch_legacy, read_torch_zip, remedy
+from .errors import BadInput, remedy
+from .pickles import StoredTensor, cut_short, read_pdparams, read_torch_legacy, read_torch_zip
 
 MAX_HEADER = 100_000_000
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
@@ -276,7 +276,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         missing = sorted((expected or set()) - found.keys())
         if missing:
             raise BadInput(f"the index says that {file.name} holds {missing[0]}, but it does not "
-                           f"({len(missing)} such tensors). Download both again.")
+                           f"({len(missing)} such tensors). {remedy(path)}")
         repeated = sorted(found.keys() & tensors.keys())
         if repeated:
             raise BadInput(f"{repeated[0]} is in {tensors[repeated[0]].file.name} and again in {file.name}.")
@@ -370,7 +370,7 @@ def _indexed(directory: Path, index: Path) -> dict[Path, set[str]]:
     absent = sorted(shard.name for shard in shards if not shard.is_file())
     if absent:
         raise BadInput(f"{index.name} names {absent[0]}, which is not there ({len(absent)} of {len(shards)} shards "
-                       "are missing). Download it.")
+                       f"are missing). {remedy(directory)}")
     return dict(sorted(shards.items()))
 
 

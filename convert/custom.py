@@ -65,7 +65,7 @@ def home_made_gpt2(
         settings=gpt2.FAMILY.settings, traits=Traits(mask_value=gpt2.FAMILY.traits.mask_value),
         states={"n_head": n_head, **(config or {})},
         config_of=lambda header: {
-            **_config(header, n_head, words, positions, block, up, conv1d_weights), **(config or {})},
+            **_config(header, n_head, words, positions, block, up, down, conv1d_weights), **(config or {})},
         rules=rules(
             keep(f"{words}.weight", "vocab", "hidden", to="gpt.embeddings.word_embeddings.weight"),
             keep(f"{positions}.weight", "positions", "hidden", to="gpt.embeddings.position_embeddings.weight"),
@@ -170,7 +170,7 @@ def _inside(norms: tuple[str, str], qkv: Sequence[str], out: str, up: str, down:
 
 
 def _config(header: Mapping[str, Any], n_head: int, words: str, positions: str, block: str, up: str,
-            conv1d_weights: bool) -> Config:
+            down: str, conv1d_weights: bool) -> Config:
     """GPT-2's config.json as far as shapes show it, of the blocks as most of them have it; ``n_head`` is taken at its
     word.
     """
@@ -184,8 +184,10 @@ def _config(header: Mapping[str, Any], n_head: int, words: str, positions: str, 
     layer = re.compile(re.escape(block).replace(r"\{i\}", r"(\d+)") + r"\.(.+)")
     found = [match for match in map(layer.fullmatch, header) if match]
     numbers = [int(match.group(1)) for match in found]
-    inner = mode(header[match.group()].shape[-1 if conv1d_weights else 0] for match in found
-                 if match.group(2) in (f"{up}.weight", f"{up}.bias"))
+    gives, takes = (-1, 0) if conv1d_weights else (0, -1)
+    axes = {f"{up}.weight": gives, f"{down}.weight": takes, f"{up}.bias": 0}
+    inner = mode(header[match.group()].shape[axes[match.group(2)]] for match in found
+                 if match.group(2) in axes and header[match.group()].shape)
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocabulary, "n_positions": length,
         "n_embd": hidden, "n_layer": 1 + max(numbers), "n_head": n_head, "n_inner": inner,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 ALIGNED, DIVERGED, BAD_INPUT, FRAMEWORK_MISSING, OUR_FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -25,6 +26,10 @@ FRAMEWORKS = {
 }
 
 
+MARKER = "paddle_parity.json"
+"""What a conversion leaves about itself beside its result."""
+
+
 class BadInput(Exception):
     """What the user gave cannot be used. The message says what is wrong, where, and what to do."""
 
@@ -36,13 +41,21 @@ class FrameworkMissing(Exception):
 def require(framework: str) -> None:
     """Import ``framework`` or raise :class:`FrameworkMissing` with the command that installs it."""
     try:
+        first = framework not in sys.modules
         module = __import__(framework)
     except ImportError as error:
         raise FrameworkMissing(
             f"{framework} cannot be imported ({error}). Install it: {FRAMEWORKS[framework]}"
         ) from error
-    if framework == "paddle":
-        module.disable_signal_handler()  # it prints a C++ traceback where a command is ended by kill
+    if framework == "paddle" and first:  # later there may be handlers of the user's, which this would take away
+        module.disable_signal_handler()  # where a command is ended by kill it prints a C++ traceback
+
+
+def remedy(path: Path) -> str:
+    """What helps against a damaged ``path``, a file of a checkpoint or its directory."""
+    directory = path if path.is_dir() else path.parent
+    return ("Convert it again, or get it again from where it came." if (directory / MARKER).is_file() else
+            "Download it again.")
 
 
 def guarded(command: Callable[[], int]) -> int:

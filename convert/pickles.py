@@ -21,12 +21,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .dtypes import BY_NAME, Dtype
-from .errors import BadInput
+from .errors import BadInput, remedy
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 FOLLOWED_BY_DESCRIPTOR, DATA_DESCRIPTOR = 8, b"PK\x07\x08"
-MARKER = "paddle_parity.json"
-"""What a conversion leaves about itself beside its result."""
 NAME_TABLE = "StructuredToParameterName@@"
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """What a training's checkpoint calls the weights that it keeps beside its optimizer's state."""
@@ -148,11 +146,6 @@ def cut_short(path: Path, promised: int) -> str:
     return (f"{path.name} {problem}: its header promises {promised:,} bytes, it has {actual:,}. {remedy(path)}")
 
 
-def remedy(path: Path) -> str:
-    """What helps against a damaged file."""
-    return "Convert again, with --overwrite." if (path.parent / MARKER).is_file() else "Download it again."
-
-
 def _refuse(file: str, module: str, name: str) -> None:
     raise BadInput(f"{file} wants to run code ({module}.{name}) while it is loaded. Nothing of it was run. "
                    "Get the weights as safetensors, or as torch.save(net.state_dict(), …) writes them.")
@@ -230,9 +223,20 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
 
 
+def _unwrapped(state: Any, path: Path) -> Any:
+    """The weights of a training's checkpoint; ``state`` itself where it is none. What may be either is refused."""
+    wrappers = [key for key in WRAPPERS if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)]
+    if not wrappers:
+        return state
+    beside = [str(key) for key, value in state.items() if isinstance(value, StoredTensor)]
+    if len(wrappers) > 1 or beside:
+        raise BadInput(f"{path.name} holds weights under {' and '.join([*wrappers, *beside[:1]])}. Save those alone "
+                       "that are meant.")
+    return state[wrappers[0]]
+
+
 def _tensors_of(state: Any, path: Path) -> dict[str, StoredTensor]:
-    if isinstance(state, Mapping):
-        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    state = _unwrapped(state, path)
     if not isinstance(state, Mapping):
         raise BadInput(f"{path.name} holds a {type(state).__name__}, not a dictionary of tensors.")
     for name, value in state.items():

@@ -176,7 +176,7 @@ def print_rules(family: Family, stage: str = "convert") -> None:
 
 def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path, stage: str = "convert") -> None:
     """What a conversion would do: every tensor, bytes, shards, expected memory."""
-    from .stream import CHUNK, NEAR, SHEET, TILES
+    from .stream import expected_memory
     console, (source, target) = _console(), SIDES[stage]
     console.print(_table(f"{plan.family.name} ({plan.head.architecture}): {len(plan.moves)} tensors",
                          ("name", f"shape in {target}", "dtype", "bytes", "T"), [
@@ -186,9 +186,8 @@ def print_plan(plan: Plan, files: Sequence[tuple[str, int]], output: Path, stage
         console.print(_table("dropped", (source, "why"), plan.dropped))
     for name, size in files:
         console.print(f"{output / name}: {size:,} bytes")
-    memory = 45_000_000 + sum(tile + SHEET + NEAR + CHUNK for tile in TILES)
     console.print(f"in all {plan.nbytes:,} bytes of tensors in {len(files)} file(s); expected memory at most "
-                  f"{memory / 1e6:,.0f} MB. Nothing was written (--dry-run).")
+                  f"{expected_memory() / 1e6:,.0f} MB. Nothing was written (--dry-run).")
 
 
 def _console() -> Any:

@@ -6,11 +6,11 @@ dealt out to *panels*, which hold ``PANEL`` bytes of each row, and every panel i
 ``NEAR`` bytes at a time. So elements change places within the nearest cache, and what goes to memory and back moves 128
 bytes at a time; transposing 64 rows at a time right into the tile took twice as long.
 
-The fewer tiles, the fewer times a file is read. A tile of whole rows of what is wanted is written in one run, and what
-is written is hashed on the way; where rows are so long that a few of them fill a tile, they are broken off: each
+The fewer tiles, the fewer times a file is read. A tile of whole rows of what is wanted is written from end to end, and
+what is written is hashed on the way; where rows are so long that a few of them fill a tile, they are broken off: each
 break costs a call, worth ``BREAK`` bytes of reading, and the hash another reading. For the first tile rows of at most
 ``CHUNK`` bytes are read whole: so every element is hashed and checked in the order of the file, and nothing is read
-once more for it. For the other tiles they are read whole where less than ``GAP`` bytes are unwanted: a call costs as
+once more for it. For the other tiles they are read whole where at most ``GAP`` bytes are unwanted: a call costs as
 much as reading these, for it hands the interpreter over to the other thread and waits for it.
 
 The thread with the larger tile begins with the largest matrices against the grain, the other with what needs no tile,
@@ -44,11 +44,13 @@ CHUNK = 512 << 10
 BREAK = 64 << 10
 GAP = 64 << 10
 PANEL = 128
+LEAST = 32 << 10
 SHEET = 1 << 20
 NEAR = 512 << 10
 GRAIN = 16
 LARGEST = 8
 CAST_BYTES = 32
+INTERPRETER = 43_000_000
 IN_ORDER = sys.maxsize
 FLOAT32 = BY_NAME["float32"]
 
@@ -104,7 +106,8 @@ def chunks_of(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
 
 
 class Buffers:
-    """The memory of one thread for a tile and a sheet, used again: fresh memory costs its page faults every time.
+    """The memory of one thread for a tile, and for what is read, turned and written of it, used again: fresh memory
+    costs its page faults every time.
 
     ``tile`` is how many bytes a tile has at most.
     """
@@ -210,6 +213,11 @@ def _read_of_a_row(columns: int, wide: int, size: int) -> int:
     return row + (tiles - 1) * min(row, part) if row <= CHUNK else tiles * part
 
 
+def expected_memory() -> int:
+    """Bytes that a conversion holds at most: the interpreter with numpy, and what each thread borrows."""
+    return INTERPRETER + sum(tile + SHEET + NEAR + 2 * CHUNK for tile in TILES)
+
+
 def _share(whole: int, parts: int) -> int:
     return -(-whole // parts)
 
@@ -307,8 +315,11 @@ def _blocks(matrix: Matrix, rows: range, columns: range, buffers: Buffers,
 
 
 def _panels(tile: np.ndarray, rows: int, columns: int, dtype: Dtype) -> list[np.ndarray]:
-    """A tile as panels, [panels, rows, columns of each]: those of ``PANEL`` bytes a row, and a narrower one behind."""
-    each = max(1, PANEL // dtype.size)
+    """A tile as panels, [panels, rows, columns of each]: those of ``PANEL`` bytes a row, and a narrower one behind.
+
+    Where rows are so few that such a panel would not have ``LEAST`` bytes, it is wider.
+    """
+    each = max(1, PANEL // dtype.size) * max(1, LEAST // (rows * PANEL))
     even = columns - columns % each
     wide, narrow = (_shaped(part, rows, width, dtype) for part, width in (
         (tile, even), (tile[rows * even * dtype.size:], columns - even)))
@@ -329,25 +340,42 @@ def _sheets(panels: Sequence[np.ndarray], columns: range, rows: range,
             buffers: Buffers) -> Iterator[tuple[range, range, np.ndarray]]:
     """The panels of a tile transposed, ``SHEET`` bytes at a time: which columns, which rows, and the values.
 
-    All rows where these fit, else some of one column.
+    All rows of as many columns as fit, from several panels where these are short; else some rows of one column.
     """
-    with buffers.borrow(max(SHEET, LARGEST)) as buffer, buffers.borrow(max(NEAR, PANEL, LARGEST)) as between:
-        for panel in chain(*panels):
-            high, each = panel.shape
-            for across in cut(range(each), SHEET // (high * panel.itemsize)):
-                for along in cut(range(high), SHEET // panel.itemsize):
-                    part = panel[along.start: along.stop, across.start: across.stop]
-                    sheet = buffer[: part.nbytes].view(part.dtype).reshape(part.shape[::-1])
-                    for some in cut(range(len(part)), NEAR // (each * part.itemsize)):
-                        _transpose(part[some.start: some.stop], sheet[:, some.start: some.stop], between)
-                    yield (columns[across.start: across.stop], rows[along.start: along.stop], sheet)
-            columns = columns[each:]
+    size, dtype = panels[0].itemsize, panels[0].dtype
+    widest = max(group.shape[-1] for group in panels) * size
+    many, grain = SHEET // (len(rows) * size), _grain(size)
+    with (buffers.borrow(max(SHEET, LARGEST)) as buffer,
+          buffers.borrow(max(NEAR, widest)) as between):
+        for across in cut(range(len(columns)), many - many % grain or many):
+            for along in cut(range(len(rows)), SHEET // size):
+                sheet = buffer[: len(across) * len(along) * size].view(dtype).reshape(len(across), len(along))
+                for part, place in _within(panels, across):
+                    for some in cut(along, NEAR // (part.shape[1] * size)):
+                        _transpose(part[some.start: some.stop],
+                                   sheet[place, some.start - along.start: some.stop - along.start], between)
+                yield columns[across.start: across.stop], rows[along.start: along.stop], sheet
+
+
+def _within(panels: Sequence[np.ndarray], across: range) -> Iterator[tuple[np.ndarray, slice]]:
+    """What each panel has of the columns ``across`` of a tile, and which of these it is."""
+    start = 0
+    for panel in chain(*panels):
+        stop = start + panel.shape[1]
+        wanted = range(max(start, across.start), min(stop, across.stop))
+        if wanted:
+            yield (panel[:, wanted.start - start: wanted.stop - start],
+                   slice(wanted.start - across.start, wanted.stop - across.start))
+        start = stop
 
 
 def _transpose(matrix: np.ndarray, out: np.ndarray, between: np.ndarray) -> None:
-    """``matrix`` transposed into ``out``: first ``GRAIN`` bytes of a row at a time, then elements within these."""
+    """``matrix`` transposed into ``out``: first ``GRAIN`` bytes of a row at a time, then elements within these.
+
+    At once where its rows are no whole grains.
+    """
     rows, columns = matrix.shape
-    grain = max(1, GRAIN // matrix.itemsize)
+    grain = _grain(matrix.itemsize)
     if columns % grain:
         out[...] = matrix.T
         return
@@ -355,6 +383,11 @@ def _transpose(matrix: np.ndarray, out: np.ndarray, between: np.ndarray) -> None
     whole = f"V{grain * matrix.itemsize}"
     grains.view(whole)[..., 0] = matrix.view(whole).T
     out.reshape(-1, grain, rows)[...] = grains.transpose(0, 2, 1)
+
+
+def _grain(size: int) -> int:
+    """How many elements of ``size`` bytes change places together."""
+    return max(1, GRAIN // size)
 
 
 def _shaped(buffer: np.ndarray, rows: int, columns: int, dtype: Dtype) -> np.ndarray:

@@ -22,8 +22,8 @@ from typing import Any
 
 from .checkpoint import Matrix, read_json
 from .dtypes import Dtype
-from .errors import BadInput
-from .pickles import MARKER, NAME_TABLE
+from .errors import MARKER, BadInput
+from .pickles import NAME_TABLE
 from .plan import Move
 
 DTYPES_OF_SAFETENSORS = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")

@@ -16,7 +16,7 @@ from align_fixtures import Workshop, torch_model
 from transformers import get_cosine_schedule_with_warmup
 
 from align import optimizer as stage
-from align.explanations.updates import rate_of
+from align.explanations.updates import explained_rates, rate_of
 from align.faults.fault import EXPLANATIONS
 from align.faults.optimizer import FAULTS
 from align.optimizing.paddle_side import PaddleTraining
@@ -234,6 +234,8 @@ def test_a_mistake_of_a_set_up_is_caught_and_explained(shop, fault):
     assert not all(result.passed for result in found.tensors)
     word, = fault.explanation
     assert found.diagnosis and found.diagnosis.kind in EXPLANATIONS[word], found.diagnosis
+    besides = [note for note in found.notes if note.startswith("Besides: ")]
+    assert len(besides) == (fault.how == "a_tenth_and_all_decay"), besides
     held = session.candidate.model.parameters()
     assert {(one.regularizer, one.optimize_attr["learning_rate"], one.need_clip) for one in held} == {(None, 1.0, True)}
 
@@ -246,6 +248,23 @@ def test_of_two_mistakes_both_are_told(shop):
     assert "the base rate is 0.0001 rather than 0.001" in found.diagnosis.sentence
     besides, = (note for note in found.notes if note.startswith("Besides: "))
     assert "biases and norms" in besides and "rather than 0.01" not in besides
+
+
+def rates(many=10, **choices):
+    recipe = Recipe(**{"steps": 40, "warmup": 3, **choices})
+    return recipe, np.array([rate_of(recipe, done) for done in range(many)])
+
+
+@pytest.mark.parametrize("ours, theirs, many, kind, told", [
+    ({}, {"lr": 1e-4}, 10, "base-rate", "the base rate is 0.0001 rather than 0.001"),
+    ({"schedule": "polynomial"}, {"lr": 1e-4}, 10, "base-rate", "the base rate is 0.0001 rather than 0.001"),
+    ({}, {"lr": 0.00100002}, 10, "base-rate", "the base rate is 0.00100002 rather than 0.001"),
+    ({"warmup": 10}, {"warmup": 20}, 6, None, None), ({"warmup": 10}, {"lr": 5e-4}, 6, None, None)])
+def test_another_base_rate_is_told_where_nothing_else_can_be_meant(ours, theirs, many, kind, told):
+    """Of a rate that only rises, a warm-up twice as long is half of it."""
+    (recipe, expected), (_, given) = rates(many, **ours), rates(many, **ours | theirs)
+    found = explained_rates(recipe, expected, given)
+    assert found is None if kind is None else (found.kind, told in found.sentence) == (kind, True)
 
 
 def test_no_earlier_stage_sees_a_wrong_optimizer(shop, monkeypatch):
@@ -280,7 +299,7 @@ def test_of_a_model_larger_than_memory_rows_are_updated(shop):
     (("--updates", "1", "--steps", "9", "--warmup", "3"), "the rate is 0 in all 1 updates"),
     (("--optimizer", "adamw", "--lr", "1e-12", *SHORT), "by more than rounding"),
     (("--optimizer", "adamw", "--epsilon", "0", *SHORT), "--epsilon above 0"),
-    (("--optimizer", "sgd", "--beta1", "0.8"), "--beta1 is of adam and adamw, and sgd is what is compared"),
+    (("--optimizer", "sgd", "--beta1", "0.8"), "--beta1: that is of adam and adamw, and sgd is what is compared"),
     (("--optimizer", "sgd", "--lr", "1e38", *SHORT), "smaller --lr")])
 def test_what_moves_no_weight_or_none_to_a_number_is_refused(flags, word, shop):
     """Rows of an embedding that no token is have gradients of 0, and 0 / (sqrt(0) + 0) is no number."""

@@ -128,7 +128,16 @@ def test_of_many_tensors_those_that_failed_or_differ_most_are_shown(capsys):
     result_of(tensors).print()
     told = capsys.readouterr().out
     names = re.findall(r"^ *h\.(\d+) ", told, re.M)
-    assert list(map(int, names)) == list(range(50, 90)) and "… and 50 more that differ less, in backward.md" in told
+    assert list(map(int, names)) == list(range(50, 90)) and "… and 50 more, in backward.md" in told
+
+
+def test_the_first_that_failed_is_shown_and_what_could_not_be_compared(capsys):
+    tensors = [TensorResult(f"h.{number}", (1,), "float32", 0.0, False, None if number == 5 else
+                            Measures(0.0, 0.0, number / 1e3, 1.0, (), (0.0, 0.0))) for number in range(60)]
+    result_of(tensors).print()
+    told = capsys.readouterr().out
+    names = list(map(int, re.findall(r"^ *h\.(\d+) ", told, re.M)))
+    assert names == [0, 5, *range(22, 60)] and "… and 20 more, 20 of them FAIL, in backward.md" in told
 
 
 def test_a_report_that_cannot_be_saved_says_so(tmp_path):

@@ -178,7 +178,7 @@ def test_the_sentence_for_a_file_cut_short_has_both_sizes(source, refused):
     refused(source, says=f"model.safetensors is cut short: its header promises {size:,} bytes, it has {size - 4:,}. "
                          "Download it again.")
     (source / "paddle_parity.json").write_text("{}")
-    refused(source, says="Convert again, with --overwrite.")
+    refused(source, says="Convert it again, or get it again from where it came.")
 
 
 def test_a_padded_file(source, refused):

@@ -324,6 +324,8 @@ def test_a_wrong_number_of_layers_in_the_family_file_is_told_as_such(home, tmp_p
     (2, {"blocks.1.attn.key.weight": lambda w: w[:36]}, "blocks.1.attn.key.weight has shape [36, 48]"),
     (2, {"blocks.0.up.weight": lambda w: w[:191]},
      "blocks.0.up.weight has shape [191, 48], the config asks for [192, 48] (inner 192 x hidden 48)."),
+    (1, {"blocks.0.up.bias": lambda w: w[:191]}, "blocks.0.up.bias has shape [191], the config asks for [192]"),
+    (2, {"blocks.0.up.bias": lambda w: w[0]}, "blocks.0.up.bias has shape [], the config asks for [192]"),
     (2, {"blocks.1.up.bias": None},
      "that no source tensor fills: gpt.decoder.layers.1.linear1.bias; blocks.1.up.bias is not in the source"),
     (2, {"tokens.weight": None}, "there is no matrix tokens.weight"),

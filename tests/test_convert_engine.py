@@ -32,7 +32,7 @@ CONSTANTS = st.fixed_dictionaries({
     "TILES": st.tuples(st.integers(1, 700), st.integers(1, 700)), "CHUNK": st.integers(1, 300),
     "BREAK": st.integers(1, 90), "GAP": st.integers(0, 60),
     "PANEL": st.integers(1, 40), "SHEET": st.integers(1, 300), "NEAR": st.integers(1, 60),
-    "GRAIN": st.integers(1, 20)})
+    "GRAIN": st.integers(1, 20), "LEAST": st.integers(1, 300)})
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
 
 
@@ -121,6 +121,14 @@ def test_every_element_is_seen_once_and_in_the_order_of_the_file_where_it_says_s
         assert some.tobytes() == expected.reshape(-1)[start: start + len(some)].tobytes()
     if len(numbered_ones) == len(seen):
         assert everything.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("rows, columns", [(2, 400_000), (64, 20_000), (300, 4000), (5000, 300)])
+def test_what_is_turned_comes_in_pieces_of_half_a_mebibyte(file, rows, columns):
+    """Each piece is hashed, checked and written by itself, and short ones are all overhead."""
+    matrix, expected = lying(file, BY_NAME["float16"], rows, columns, columns, 1)
+    pieces = [some.nbytes for _, some in flow(matrix.T, Buffers(), break_cost=stream.BREAK)]
+    assert len(pieces) <= 2 + 2 * expected.nbytes // stream.CHUNK
 
 
 @given(rows=st.integers(1, 10**6), columns=st.integers(1, 10**6), size=st.sampled_from([1, 2, 4, 8]))

@@ -86,6 +86,16 @@ WAYS = [in_one_safetensors, in_safetensors_shards, in_one_bin, in_bin_shards, in
         in_slices]
 
 
+@pytest.mark.parametrize("more", ["state_dict", "ema"])
+def test_of_two_sets_of_weights_none_is_guessed(more, torch_model, tmp_path, convert):
+    model = torch_model("GPTJForCausalLM")
+    tensors = model.state_dict()
+    saved(model, tmp_path, {"model": tensors, more: tensors if more == "state_dict" else torch.ones(3)})
+    run = convert(tmp_path)
+    assert run.code == 2 and not run.output.exists()
+    assert "holds weights under" in run.stderr and "model" in run.stderr and more in run.stderr
+
+
 @pytest.fixture
 def sources(torch_model, tmp_path):
     def make(head):

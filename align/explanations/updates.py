@@ -62,7 +62,7 @@ def explained_rates(recipe: Recipe, expected: np.ndarray, given: np.ndarray) -> 
     if given.shape != expected.shape or not np.isfinite(given).all():
         return None
     largest = max(float(np.abs(expected).max(initial=0.0)), float(np.abs(given).max(initial=0.0)))
-    for kind, told, schedule in chain(_mistaken_schedules(recipe, len(given)), _other_rate(recipe, expected, given)):
+    for kind, told, schedule in chain(_mistaken_schedules(recipe, len(given)), _other_rate(recipe, given)):
         supposed = np.array([schedule(done) for done in range(len(given))])
         if np.all(np.abs(supposed - given) <= np.maximum(RATE * np.abs(supposed), RATE_UNIT * largest)):
             before, after = (float(np.abs(given - one).max() / largest) for one in (expected, supposed))
@@ -127,12 +127,24 @@ def _other_shapes(recipe: Recipe) -> Iterator[tuple[str, str, Schedule]]:
                 lambda done, kind=kind: rate_of(recipe, done, kind=kind))
 
 
-def _other_rate(recipe: Recipe, expected: np.ndarray, given: np.ndarray) -> Iterator[tuple[str, str, Schedule]]:
-    """The schedule of another base rate, by least squares."""
-    if expected.any():
-        rate = recipe.lr * float(expected @ given / (expected @ expected))
-        yield "base-rate", (f"the base rate is {rate:.4g} rather than {recipe.lr:g}"), lambda done: rate_of(
+def _other_rate(recipe: Recipe, given: np.ndarray) -> Iterator[tuple[str, str, Schedule]]:
+    """The schedule of another base rate, by least squares.
+
+    Rates are affine in it. As long as they rise, another warm-up would give them too, so it is told only of a decay.
+    """
+    once, twice = (np.array([rate_of(replace(recipe, lr=times * recipe.lr), done) for done in range(len(given))])
+                   for times in (1, 2))
+    slope, ends = (twice - once) / recipe.lr, 2 * once - twice
+    rate = float(slope @ (given - ends) / (slope @ slope)) if slope.any() else 0.0
+    if rate > 0 and len(given) > recipe.warmup + 1:
+        yield "base-rate", f"the base rate is {_told_apart(rate, recipe.lr)}", lambda done: rate_of(
             replace(recipe, lr=rate), done)
+
+
+def _told_apart(number: float, other: float) -> str:
+    """``number`` rather than ``other``, in as many digits as it takes to tell them apart."""
+    digits = next((digits for digits in range(4, 17) if f"{number:.{digits}g}" != f"{other:.{digits}g}"), 17)
+    return f"{number:.{digits}g} rather than {other:.{digits}g}"
 
 
 # Updates --------------------------------------------------------------------------------------------------------------
@@ -248,12 +260,13 @@ def explained(case: Case) -> Explanation | None:
     if not case.names:
         return None
     right = Variant.of(case.course.recipe)
-    if all(np.array_equal(case.given[f"{name} ({case.course.name})"], case.start[name]) for name in case.names):
-        told = (f"{len(case.failing)} parameters are not updated at all, as if they were not among the optimizer's "
-                f"({', '.join(name.partition(' ')[0] for name in case.failing[:SHOWN])})")
-        return case.explanation("not-updated", told, {name: case.start[name] for name in case.names})
     if _all_fit(case, right):  # of the rates that the candidate had
         return None
+    if all(np.array_equal(case.given[f"{name} ({case.course.name})"], case.start[name]) for name in case.names):
+        names = [plain for name in case.failing if (plain := name.partition(" ")[0]) in case.start]
+        told = (f"{len(names)} parameters are not updated at all, as if they were not among the optimizer's "
+                f"({', '.join(names[:SHOWN])})")
+        return case.explanation("not-updated", told, {name: case.start[name] for name in case.names})
     groups = _wrong_groups(case, right)
     if groups:
         return groups

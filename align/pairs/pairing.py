@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import xxhash
@@ -24,10 +24,10 @@ from .untouched import is_filled
 Told = str | Sequence[str] | None
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], Told]
 Layout = Literal["same", "transposed"]
+LAYOUTS = get_args(Layout)
 CALLED_OTHERWISE = {"running_mean": "_mean", "running_var": "_variance"}
 TORCH_ONLY = "num_batches_tracked"
 SHOWN = 6
-LAYOUTS = ("same", "transposed")
 
 
 @dataclass(frozen=True)
