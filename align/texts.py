@@ -144,7 +144,7 @@ def load_rows(dataset: str | None, split: str | None, limit: int, task: str = ""
     if builder and split:
         raise BadInput(f"--split {split}: {path} is a file, which has no splits; all of it is read. Leave it out.")
     split = split or SPLIT
-    name = dataset if builder else f"{dataset} ({split})"
+    of_split = "" if builder else f" (split {split})"
     with _silent():
         import datasets
         datasets.disable_progress_bars()
@@ -152,8 +152,8 @@ def load_rows(dataset: str | None, split: str | None, limit: int, task: str = ""
             loaded = (datasets.load_dataset(builder, data_files={split: path}, split=split, **options) if builder else
                       datasets.load_dataset(path, configuration or None, split=split))
         except Exception as error:
-            raise BadInput(f"the data set {name} {_unavailable(error, flag)}") from error
-    return name, list(loaded.select(range(min(limit, len(loaded)))))
+            raise BadInput(f"the data set {dataset}{of_split} {_unavailable(error, flag)}") from error
+    return dataset if builder else f"{dataset} ({split})", list(loaded.select(range(min(limit, len(loaded)))))
 
 
 def _unavailable(error: Exception, flag: str) -> str:
