@@ -232,8 +232,9 @@ def _most_telling(tensors: Sequence[TensorResult]) -> list[TensorResult]:
 
     def weight(number: int) -> tuple[bool, bool, float, float]:
         tensor = tensors[number]
-        error = tensor.measures.rel_l2 if tensor.measures else math.inf
-        return number == first, not tensor.passed, tensor.share or (0.0 if tensor.measures else math.inf), error
+        if tensor.measures is None:
+            return number == first, not tensor.passed, math.inf, math.inf
+        return number == first, not tensor.passed, tensor.share or 0.0, tensor.measures.rel_l2
     return [tensors[number] for number in sorted(sorted(range(len(tensors)), key=weight, reverse=True)[:SHOWN])]
 
 

@@ -24,8 +24,6 @@ FRAMEWORKS = {
     "PIL": "pip install pillow",
     "sentencepiece": "pip install sentencepiece",
 }
-
-
 MARKER = "paddle_parity.json"
 """What a conversion leaves about itself beside its result."""
 
@@ -40,14 +38,14 @@ class FrameworkMissing(Exception):
 
 def require(framework: str) -> None:
     """Import ``framework`` or raise :class:`FrameworkMissing` with the command that installs it."""
+    imported_already = framework in sys.modules
     try:
-        first = framework not in sys.modules
         module = __import__(framework)
     except ImportError as error:
         raise FrameworkMissing(
             f"{framework} cannot be imported ({error}). Install it: {FRAMEWORKS[framework]}"
         ) from error
-    if framework == "paddle" and first:  # later there may be handlers of the user's, which this would take away
+    if framework == "paddle" and not imported_already:  # else handlers of the user's would be taken away
         module.disable_signal_handler()  # where a command is ended by kill it prints a C++ traceback
 
 
