@@ -38,6 +38,7 @@ class Quantity:
 
 YARDSTICK = ("Yardstick: torch's own rounding error, pooled over float64 against "
              f"{REORDERED_RUNS + 1} float32 runs with their sums reordered.")
+OWN_NOISE = "torch's own noise"
 Quantities = Mapping[str, Quantity]
 Measure = Callable[[], Quantities]
 Modes = Callable[[int], Sequence[AbstractContextManager]]
@@ -63,7 +64,7 @@ def floors_of(side: TorchSide, measures: Sequence[Measure], plain: Sequence[Quan
             pooled[number].add(measures[number]())
     numbers = range(len(measures))
     side.sweep([partial(run, number, mode) for of_all in zip(*(modes(reordered) for _ in numbers), strict=True)
-                for number, mode in zip(numbers, of_all, strict=True)])
+                for number, mode in zip(numbers, of_all, strict=True)], OWN_NOISE)
     for one, quantities in zip(pooled, plain, strict=True):
         one.add(quantities)
     return [one.floors() for one in pooled]

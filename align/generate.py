@@ -310,7 +310,7 @@ def _measured(side: Reference, feed: Feed, tokens: np.ndarray) -> np.ndarray:
     """Torch's largest error in a logit, as a share of the largest logit, of each row: over these continuations, from
     float32 with its sums reordered against float64.
     """
-    from .floor import modes_of_passes
+    from .floor import OWN_NOISE, modes_of_passes
     ids = np.concatenate([feed.start.ids, tokens], axis=1)[:, :-1]
     mask = np.concatenate([feed.start.mask, np.ones_like(tokens)], axis=1)[:, :-1]
     kept: list[np.ndarray] = []
@@ -319,7 +319,7 @@ def _measured(side: Reference, feed: Feed, tokens: np.ndarray) -> np.ndarray:
         with mode:
             kept.append(side.outputs(feed.whole(ids, mask))["logits"][:, -tokens.shape[1]:])
     from contextlib import nullcontext
-    side.sweep([partial(run, mode) for mode in [*modes_of_passes(REORDERED_RUNS), nullcontext()]])
+    side.sweep([partial(run, mode) for mode in [*modes_of_passes(REORDERED_RUNS), nullcontext()]], OWN_NOISE)
     oracle, *others = kept
     largest = np.abs(oracle).max(-1)
     errors = [np.abs(one.astype(np.float64) - oracle).max(-1) / largest for one in others]

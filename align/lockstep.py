@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .paging import Pages
 
 Enter = Callable[[str], None]
+Tell = Callable[[str], None]
 TOGETHER = 16
 _thread = threading.local()
 
@@ -97,17 +98,22 @@ def in_step(passes: Sequence[Callable[[], None]], enter: Enter) -> Iterator[Walk
         walks.close()
 
 
-def in_turn(passes: Sequence[Callable[[], None]]) -> None:
+def in_turn(passes: Sequence[Callable[[], None]], tell: Tell = lambda told: None) -> None:
     """One pass after the other."""
-    for run in passes:
+    for number, run in enumerate(passes, 1):
+        if len(passes) > 1:
+            tell(f"pass {number} of {len(passes)}")
         run()
 
 
-def together(passes: Sequence[Callable[[], None]], pages: Pages) -> None:
+def together(passes: Sequence[Callable[[], None]], pages: Pages, tell: Tell = lambda told: None) -> None:
     """Passes through each gate before the next, so that each page comes in once for as many as go together."""
     for start in range(0, len(passes), TOGETHER):
-        with in_step(passes[start: start + TOGETHER], pages.enter) as walks:
+        some = passes[start: start + TOGETHER]
+        told = f", passes {start + 1} to {start + len(some)} of {len(passes)}" if len(passes) > 1 else ""
+        with in_step(some, pages.enter) as walks:
             while walks.gate is not None:
+                tell(f"{walks.gate}{told}")
                 walks.advance()
     pages.leave()
 

@@ -183,7 +183,6 @@ def _recorded(session: Session, named: Sequence[Case], reordered: int = REORDERE
     def measure(case: Case) -> dict[str, Quantity]:
         return losses(session, side, case, side.outputs({**case[1].arrays, **case[2]}))
     step, plain = _losses(session, side, named, heed)
-    session.advance(f"{side.framework}'s own noise")
     floors = floors_of(side, [partial(measure, case) for case in named], plain, reordered)
     step.floors[PROPAGATED] = {name: floor for each in floors for name, floor in each.items()}
     step.told["mistakes"] = mistakes

@@ -242,7 +242,7 @@ def _tensor_json(tensor: TensorResult) -> dict[str, Any]:
     return {
         "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, **_measures_json(tensor.measures),
         "isolated": tensor.isolated and _measures_json(tensor.isolated), "allowed": _finite(tensor.allowed),
-        "floor": tensor.floor, "judgements": [
+        "floor": _finite(tensor.floor), "judgements": [
             {"kind": found.kind, "test": found.test, "ratio": _finite(found.ratio), "limit": found.limit,
              "passed": found.passed} for found in tensor.judgements],
         "passed": tensor.passed, "failure": tensor.failure,

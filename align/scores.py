@@ -22,6 +22,7 @@ Reduce = Callable[[Mapping[str, np.ndarray], Inputs, Sequence[Example]], Arrays]
 MAX_ANSWER = 30
 NEIGHBOURS = 5
 TOP = 5
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Of targets [n] under logits [n, classes], in float64, a few rows at a time: a vocabulary is large."""
+    found = np.empty(len(logits))
+    for start in range(0, len(logits), ROWS):
+        rows = slice(start, start + ROWS)
+        found[rows] = -np.take_along_axis(log_softmax(logits[rows]), targets[rows, None], axis=-1)[:, 0]
+    return found
 
 
 def accuracy(predictions: np.ndarray, targets: np.ndarray) -> float:
@@ -94,16 +104,14 @@ def _answers(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequen
 def _predicted(outputs: Mapping[str, np.ndarray], inputs: Inputs, pairs: np.ndarray) -> Arrays:
     """Where ``pairs`` [batch, tokens - 1] is True, a token given those before it."""
     logits, targets = outputs["logits"][:, :-1][pairs], inputs.arrays["input_ids"][:, 1:][pairs]
-    likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
-    return choices("token", logits, targets) | {"token_nll": -likelihood}
+    return choices("token", logits, targets) | {"token_nll": negative_log_likelihood(logits, targets)}
 
 
 def _translated_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
     """Each token of the reference translation, given those before it."""
     labels = _padded([example.targets["labels"] for example in examples], outputs["logits"].shape[1])
     logits, targets = outputs["logits"][labels != -100], labels[labels != -100]
-    likelihood = np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
-    return choices("token", logits, targets) | {"token_nll": -likelihood}
+    return choices("token", logits, targets) | {"token_nll": negative_log_likelihood(logits, targets)}
 
 
 def _translation_values(arrays: Arrays) -> dict[str, float]:
@@ -216,7 +224,7 @@ def _embeddings(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Seq
     weights = inputs.last_mask[..., None].astype(np.float64)
     pooled = (outputs["last_hidden_state"] * weights).sum(1) / weights.sum(1)
     labels = np.array([example.targets["label"] for example in examples])
-    return {"embeddings": pooled.astype(np.float32), "embedding_labels": labels}
+    return {"embeddings": pooled.astype(outputs["last_hidden_state"].dtype), "embedding_labels": labels}
 
 
 def _pooled_pictures(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:

@@ -68,9 +68,14 @@ def hooked(layers: Mapping[str, Any], after_name: str, pairs: Iterable[tuple[str
 
 
 class Side(ABC):
-    """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory."""
+    """A model whose weights come and go with its gates, or with ``_pages`` None stay in memory.
+
+    ``advance`` is told how far a sweep has come.
+    """
 
     run: Run
+    framework: str
+    advance: Callable[[str], None] = staticmethod(lambda told: None)
     _pages: Pages | None = None
 
     @abstractmethod
@@ -97,9 +102,17 @@ class Side(ABC):
         with self._hooks(modules), in_step([lambda: self._listen(listener, arrays)], self.enter) as walks:
             yield walks
 
-    def sweep(self, passes: Sequence[Callable[[], None]]) -> None:
-        """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them."""
-        in_turn(passes) if self._pages is None else together(passes, self._pages)
+    def sweep(self, passes: Sequence[Callable[[], None]], purpose: str | None = None) -> None:
+        """Carry out ``passes``, which call this model; a paged one brings each weight in once for all of them.
+
+        ``purpose`` is what the user is told that it is doing, by default running this framework.
+        """
+        def tell(told: str) -> None:
+            self.advance(f"{purpose or self.framework}, {told}")
+        if self._pages is None:
+            in_turn(passes, tell)
+        else:
+            together(passes, self._pages, tell)
 
     def come_to(self, gate: str) -> None:
         if not halt(gate):

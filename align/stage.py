@@ -66,6 +66,7 @@ class Session:
         found = Reference(self.run, self.paged and (self.run.head.reference is None or self.options.paging == "on"),
                           trust_remote_code=self.options.trust_remote_code)
         Unmodified(classes_of(found.model))
+        found.advance = self.advance
         return found
 
     @cached_property
@@ -73,10 +74,12 @@ class Session:
         from .candidate import open_candidate
         from .unmodified import classes_beside
         self.advance("loading the candidate")
-        return open_candidate(self.run, self.options.target, self.options.device,
-                              self.paged and (":" not in self.options.target or self.options.paging == "on"),
-                              allow_same_framework=self.options.allow_same_framework,
-                              beside=lambda: classes_beside(self))
+        found = open_candidate(self.run, self.options.target, self.options.device,
+                               self.paged and (":" not in self.options.target or self.options.paging == "on"),
+                               allow_same_framework=self.options.allow_same_framework,
+                               beside=lambda: classes_beside(self))
+        found.advance = self.advance
+        return found
 
     @cached_property
     def paged(self) -> bool:

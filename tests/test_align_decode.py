@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from align.agreement import compare_scores
 from align.decoding.greedy import Limits, greedy
-from align.metric import compare_scores
 from align.scores import bleu, packed, texts_of
 from align.tolerance import margin_noise
 
@@ -25,7 +25,7 @@ class Side:
             found = self.model(**{name: torch.tensor(array) for name, array in arrays.items()})
         return {"logits": found.logits.numpy()}
 
-    def sweep(self, passes):
+    def sweep(self, passes, purpose=None):
         self.sweeps += 1
         for run in passes:
             run()

@@ -42,7 +42,7 @@ def shop(tmp_path_factory):
 class Bare:
     """A side without weights to page."""
 
-    def sweep(self, passes):
+    def sweep(self, passes, purpose=None):
         for run in passes:
             run()
 

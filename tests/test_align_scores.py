@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, top_k_accuracy_score
 
+from align.agreement import compare_scores
 from align.inputs import Inputs
-from align.metric import compare_scores
 from align.scores import MAX_ANSWER, SCORES, accuracy, choices, log_softmax, macro_f1, neighbours, perplexity
 from align.texts import Example
 from align.tolerance import FORWARD, margin_noise

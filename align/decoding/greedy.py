@@ -6,7 +6,9 @@ Each step runs the whole net on all that was decoded so far: caches differ betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -83,3 +85,25 @@ def greedy(side: Side, sources: Sequence[Mapping[str, np.ndarray]], limits: Limi
 
 def _next(side: Side, text: _Texts) -> np.ndarray:
     return side.outputs({**text.source, "decoder_input_ids": text.ids})["logits"][:, -1]
+
+
+def reread(side: Side, source: Mapping[str, np.ndarray], chosen: np.ndarray, limits: Limits,
+           modes: Sequence[AbstractContextManager], purpose: str) -> list[Arrays]:
+    """What :func:`greedy` returns of texts that are decoded already, ``chosen`` [rows, steps], once in each of
+    ``modes``: their margins and largest scores, read in one pass.
+    """
+    begun = np.full((len(chosen), 1), limits.start, np.int64)
+    before = np.concatenate([begun, chosen[:, :-1]], axis=1)
+    ended = np.logical_or.accumulate(before[:, 1:] == limits.end, axis=1)
+    ended = np.concatenate([np.zeros_like(begun, bool), ended], axis=1)
+    found: list[Arrays] = []
+
+    def read(mode: AbstractContextManager) -> None:
+        with mode:
+            logits = side.outputs({**source, "decoder_input_ids": before})["logits"]
+        scores = choices(TEXT, logits.reshape(-1, logits.shape[-1]), chosen.reshape(-1))
+        found.append({f"{TEXT}.predictions": chosen,
+                      f"{TEXT}.margins": np.where(ended, np.inf, scores[f"{TEXT}.margins"].reshape(chosen.shape)),
+                      f"{TEXT}.largest": np.where(ended, 0, scores[f"{TEXT}.largest"].reshape(chosen.shape))})
+    side.sweep([partial(read, mode) for mode in modes], purpose)
+    return found

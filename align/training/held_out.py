@@ -15,16 +15,16 @@ import numpy as np
 
 from convert.errors import BadInput
 
+from ..agreement import EMBEDDINGS, PREDICTIONS, RELATIVE, moved_margins, rms, settle
 from ..compare import Measures, TensorResult
-from ..metric import RELATIVE
 from ..runs import Run
 from ..scores import SCORES, Arrays, neighbours, perplexity
 from ..side import Side
 from ..texts import Example
-from ..tolerance import METRIC_AFTER, MOVED_MARGINS, margin_noise
+from ..tolerance import METRIC_AFTER
 from .lessons import held_out_batches
 
-EMBEDDINGS, SUFFIX = "embeddings", " (held out)"
+SUFFIX = " (held out)"
 
 
 def scored(side: Side, examples: Sequence[Example], run: Run, rows: int) -> Arrays:
@@ -74,22 +74,13 @@ def compared(task: str, runs: Sequence[Arrays], candidate: Arrays) -> tuple[list
 def _settled(runs: Sequence[Arrays], candidate: Arrays) -> tuple[Arrays, list[str]]:
     """The candidate's predictions, with torch's where the two best scores lie closer than torch's runs move them."""
     reference, settled, notes = runs[1], dict(candidate), []
-    for name in [name for name in reference if name.endswith(".predictions")]:
-        stem = name.removesuffix(".predictions")
-        margins = reference[f"{stem}.margins"]
-        apart = [run[f"{stem}.margins"] - margins for run in runs if run is not reference]
-        moved = math.sqrt(np.mean([np.mean(np.square(_finite(one))) for one in apart]))
-        noise = MOVED_MARGINS * moved + margin_noise(1.0) * reference[f"{stem}.largest"]
-        close = (margins <= noise) & (reference[name] != candidate[name])
-        settled[name] = np.where(close, reference[name], candidate[name])
-        if close.any():
-            notes.append(f"{int(close.sum())} of {close.size} {stem} predictions differ where the two best scores lie "
+    for name in [name for name in reference if name.endswith(PREDICTIONS)]:
+        stem = name.removesuffix(PREDICTIONS)
+        settled[name], close = settle(stem, reference, candidate, rms(moved_margins(runs, reference, stem)))
+        if close:
+            notes.append(f"{close} of {reference[name].size} {stem} predictions differ where the two best scores lie "
                          "closer together than torch's own runs move them; they are taken as equal.")
     return settled, notes
-
-
-def _finite(array: np.ndarray) -> np.ndarray:
-    return array[np.isfinite(array)] if np.isfinite(array).any() else np.zeros(1)
 
 
 def _judged(name: str, expected: float, found: float, allowed: float) -> TensorResult:
