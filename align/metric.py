@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from convert.errors import BadInput
 
-from . import pictures
-from .agreement import EMBEDDINGS, Noise, compare_scores, may_be_rounding
-from .candidate import Candidate
+from .agreement import Noise, compare_scores, may_be_rounding
 from .compare import TensorResult, missing
-from .decoding.greedy import TEXT, Limits, greedy, reread
-from .floor import OWN_NOISE, look_again, modes_of_passes
-from .inputs import Inputs, batches, decoder_start
+from .evaluation import LONGER, Evaluation
+from .floor import look_again
 from .options import positive
 from .pictures import PIXELS, drawn, examples_of
-from .reference import Reference
-from .scores import DECODED, SCORES, Arrays, neighbours, packed, signature
+from .scores import DECODED, SCORES, Arrays, packed, signature
+from .side import Side
 from .stage import Findings, RecordedStage, Session, main
 from .texts import (
     ENCODE,
@@ -41,19 +36,29 @@ from .tolerance import REORDERED_RUNS, SECOND_LOOK
 from .trace import RECORDED, Step
 
 TEXTS = ("piece_targets", "sentence_targets")
-LONGER, ROWS_TOGETHER = 8, 4
+PROPAGATED, MOVED = "propagated", "moved"
 ROWS, TOKENS, BATCH = 64, 128, 8
 
 
 def reference(session: Session) -> Iterator[Step]:
-    """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate."""
+    """Torch over the whole set in batches, in order, none dropped; and the examples themselves for the candidate.
+
+    Recorded by itself, its own noise too: whoever judges later has no torch to ask.
+    """
+    step = _plain(session)
+    if session.options.only:
+        noise = _noise(session, step)
+        step.floors[PROPAGATED], step.views[MOVED] = noise.floors, noise.moved
+    yield step
+
+
+def _plain(session: Session) -> Step:
     run, options = session.run, session.options
     _refuse_idle(session)
     if options.dataset:
         session.advance(f"fetching {options.dataset}")
     if run.head.inputs == "pixels":
-        yield _pictures(session)
-        return
+        return _pictures(session)
     name, rows = load_rows(options.dataset, options.split, options.limit or ROWS, run.head.task)
     tokenizer = tokenizer_of(run)
     if tokenizer is None and options.prefix is not None:
@@ -64,7 +69,7 @@ def reference(session: Session) -> Iterator[Step]:
     encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
     texts = _texts(run.head.task, examples, tokenizer)
-    step = _evaluate(session, session.reference, examples, options.batch_size or BATCH, texts)
+    step = _step(session, session.reference, Evaluation(session, examples, options.batch_size or BATCH), texts)
     if not all(array.size for array in step.recorded.values()):
         raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     given = ("tokenized as the source does" if tokenizer else
@@ -78,11 +83,11 @@ def reference(session: Session) -> Iterator[Step]:
         notes.append(_told_of_texts(prefix if tokenizer else ""))
     step.told |= {"notes": notes, "batch_size": options.batch_size or BATCH,
                   "examples": [[example.inputs, example.targets] for example in examples]}
-    yield step
+    return step
 
 
 def _pictures(session: Session) -> Step:
-    """:func:`reference` of a head that looks at pictures; they go to the candidate as arrays."""
+    """:func:`_plain` of a head that looks at pictures; they go to the candidate as arrays."""
     run, options = session.run, session.options
     if options.dataset is None:
         name, rows = "pictures that are drawn by paddle-parity", drawn(options.limit or ROWS, run.sizes["labels"])
@@ -92,7 +97,7 @@ def _pictures(session: Session) -> Step:
                                  run.source if run.source.is_dir() else run.source.parent, run.sizes)
     if not examples:
         raise BadInput("the data set has no row to evaluate on.")
-    step = _evaluate(session, session.reference, examples, options.batch_size or BATCH, {})
+    step = _step(session, session.reference, Evaluation(session, examples, options.batch_size or BATCH), {})
     step.told |= {"notes": [f"Data: {len(examples)} of the {name}, {told}."], "batch_size": options.batch_size or BATCH,
                   "examples": [[{}, example.targets] for example in examples]}
     step.view("examples")[PIXELS] = np.stack([example.inputs[PIXELS] for example in examples])
@@ -106,13 +111,7 @@ def candidate(session: Session, steps: Iterable[Step]) -> Iterator[Step]:
             raise BadInput("the reference was recorded without its examples, so the candidate cannot be fed them. "
                            "Record it again: python -m align.metric --only reference")
         texts = {name: array for name, array in step.view("targets").items() if name in TEXTS}
-        yield _evaluate(session, session.candidate, _examples_of(step), step.told["batch_size"], texts)
-
-
-def _examples_of(step: Step) -> list[Example]:
-    shown = step.view("examples")
-    return [Example(inputs | {name: array[number] for name, array in shown.items()}, targets)
-            for number, (inputs, targets) in enumerate(step.told["examples"])]
+        yield _step(session, session.candidate, _evaluation_of(session, step), texts)
 
 
 def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
@@ -139,20 +138,18 @@ def _compared(session: Session, step: Step, expected: Arrays, found: Arrays) -> 
     results, told = compare_scores(task, expected, found)
     if not may_be_rounding(results) or session.weights_divergence:
         return results, told
-    beyond = f"{_failing(results)} of {len(results)} figures lie beyond the fixed bounds"
-    if session.options.compare:
-        return results, [*told, f"{beyond}. Torch's own noise could tell rounding from error, and --compare has no "
-                         "torch to run: python -m align.metric with both sides at once does."]
+    beyond = _failing(results)
 
-    def look(reordered: int = REORDERED_RUNS) -> int:
+    def look(noise: Noise) -> int:
         nonlocal results, told
-        results, told = compare_scores(task, expected, found, Noise.of(_runs(session, step, reordered)))
+        results, told = compare_scores(task, expected, found, noise)
         return _failing(results)
-    left = look()
+    left = look(Noise(step.floors[PROPAGATED], step.view(MOVED)) if step.floors else _noise(session, step))
     doubtful = left if all(result.doubtful for result in results if not result.passed) else 0
-    again = look_again(session, "metric", doubtful, lambda: look(SECOND_LOOK))
-    return results, [*told, f"{beyond}, so torch ran the same rows in float64 and {REORDERED_RUNS} times with its sums "
-                     f"reordered: judged by its own noise, {left or 'none'} of them fail{'s' * (left < 2)}.", *again]
+    again = look_again(session, "metric", doubtful, lambda: look(_noise(session, step, SECOND_LOOK)))
+    return results, [*told, f"{beyond} of {len(results)} figures lie beyond the fixed bounds, and are held against "
+                     f"torch's own noise, the same rows in float64 and {REORDERED_RUNS} times with its sums reordered: "
+                     f"{left or 'none'} of them fail{'s' * (left < 2)}.", *again]
 
 
 def _failing(results: Sequence[TensorResult]) -> int:
@@ -191,94 +188,26 @@ def _told_of_texts(prefix: str) -> str:
     return f"Texts: {before}decoded greedily, at most {LONGER} tokens longer than the longest reference; {signature()}."
 
 
-def _decoded(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int) -> Arrays:
-    """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference.
-
-    Of a batch's memory the scores of every token of whole texts are the most. Texts that are being decoded are mostly
-    shorter, so that more of them go together.
-    """
-    limits = _limits(session, examples)
-    return greedy(side, _sources(session, examples, ROWS_TOGETHER * batch_size), limits,
-                  lambda step: session.advance(f"{side.framework}, token {step} of {limits.steps}"))
-
-
-def _decoded_again(session: Session, examples: Sequence[Example], batch_size: int, chosen: np.ndarray, reordered: int,
-                   ) -> list[Arrays]:
-    """Of the texts ``chosen`` [rows, steps], what torch thinks of them in float64 and with its sums reordered."""
-    limits = _limits(session, examples)
-    parts = [reread(session.reference, source, chosen[number * batch_size: (number + 1) * batch_size], limits,
-                    modes_of_passes(reordered), OWN_NOISE)
-             for number, source in enumerate(_sources(session, examples, batch_size))]
-    return [_joined(of_mode) for of_mode in zip(*parts, strict=True)]
-
-
-def _limits(session: Session, examples: Sequence[Example]) -> Limits:
-    config = session.run.config
-    end = config.get("eos_token_id")
-    return Limits(decoder_start(config), end if isinstance(end, int) else None,
-                  LONGER + max(len(example.targets["labels"]) for example in examples))
-
-
-def _sources(session: Session, examples: Sequence[Example], rows: int) -> list[Arrays]:
-    return [{name: array for name, array in inputs.arrays.items() if not name.startswith("decoder_")}
-            for inputs in _fed(session, examples, rows)]
-
-
-def _evaluate(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int,
-              texts: Arrays) -> Step:
+def _step(session: Session, side: Side, evaluation: Evaluation, texts: Arrays) -> Step:
     """What is recorded of a side: everything but the targets, which are the same on both; and the metric's values."""
-    fed = _fed(session, examples, batch_size)
-    arrays, = _reduced(session, side, examples, batch_size, lambda: [nullcontext()])
-    if session.run.head.task in DECODED:
-        arrays |= _decoded(session, side, examples, batch_size) | texts
+    arrays = evaluation.arrays(side) | texts
     targets = {name: array for name, array in arrays.items() if "target" in name or "label" in name}
     values = SCORES[session.run.head.task].values(arrays) if all(array.size for array in arrays.values()) else {}
-    digest = Inputs({f"{number}.{key}": array for number, inputs in enumerate(fed)
-                     for key, array in inputs.arrays.items()}).digest
     recorded = {name: array for name, array in arrays.items() if name not in targets}
     return Step({RECORDED: recorded | {f"value.{name}": np.array(value) for name, value in values.items()},
-                 "targets": targets}, told={"inputs_digest": digest})
+                 "targets": targets}, told={"inputs_digest": evaluation.digest})
 
 
-def _runs(session: Session, step: Step, reordered: int) -> list[Arrays]:
-    """What torch makes of the rows of ``step`` in float64, as recorded, and with its sums in ``reordered`` orders."""
-    examples, batch_size = _examples_of(step), step.told["batch_size"]
-    found = _reduced(session, session.reference, examples, batch_size, lambda: modes_of_passes(reordered), OWN_NOISE)
-    if session.run.head.task in DECODED:
-        texts = _decoded_again(session, examples, batch_size, step.recorded[f"{TEXT}.predictions"], reordered)
-        found = [one | text for one, text in zip(found, texts, strict=True)]
-    exact, *others = found
-    return [exact, step.recorded | step.view("targets"), *others]
+def _evaluation_of(session: Session, step: Step) -> Evaluation:
+    """That of the examples which the reference recorded."""
+    shown = step.view("examples")
+    examples = [Example(inputs | {name: array[number] for name, array in shown.items()}, targets)
+                for number, (inputs, targets) in enumerate(step.told["examples"])]
+    return Evaluation(session, examples, step.told["batch_size"])
 
 
-def _fed(session: Session, examples: Sequence[Example], batch_size: int) -> list[Inputs]:
-    run = session.run
-    if run.head.inputs == "pixels":
-        return list(pictures.batches(examples, batch_size))
-    return list(batches([example.inputs for example in examples], run.config, run.sizes, batch_size, run.head.inputs))
-
-
-def _reduced(session: Session, side: Reference | Candidate, examples: Sequence[Example], batch_size: int,
-             modes: Callable[[], Sequence[AbstractContextManager]], purpose: str | None = None) -> list[Arrays]:
-    """Scores and predictions over all batches, once in each of ``modes()``, which is entered around the model alone."""
-    score, several = SCORES[session.run.head.task], [modes() for _ in range(0, len(examples), batch_size)]
-    reduced: list[list[Arrays]] = [[] for _ in several[0]]
-
-    def evaluate(number: int, inputs: Inputs, mode: AbstractContextManager, into: list[Arrays]) -> None:
-        with mode:
-            outputs = side.outputs(inputs.arrays)
-        rows = slice(number * batch_size, (number + 1) * batch_size)
-        into.append(score.reduce(outputs, inputs, examples[rows]))
-        session.advance(f"{purpose or side.framework}, {min(rows.stop, len(examples))} of {len(examples)} rows")
-    fed = zip(_fed(session, examples, batch_size), several, strict=True)
-    side.sweep([partial(evaluate, number, inputs, mode, into) for number, (inputs, entered) in enumerate(fed)
-                for mode, into in zip(entered, reduced, strict=True)], purpose)
-    return [_joined(batches_of_mode) for batches_of_mode in reduced]
-
-
-def _joined(reduced: Sequence[Arrays]) -> Arrays:
-    arrays = {name: np.concatenate([batch[name] for batch in reduced]) for name in reduced[0]}
-    return arrays | neighbours(arrays[EMBEDDINGS]) if EMBEDDINGS in arrays else arrays
+def _noise(session: Session, step: Step, reordered: int = REORDERED_RUNS) -> Noise:
+    return _evaluation_of(session, step).noise(step.recorded | step.view("targets"), reordered)
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
