@@ -203,7 +203,8 @@ class Pool:
         run = run.reshape(self._oracle.shape)
         share = 1 / (self._runs + 1)
         for tile in _tiles(run):
-            squares = np.square(run[tile] - self._oracle[tile])
+            with np.errstate(invalid="ignore"):
+                squares = np.square(run[tile] - self._oracle[tile])
             largest = float(np.sqrt(squares.max(initial=0.0)))
             if np.isfinite(largest):
                 self._largest = max(self._largest, largest)

@@ -97,6 +97,7 @@ def test_all_stages_of_a_real_run_and_what_is_handed_in(workshop, tmp_path, capf
     out, err = capfd.readouterr()
     assert code == 0, err
     assert [line.split(":")[0] for line in out.splitlines() if ": aligned." in line] == stage_names()
+    assert f"\npage: {workshop.reports / 'gptj' / 'index.html'}\n" in out[out.index("weights aligned;"):]
     page = (workshop.reports / "gptj" / "index.html").read_text("utf-8")
     assert all(f">{name}<" in page for name in stage_names())
     for step, name in ((1, "forward"), (2, "metric"), (3, "loss")):

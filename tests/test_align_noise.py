@@ -1,5 +1,6 @@
 """The yardstick: torch in other arithmetic, the pooled floor and its five tests, agreement of class scores."""
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -301,6 +302,16 @@ def floor_of(oracle, *runs):
 
 def ratios(floor, candidate, kind="isolated"):
     return {found.test: found.ratio for found in floor.judge(candidate, kind)}
+
+
+@pytest.mark.parametrize("broken", [np.inf, -np.inf, np.nan])
+def test_runs_that_give_no_numbers_are_pooled_without_a_warning_and_pass_nothing(broken):
+    oracle = np.ones((32, 32))
+    oracle[3] = broken
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        floor = floor_of(oracle, oracle, oracle)
+    assert not all(found.passed for found in floor.judge(np.ones((32, 32)), "isolated"))
 
 
 def test_the_five_ratios_of_an_error_that_is_everywhere_twice_the_noise():

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
+import torch
 from align_fixtures import STAGES, Workshop
 
 from align import forward
 from align.paddle_net import PaddleNet
+from align.reference import outputs_of
 from align.runs import load_run
 from align.stage import Findings, main
 from align.trace import Provenance, require_comparable
@@ -165,6 +168,16 @@ def test_a_crash_is_no_verdict_and_leaves_a_traceback_in_a_file(workshop, monkey
     log = Path(re.search(r"traceback in (\S+\.log)", outcome.stderr).group(1))
     assert "Traceback (most recent call last)" in log.read_text() and "in crash" in log.read_text()
     log.unlink()
+
+
+def test_inputs_that_are_too_large_for_memory_are_told():
+    """What torch itself says of 2^50 bytes."""
+    class Wide(torch.nn.Module):
+        def forward(self, input_ids):
+            return {"logits": torch.empty(1 << 50, dtype=torch.uint8)}
+    with pytest.raises(BadInput, match=r"torch's own Wide has too little memory for its inputs \(input_ids \[2, 9\]\). "
+                                       "Give fewer rows or tokens"):
+        outputs_of(Wide(), {"input_ids": np.zeros((2, 9), np.int64)})
 
 
 def test_comparing_nothing_is_diverged(workshop, capsys):

@@ -342,6 +342,15 @@ def test_the_summary_agrees_with_itself(pair, tmp_path):
     assert "Every tensor has a counterpart.\nAs it is, the plan is whole" in said
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "opt"])
+def test_as_many_marks_are_told_as_the_draft_has(name, pair, tmp_path):
+    _, said = drafted(*pair(name), tmp_path / "mine.py")
+    written = [line for line in (tmp_path / "mine.py").read_text("utf-8").splitlines() if "# check:" in line]
+    told = re.search(r"(\d+) rules, (\d+) of them sure, (\d+) to check(?:, and (\d+) other marks? to check)?", said)
+    rules, sure, doubtful, others = (int(figure or 0) for figure in told.groups())
+    assert rules == sure + doubtful and len(written) == doubtful + others
+
+
 def test_a_draft_whose_plan_is_not_whole_says_so_and_not_that_nothing_was_written(tmp_path):
     held = {f"h.{number}.w.weight": [4, 4] for number in (0, 1)} | {"h.0.w.bias": [4]}
     for name, shapes in (("torch", held), ("paddle", held | {"h.1.w.bias": [5]})):
