@@ -170,6 +170,9 @@ class StageResult:
             return "Nothing was compared, and nothing is not evidence."
         if self.first_divergence:
             good = sum(tensor.passed for tensor in self.tensors)
+            if self.weights_divergence and all(part.passed for part in [*self.tensors, *self.sublayers]):
+                return (f"`{self.first_divergence}` is not the source's weight, though nothing here shows it: all "
+                        f"{good} compared tensors agree.")
             within = self.named and self.named != self.first_divergence and self.named.startswith(self.first_divergence)
             inside = f", inside it `{self.named}`" if within else ""
             return (f"First divergence: `{self.first_divergence}`{inside}; {good} of {len(self.tensors)} compared "

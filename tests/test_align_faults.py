@@ -101,6 +101,14 @@ def test_a_wrong_weight_is_named_exactly_and_no_stage_passes_over_it(workshop, f
     assert outcomes["weights"].report["failures"][0].startswith(f"{wrong[0]}: ")
 
 
+def test_a_wrong_weight_that_no_output_shows_is_told_as_such(workshop):
+    with planted(workshop, "bert", nudge_key_bias):
+        outcome = workshop.align("loss", "bert")
+    assert outcome.failing == [] and outcome.code == 1
+    told = " ".join(outcome.stdout.split())
+    assert f"{KEY_BIAS} is not the source's weight, though nothing here shows it: all " in told
+
+
 def test_a_missed_transpose_of_a_square_weight_is_called_one(workshop):
     with planted(workshop, "bert", transpose):
         outcome = workshop.align("weights", "bert")
