@@ -103,15 +103,23 @@ def _answers(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequen
 
 def _predicted(outputs: Mapping[str, np.ndarray], inputs: Inputs, pairs: np.ndarray) -> Arrays:
     """Where ``pairs`` [batch, tokens - 1] is True, a token given those before it."""
-    logits, targets = outputs["logits"][:, :-1][pairs], inputs.arrays["input_ids"][:, 1:][pairs]
-    return choices("token", logits, targets) | {"token_nll": negative_log_likelihood(logits, targets)}
+    return _tokens(outputs["logits"][:, :-1], inputs.arrays["input_ids"][:, 1:], pairs)
 
 
 def _translated_tokens(outputs: Mapping[str, np.ndarray], inputs: Inputs, examples: Sequence[Example]) -> Arrays:
     """Each token of the reference translation, given those before it."""
     labels = _padded([example.targets["labels"] for example in examples], outputs["logits"].shape[1])
-    logits, targets = outputs["logits"][labels != -100], labels[labels != -100]
-    return choices("token", logits, targets) | {"token_nll": negative_log_likelihood(logits, targets)}
+    return _tokens(outputs["logits"], labels, labels != -100)
+
+
+def _tokens(logits: np.ndarray, targets: np.ndarray, scored: np.ndarray) -> Arrays:
+    """Of logits [batch, tokens, vocabulary] those that are ``scored`` [batch, tokens], row by row: a batch of them is
+    large, and its copies more so.
+    """
+    rows = [choices("token", one[chosen], target[chosen])
+            | {"token_nll": negative_log_likelihood(one[chosen], target[chosen])}
+            for one, target, chosen in zip(logits, targets, scored, strict=True)]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _translation_values(arrays: Arrays) -> dict[str, float]:
