@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from . import pictures
-from .agreement import EMBEDDINGS, Noise
+from .agreement import EMBEDDINGS
 from .decoding.greedy import TEXT, Limits, greedy, reread
 from .floor import OWN_NOISE, modes_of_passes
 from .inputs import Inputs, batches, decoder_start
@@ -20,7 +20,7 @@ from .stage import Session
 from .texts import Example
 
 LONGER, ROWS_TOGETHER = 8, 4
-Modes = Callable[[], Sequence[AbstractContextManager]]
+Entered = Callable[[], Sequence[AbstractContextManager]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Evaluation:
         found, = self._reduced(side, lambda: [nullcontext()])
         return found | self._decoded(side) if self._decodes else found
 
-    def noise(self, recorded: Arrays, reordered: int) -> Noise:
-        """Torch's own: in float64, as ``recorded`` in the ordinary pass, and with its sums in ``reordered`` orders."""
+    def runs(self, recorded: Arrays, reordered: int) -> list[Arrays]:
+        """Torch's in float64, as ``recorded`` in the ordinary pass, and with its sums in ``reordered`` other orders."""
         exact, *others = self._reduced(self.session.reference, lambda: modes_of_passes(reordered), OWN_NOISE)
         if self._decodes:
             texts = self._read_again(recorded[f"{TEXT}.predictions"], reordered)
             exact, *others = [one | text for one, text in zip([exact, *others], texts, strict=True)]
-        return Noise.of([exact, recorded, *others])
+        return [exact, recorded, *others]
 
     @property
     def digest(self) -> str:
@@ -65,7 +65,7 @@ class Evaluation:
         return list(batches([example.inputs for example in self.examples], run.config, run.sizes, rows,
                             run.head.inputs))
 
-    def _reduced(self, side: Side, modes: Modes, purpose: str | None = None) -> list[Arrays]:
+    def _reduced(self, side: Side, modes: Entered, purpose: str | None = None) -> list[Arrays]:
         """Over all batches, once in each of ``modes()``, which is entered around the model alone."""
         score, several = SCORES[self.session.run.head.task], [modes() for _ in self._fed]
         reduced: list[list[Arrays]] = [[] for _ in several[0]]
@@ -75,12 +75,10 @@ class Evaluation:
                 outputs = side.outputs(inputs.arrays)
             rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
             into.append(score.reduce(outputs, inputs, self.examples[rows]))
-            self.session.advance(f"{purpose or side.framework}, {min(rows.stop, len(self.examples))} of "
-                                 f"{len(self.examples)} rows")
         fed = zip(self._fed, several, strict=True)
         side.sweep([partial(evaluate, number, inputs, mode, into) for number, (inputs, entered) in enumerate(fed)
                     for mode, into in zip(entered, reduced, strict=True)], purpose)
-        return [_joined(of_mode) for of_mode in reduced]
+        return [joined(of_mode) for of_mode in reduced]
 
     def _decoded(self, side: Side) -> Arrays:
         """What the side makes of the sources alone, at most ``LONGER`` tokens longer than the longest reference.
@@ -96,9 +94,9 @@ class Evaluation:
         parts = [reread(self.session.reference, source, chosen[number * self.batch_size:][: self.batch_size],
                         self._limits, modes_of_passes(reordered), OWN_NOISE)
                  for number, source in enumerate(self._sources(self.batch_size))]
-        return [_joined(of_mode) for of_mode in zip(*parts, strict=True)]
+        return [joined(of_mode) for of_mode in zip(*parts, strict=True)]
 
-    @property
+    @cached_property
     def _limits(self) -> Limits:
         config = self.session.run.config
         end = config.get("eos_token_id")
@@ -110,6 +108,7 @@ class Evaluation:
                 for inputs in self._batches(rows)]
 
 
-def _joined(reduced: Sequence[Arrays]) -> Arrays:
+def joined(reduced: Sequence[Arrays]) -> Arrays:
+    """What batches were reduced to as one, and the neighbours of all rows where these are embeddings."""
     arrays = {name: np.concatenate([batch[name] for batch in reduced]) for name in reduced[0]}
     return arrays | neighbours(arrays[EMBEDDINGS]) if EMBEDDINGS in arrays else arrays

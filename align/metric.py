@@ -11,10 +11,10 @@ import numpy as np
 
 from convert.errors import BadInput
 
-from .agreement import Noise, compare_scores, may_be_rounding
+from .agreement import Noise, compare_scores, is_doubtful, may_be_rounding
 from .compare import TensorResult, missing
 from .evaluation import LONGER, Evaluation
-from .floor import look_again
+from .floor import YARDSTICK, look_again
 from .options import positive
 from .pictures import PIXELS, drawn, examples_of
 from .scores import DECODED, SCORES, Arrays, packed, signature
@@ -38,6 +38,8 @@ from .trace import RECORDED, Step
 TEXTS = ("piece_targets", "sentence_targets")
 PROPAGATED, MOVED = "propagated", "moved"
 ROWS, TOKENS, BATCH = 64, 128, 8
+NOTHING = "nothing to score: the rows of this set are too few, too short, or cut too short by --max-length."
+Compared = tuple[list[TensorResult], list[str]]
 
 
 def reference(session: Session) -> Iterator[Step]:
@@ -46,6 +48,8 @@ def reference(session: Session) -> Iterator[Step]:
     Recorded by itself, its own noise too: whoever judges later has no torch to ask.
     """
     step = _plain(session)
+    if not all(array.size for array in step.recorded.values()):
+        raise BadInput(NOTHING)
     if session.options.only:
         noise = _noise(session, step)
         step.floors[PROPAGATED], step.views[MOVED] = noise.floors, noise.moved
@@ -68,10 +72,10 @@ def _plain(session: Session) -> Step:
     encoder = Encoder(tokenizer, run.config, run.sizes, options.max_length or TOKENS, prefix, run.head.inputs)
     encoded = _encoded(run.head.task, renamed(rows, options.columns), encoder, options.stride)
     examples = [example for example in encoded if example.inputs["input_ids"]]
+    if not examples:
+        raise BadInput(NOTHING)
     texts = _texts(run.head.task, examples, tokenizer)
     step = _step(session, session.reference, Evaluation(session, examples, options.batch_size or BATCH), texts)
-    if not all(array.size for array in step.recorded.values()):
-        raise BadInput(f"{name}: nothing to score; the rows are too few, too short, or cut too short by --max-length.")
     given = ("tokenized as the source does" if tokenizer else
              "as seeded ids below vocab_size, because the checkpoint has no tokenizer")
     parts = (f"{len(examples)} windows over {len(rows)} rows of {name}, joined, that move on by {options.stride} tokens"
@@ -96,7 +100,7 @@ def _pictures(session: Session) -> Step:
     examples, told = examples_of(renamed(rows, options.columns),
                                  run.source if run.source.is_dir() else run.source.parent, run.sizes)
     if not examples:
-        raise BadInput("the data set has no row to evaluate on.")
+        raise BadInput(NOTHING)
     step = _step(session, session.reference, Evaluation(session, examples, options.batch_size or BATCH), {})
     step.told |= {"notes": [f"Data: {len(examples)} of the {name}, {told}."], "batch_size": options.batch_size or BATCH,
                   "examples": [[{}, example.targets] for example in examples]}
@@ -132,24 +136,28 @@ def judge(session: Session, pairs: Iterable[tuple[Step, Step]]) -> Findings:
     return Findings(tensors, notes, values)
 
 
-def _compared(session: Session, step: Step, expected: Arrays, found: Arrays) -> tuple[list[TensorResult], list[str]]:
+def _compared(session: Session, step: Step, expected: Arrays, found: Arrays) -> Compared:
     """By the fixed bounds; where something fails, by torch's own noise, which takes more runs of torch."""
     task = session.run.head.task
     results, told = compare_scores(task, expected, found)
     if not may_be_rounding(results) or session.weights_divergence:
         return results, told
+    if session.options.compare and not step.floors:
+        return results, [*told, "The reference was recorded without torch's own noise, by which these would be judged. "
+                         "Record it again: python -m align.metric --only reference"]
     beyond = _failing(results)
+    noise = Noise(step.floors[PROPAGATED], step.view(MOVED)) if step.floors else _noise(session, step)
+    results, told = compare_scores(task, expected, found, noise)
+    left = _failing(results)
+    told = [*told, f"{beyond} of {len(results)} figures {'lies' if beyond == 1 else 'lie'} beyond the fixed bounds; "
+            f"judged by torch's own noise, {left or 'none'} of them fail{'s' * (left < 2)}. {YARDSTICK}"]
 
-    def look(noise: Noise) -> int:
-        nonlocal results, told
-        results, told = compare_scores(task, expected, found, noise)
+    def look() -> int:
+        nonlocal results
+        results, _ = compare_scores(task, expected, found, _noise(session, step, SECOND_LOOK))
         return _failing(results)
-    left = look(Noise(step.floors[PROPAGATED], step.view(MOVED)) if step.floors else _noise(session, step))
-    doubtful = left if all(result.doubtful for result in results if not result.passed) else 0
-    again = look_again(session, "metric", doubtful, lambda: look(_noise(session, step, SECOND_LOOK)))
-    return results, [*told, f"{beyond} of {len(results)} figures lie beyond the fixed bounds, and are held against "
-                     f"torch's own noise, the same rows in float64 and {REORDERED_RUNS} times with its sums reordered: "
-                     f"{left or 'none'} of them fail{'s' * (left < 2)}.", *again]
+    again = look_again(session, "metric", left * is_doubtful(results), look)
+    return results, [*told, *again]
 
 
 def _failing(results: Sequence[TensorResult]) -> int:
@@ -207,7 +215,7 @@ def _evaluation_of(session: Session, step: Step) -> Evaluation:
 
 
 def _noise(session: Session, step: Step, reordered: int = REORDERED_RUNS) -> Noise:
-    return _evaluation_of(session, step).noise(step.recorded | step.view("targets"), reordered)
+    return Noise.of(_evaluation_of(session, step).runs(step.recorded | step.view("targets"), reordered))
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:

@@ -103,7 +103,7 @@ def test_a_row_of_another_kind_is_named(workshop, head, spoilt, told):
     ("BertForSequenceClassification", [{"text": "x"}], "the column label is needed; the set has text"),
     ("BertModel", ROWS[:1], "nothing to score"),
     ("GPTJForCausalLM", [{"text": "x"}], "nothing to score"),
-    ("GPTJForCausalLM", [{"text": ""}], "no row to evaluate on"),
+    ("GPTJForCausalLM", [{"text": ""}], "nothing to score"),
     ("BertForQuestionAnswering", [{**ROWS[0], "text": ""}], "no token for an answer to lie in"),
 ])
 def test_a_set_with_nothing_to_score_is_refused(workshop, head, rows, told):
