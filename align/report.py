@@ -51,7 +51,7 @@ class Table:
         console.print(table)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StageResult:
     """What a stage found. ``reference`` and ``candidate`` hold framework, version, weights_digest."""
 
@@ -75,6 +75,9 @@ class StageResult:
     caveat: str | None = None
     curves: Curves | None = None
     tables: Sequence[Table] = ()
+
+    def __repr__(self) -> str:
+        return f"<{self.run}: {self.stage} {self.verdict}. {self.summary().replace('`', '')}>"
 
     @property
     def verdict(self) -> str:
@@ -197,7 +200,7 @@ class StageResult:
             table = Table(box=box.SIMPLE_HEAD, title=f"{self.run}: {self.stage}, {self.target}", title_justify="left")
             judged = any(tensor.judgements for tensor in shown)
             table.add_column("tensor", overflow="fold")
-            for name in ("rel-L2", *(("isolated", "noise", "used") if judged else ("max abs", "allowed")), ""):
+            for name in ("rel-L2", *(("isolated", "noise", "used") if judged else ("max abs", "allowed rel-L2")), ""):
                 table.add_column(name, justify="right")
             for tensor in _most_telling(shown):
                 more = (_number(tensor.isolated, "rel_l2"), _floor(tensor), _used(tensor)) if judged else (

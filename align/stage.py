@@ -197,8 +197,8 @@ def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
         print(told)
         return errors.ALIGNED
     done = _done(stage, options)
-    done.forget(stage.name)
     result = run_stage(stage, options)
+    done.forget(stage.name)
     code = errors.ALIGNED if result.verdict == ALIGNED else errors.DIVERGED
     report = result.save(done.directory)
     result.print()

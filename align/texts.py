@@ -191,10 +191,11 @@ def _silent() -> Iterator[None]:
 def columns(rows: Sequence[Row], **kinds: type) -> None:
     """Require that every row has these columns, each of its kind."""
     for number, row in enumerate(rows):
+        if absent := [name for name in kinds if name not in row]:
+            told = f"column {absent[0]} is" if len(absent) == 1 else f"columns {', '.join(absent)} are"
+            raise BadInput(f"the {told} needed; the set has {', '.join(row)}. If it has what is meant under another "
+                           f"name: --columns {','.join(f'{name}=NAME' for name in absent)}")
         for name, kind in kinds.items():
-            if name not in row:
-                raise BadInput(f"the column {name} is needed; the set has {', '.join(row)}. Rename one "
-                               f"with --columns {name}=NAME.")
             if not isinstance(row[name], (int, float) if kind is float else kind):
                 raise BadInput(f"row {number} of the data set has {name} = {row[name]!r}; {KINDS[kind]} is needed.")
 

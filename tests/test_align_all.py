@@ -127,6 +127,19 @@ def test_what_is_done_and_unchanged_is_not_repeated(stubbed):
     assert stubbed.run("--again") == 0 and stubbed.started == stage_names()
 
 
+def test_a_command_that_is_refused_leaves_what_was_done(workshop, monkeypatch, capfd):
+    monkeypatch.setattr(program, "stage_names", lambda: ["metric"])
+    arguments = ["--run", "gptj", "--reports", str(workshop.reports)]
+    assert workshop.align("metric", "gptj").code == 0
+    report = workshop.reports / "gptj" / "metric.json"
+    before = report.read_bytes()
+    module = import_module("align.metric")
+    assert module.main(module.STAGE, [*arguments, "--prefix", "say: "]) == 2
+    assert report.read_bytes() == before
+    capfd.readouterr()
+    assert program.run_all(arguments) == 0 and "metric: aligned, as before" in capfd.readouterr().out
+
+
 def turned_over(file):
     """The last bit is another one."""
     held = file.read_bytes()
@@ -134,7 +147,7 @@ def turned_over(file):
 
 
 def test_what_was_carried_out_by_itself_is_not_repeated(workshop, monkeypatch, capfd):
-    """Unless it was asked for something else, or from recordings, or came to no verdict."""
+    """Unless it was asked for something else, or from recordings. One that came to no verdict leaves the last one."""
     arguments = ["--run", "gptj", "--reports", str(workshop.reports)]
 
     def by_itself(*flags):
@@ -154,7 +167,7 @@ def test_what_was_carried_out_by_itself_is_not_repeated(workshop, monkeypatch, c
     assert not is_done()
     assert by_itself() == 0 and is_done()
     monkeypatch.setattr("align.recording.findings_of", lambda *_: (_ for _ in ()).throw(BadInput("no")))
-    assert by_itself() == 2 and not is_done()
+    assert by_itself() == 2 and is_done()
 
 
 @pytest.mark.parametrize("change", [

@@ -101,6 +101,8 @@ def test_a_row_of_another_kind_is_named(workshop, head, spoilt, told):
 
 @pytest.mark.parametrize("head, rows, told", [
     ("BertForSequenceClassification", [{"text": "x"}], "the column label is needed; the set has text"),
+    ("BertForPreTraining", [{"text": "x"}], "the columns next, follows are needed; the set has text. If it has what is "
+     "meant under another name: --columns next=NAME,follows=NAME"),
     ("BertModel", ROWS[:1], "nothing to score"),
     ("GPTJForCausalLM", [{"text": "x"}], "nothing to score"),
     ("GPTJForCausalLM", [{"text": ""}], "nothing to score"),
