@@ -15,7 +15,8 @@ import numpy as np
 
 from .compare import TensorResult, compare
 from .decoding.greedy import TEXT
-from .noise import NoiseFloor, Pool
+from .floor import Pooled, Quantity
+from .noise import NoiseFloor
 from .scores import SCORES, Arrays
 from .tolerance import EXACT, FORWARD, LIMITS, METRIC, TOKEN_LOSS, margin_noise
 
@@ -41,14 +42,12 @@ class Noise:
     @classmethod
     def of(cls, runs: Sequence[Arrays]) -> Noise:
         """Of what one task's rows are reduced to: ``runs[0]`` in float64, ``runs[1]`` plain, others reordered."""
-        reference = {name: runs[1][name] for name in runs[0]}
-        floors = {name: _pooled([run[name] for run in runs], base=1.0 if name == TOKEN_NLL else 0.0)
-                  for name in reference if name in BOUNDS or name.endswith(LARGEST)}
+        reference, pooled = {name: runs[1][name] for name in runs[0]}, Pooled()
+        for run in runs:
+            pooled.add(_quantities({name: run[name] for name in reference}))
+        floors = pooled.floors()
         if TOKEN_NLL in reference:
-            floors[f"value.{PERPLEXITY}"] = _of_share([run[TOKEN_NLL] for run in runs])
-        if SCORE in reference:
-            floors[f"value.{SQUARED_ERROR}"] = _of_mean(
-                [np.square(run[SCORE].astype(np.float64) - run[SCORE_TARGETS]) for run in runs])
+            floors[f"value.{PERPLEXITY}"] = _as_share(floors[f"value.{PERPLEXITY}"], reference[TOKEN_NLL])
         return cls(floors, {stem: _may_move(*moved_margins(runs, reference, stem)) for stem in _stems(reference)})
 
 
@@ -172,23 +171,25 @@ def _parted(reference: Arrays, candidate: Arrays, noise: Noise) -> tuple[Arrays,
         f"{_teller(noise)} can tell; they are taken as equal from there on."] if close.any() else []
 
 
-def _pooled(runs: Sequence[np.ndarray], base: float = 0.0) -> NoiseFloor:
-    pool = Pool(runs[0], base)
-    for run in runs[1:]:
-        pool.add(run)
-    return pool.floor()
+def _quantities(run: Arrays) -> dict[str, Quantity]:
+    """What has a floor, by the name of its figure; of a perplexity the mean loss."""
+    found = {name: Quantity(array, base=1.0 if name == TOKEN_NLL else 0.0) for name, array in run.items()
+             if name in BOUNDS or name.endswith(LARGEST)}
+    if TOKEN_NLL in run:
+        found[f"value.{PERPLEXITY}"] = _mean(run[TOKEN_NLL], base=1.0)
+    if SCORE in run:
+        found[f"value.{SQUARED_ERROR}"] = _mean(np.square(run[SCORE].astype(np.float64) - run[SCORE_TARGETS]))
+    return found
 
 
-def _of_mean(runs: Sequence[np.ndarray], base: float = 0.0) -> NoiseFloor:
-    """Of the mean over a vector [n], whose elements are its terms (see :meth:`NoiseFloor.of_sum`)."""
-    runs = [run.astype(np.float64) for run in runs]
-    return _pooled([run.mean() for run in runs], base).of_sum(_pooled([run / len(run) for run in runs]))
+def _mean(terms: np.ndarray, base: float = 0.0) -> Quantity:
+    terms = terms.astype(np.float64)
+    return Quantity(np.array(terms.mean()), terms / len(terms), base)
 
 
-def _of_share(losses: Sequence[np.ndarray]) -> NoiseFloor:
-    """Of a perplexity as a share of the plain run's: what is an error of the mean loss is a relative one there."""
-    mean = _of_mean(losses, base=1.0)
-    share = np.exp(mean.oracle - losses[1].astype(np.float64).mean())
+def _as_share(mean: NoiseFloor, losses: np.ndarray) -> NoiseFloor:
+    """Of a perplexity as a share of that of ``losses``: what is an error of the mean loss is a relative one there."""
+    share = np.exp(mean.oracle - losses.astype(np.float64).mean())
     return replace(mean, oracle=share, base=float(mean.oracle[0, 0]))
 
 

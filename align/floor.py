@@ -57,7 +57,7 @@ def floors_of(side: TorchSide, measures: Sequence[Measure], plain: Sequence[Quan
     A measure calls ``side``, at any time and as often as it is asked to; passes of a paged model go together.
     ``modes(runs)`` gives what is entered for each: float64, then that many ways to reorder.
     """
-    pooled = [_Pooled() for _ in measures]
+    pooled = [Pooled() for _ in measures]
 
     def run(number: int, mode: AbstractContextManager) -> None:
         with mode:
@@ -87,7 +87,7 @@ def look_again(session: Session, stage: str, doubtful: int, look: Callable[[], i
     return [f"{told} of torch, so it ran {SECOND_LOOK + 1} times: {left or 'none'} of them remain{'s' * (left == 1)}."]
 
 
-class _Pooled:
+class Pooled:
     """The pools of one measure's quantities; the first run is the oracle."""
 
     def __init__(self) -> None:
