@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import re
 import sys
 import tempfile
@@ -30,6 +29,9 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from convert import errors
+
+from . import environment
+from .progress import progress
 
 if TYPE_CHECKING:
     from .faults.fault import Changes, Fault
@@ -444,18 +446,6 @@ def _told(found: Outcome, rich: bool = False) -> str:
     return f"{bad[0]}wrong: {found.explanation}{bad[1]}" if found.explained == "wrong" else str(found.explanation)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What is being planted, on stderr; quiet where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda told: None
-        return
-    from rich.console import Console
-    console = Console(file=sys.stderr)
-    with console.status("align.selftest") as status:
-        yield status.update
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 the promises hold, 1 they do not, 2 bad usage, 3 a framework is missing, 4 our fault."""
     parser = argparse.ArgumentParser(prog="python -m align.selftest",
@@ -472,11 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    for name, value in (("GLOG_minloglevel", "3"), ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
-                        ("TOKENIZERS_PARALLELISM", "false")):
-        os.environ.setdefault(name, value)
-    import warnings
-    warnings.simplefilter("ignore")
+    environment.prepare()
     for framework in ("torch", "transformers", "paddle"):
         errors.require(framework)
     from .faults import FAULTS
@@ -488,7 +474,7 @@ def _run(options: argparse.Namespace) -> int:
         for fault in faults:
             print(f"{fault.name}\t{fault.how}\t{', '.join(sorted(fault.explanation or ()))}")
         return errors.ALIGNED
-    with tempfile.TemporaryDirectory(prefix="paddle-parity-selftest-") as root, _progress() as tell:
+    with tempfile.TemporaryDirectory(prefix="paddle-parity-selftest-") as root, progress("align.selftest") as tell:
         proof = prove(faults, Path(root), tell)
     proof.print()
     print(f"report: {proof.save(Path(options.reports) / 'selftest')}")

@@ -6,19 +6,21 @@ inputs -> steps of the reference -> answers of the candidate -> judgement -> rep
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convert import errors
 from convert.cli import described
+
+from . import environment
+from .progress import progress
 
 if TYPE_CHECKING:
 
@@ -177,17 +179,7 @@ def main(stage: Stage | RecordedStage, arguments: Sequence[str] | None = None) -
 
 def _run(stage: Stage | RecordedStage, options: argparse.Namespace) -> int:
     from .report import ALIGNED
-    os.environ.setdefault("GLOG_minloglevel", "3")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    os.environ.setdefault(*HUGE_PAGES)
-    for name, value in SHORT_SPINS.items():
-        os.environ.setdefault(name, value)
-    for flag, value in EXACT_ON_GPU.items():
-        os.environ.setdefault(flag, value)
-    import warnings
-    warnings.simplefilter("ignore")
+    environment.prepare()
     if options.run is None:
         print(latest_told(options))
     if options.only:
@@ -260,17 +252,6 @@ def run_stage(stage: Stage | RecordedStage, options: argparse.Namespace) -> Stag
         )
 
 
-HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
-"""torch asks for them where it allocates; read once, when it allocates first."""
-SILENCE = 15.0
-"""Seconds after which a log is told what is going on."""
-SHORT_SPINS = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "0"}
-"""How long threads that wait for others spin, torch's (libgomp) and Paddle's (libiomp5). Where other programs ran
-beside it, small nets took 5 times as long with the defaults. Read once, when each is loaded.
-"""
-EXACT_ON_GPU = {"NVIDIA_TF32_OVERRIDE": "0", "FLAGS_cudnn_deterministic": "1", "FLAGS_embedding_deterministic": "1"}
-
-
 def _session(options: argparse.Namespace, advance: Callable[[str], None] = lambda told: None) -> Session:
     from .runs import load_run
     family = Path(options.family) if options.family else None
@@ -286,36 +267,9 @@ def latest_told(options: argparse.Namespace) -> str:
             "--run NAME takes another.")
 
 
-@contextmanager
-def _progress(stage: str, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
-    """What is being done right now, on stderr: in place on a terminal, a line now and then in a log; quiet where the
-    user is asked something.
-    """
-    if getattr(options, "interactive", False):
-        yield lambda told: None
-        return
-    if not sys.stderr.isatty():
-        yield _line_by_line(stage)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    with Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True,
-                  console=Console(stderr=True)) as progress:
-        task: Any = progress.add_task(stage, total=None)
-        yield lambda told: progress.update(task, description=f"{stage}: {told}")
-
-
-def _line_by_line(stage: str) -> Callable[[str], None]:
-    """Tells on stderr what is being done, once ``SILENCE`` has passed since it last did."""
-    started = told_at = time.monotonic()
-
-    def tell(told: str) -> None:
-        nonlocal told_at
-        now = time.monotonic()
-        if now - told_at >= SILENCE:
-            print(f"{stage}: {told} ({now - started:.0f} s)", file=sys.stderr, flush=True)
-            told_at = now
-    return tell
+def _progress(stage: str, options: argparse.Namespace) -> AbstractContextManager[Callable[[str], None]]:
+    """What a stage has come to; quiet where the user is asked something."""
+    return nullcontext(lambda told: None) if getattr(options, "interactive", False) else progress(stage)
 
 
 def _parser(stage: Stage | RecordedStage) -> argparse.ArgumentParser:

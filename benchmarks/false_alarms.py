@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from align import environment
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "gelu_pytorch_tanh", "quick_gelu")
 HEADS = {
@@ -143,7 +144,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7, help="default 7; limits were chosen with 0 to 4 and 11 in sight")
     parser.add_argument("--target", choices=("models", "paddlenlp"), default="models")
     options = parser.parse_args()
-    os.environ.setdefault("GLOG_minloglevel", "3")
+    environment.prepare()
     shares: dict[str, list[float]] = defaultdict(list)
     failed, again = [], 0
     for number in range(options.configs):

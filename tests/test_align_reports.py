@@ -11,7 +11,7 @@ from align_fixtures import STAGES, Workshop
 from reprod_log import ReprodDiffHelper
 
 import models
-from align import stage
+from align import progress
 from align.compare import Measures, TensorResult, compare
 from align.noise import NoiseFloor
 from align.report import StageResult
@@ -54,9 +54,9 @@ def diverged(workshop):
 
 
 def test_a_log_is_told_now_and_then_what_is_being_done(workshop, monkeypatch):
-    monkeypatch.setattr(stage, "SILENCE", float("inf"))
+    monkeypatch.setattr(progress, "SILENCE", float("inf"))
     assert not re.search(r"^loss: ", workshop.align("loss", "gptj").stderr, re.M)
-    monkeypatch.setattr(stage, "SILENCE", 0.0)
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
     assert re.search(r"^loss: .+ \(\d+ s\)$", workshop.align("loss", "gptj").stderr, re.M)
 
 

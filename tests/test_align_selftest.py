@@ -1,6 +1,7 @@
 """The selftest itself: its list of faults, a sample of them in the real pipeline, and how an outcome is judged."""
 
 import csv
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -9,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from align import faults, selftest
+from align import faults, progress, selftest
 from align.faults import EXPLANATIONS, FAULTS, Fault, NotPlanted, in_config, in_net
 from align.selftest import Outcome, Proof, prove
 from convert.__main__ import families
+from convert.errors import BadInput
 
 SUBTLE = ("epsilon of a late block/bert/net", "bias element off by 1e-4/gptj/net-weights")
 INVISIBLE = ("key bias changed/bert/checkpoint", "MLP units permuted on both sides/gptj/checkpoint")
@@ -193,3 +195,23 @@ def test_unknown_faults_are_refused_and_the_list_needs_no_model(capsys):
     assert selftest.main(["--only", "no such fault"]) == 2
     assert selftest.main(["--only", "*gelu*", "--list"]) == 0
     assert "other gelu in the last block/bert/net" in capsys.readouterr().out
+
+
+def test_the_environment_is_prepared_before_a_framework_is_loaded(monkeypatch, capsys):
+    """Where the defaults stay, threads that spin make a selftest beside other programs take many times as long."""
+    seen = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"})
+        patch.setattr(selftest.errors, "require", lambda name: seen.update({name: os.environ.get("GOMP_SPINCOUNT")}))
+        assert selftest.main(["--list", "--only", "*/decoding"]) == 0
+    assert seen == dict.fromkeys(("torch", "transformers", "paddle"), "5000")
+
+
+def test_a_log_is_told_which_fault_is_planted(monkeypatch, capsys, tmp_path):
+    def stopped(chosen, root, tell):
+        tell("demo-gptj 1/9: the end does not stop a text, greedy")
+        raise BadInput("stopped")
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    monkeypatch.setattr(selftest, "prove", stopped)
+    assert selftest.main(["--only", "*/decoding", "--reports", str(tmp_path)]) == 2
+    assert "align.selftest: demo-gptj 1/9: the end does not stop a text, greedy (0 s)\n" in capsys.readouterr().err
