@@ -6,7 +6,7 @@ import warnings
 QUIET = {"GLOG_minloglevel": "3", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TOKENIZERS_PARALLELISM": "false",
          "DATASETS_VERBOSITY": "error"}
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""torch asks for them where it allocates; read once, when it allocates first."""
+"""torch asks for them where it allocates; read when it allocates first."""
 SHORT_SPINS = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "0"}
 """How long threads that wait for others spin, torch's (libgomp) and Paddle's (libiomp5). Where other programs ran
 beside it, small nets took 5 times as long with the defaults.
